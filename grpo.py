@@ -1,0 +1,116 @@
+"""GRPO as pure functions: rewards to advantages, log-probs to losses. Tensors in, tensors out.
+
+Shapes: P prompts, G samples of each, N = P·G sequences in group order, T response tokens of all N
+sequences laid end to end (no padding anywhere).
+
+Where this differs from GRPO as first published (DeepSeekMath, arXiv 2402.03300):
+  1. ε is added to the standard deviation, as in every code base; a group of equal rewards gives 0.
+  2. The ratio's lower and upper clip are two numbers (DAPO, arXiv 2503.14476); equal by default.
+  3. Log-ratios are clamped to ±20 before exp, and tokens of weight 0 are cut out before exp, since
+     0·exp(large) is NaN, not 0.
+  4. The three aggregations are three ways to weight tokens; the loss is always Σ weight·token loss.
+     The weights are counted over the whole batch, so the split into micro-batches cannot matter.
+  5. The shadow θ̂ has its own surrogate (`truncated_surrogate`), since rollouts are off-policy for it.
+"""
+
+import torch
+from torch import Tensor
+
+STD_EPS = 1e-4  # TRL's value; verl uses 1e-6
+MAX_LOG_RATIO = 20.0
+AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
+
+
+def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
+    """A = (r − mean) / (std + ε) within each group; Dr.GRPO (arXiv 2503.20783) leaves out the division.
+
+    rewards [P, G] -> advantages [P, G]. std is the sample's (divided by G−1); a group of one gets 0.
+
+    >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [0., 0., 0., 0.]]))
+    tensor([[ 0.8659, -0.8659, -0.8659,  0.8659],
+            [ 0.0000,  0.0000,  0.0000,  0.0000]])
+    """
+    centred = rewards - rewards.mean(-1, keepdim=True)  # [P, G]
+    if not divide_by_std or rewards.shape[-1] == 1:
+        return centred
+    return centred / (rewards.std(-1, keepdim=True) + STD_EPS)
+
+
+def token_weights(lengths: Tensor, aggregation: str, max_length: int, keep: Tensor | None = None) -> Tensor:
+    """The weight of every token in the loss; their sum with the token losses is the batch's loss.
+
+    lengths [N] response tokens per sequence, keep [N] bool (False: an overlong sequence, weight 0).
+    Returns [T], T = Σ lengths. With |o_i| the length of sequence i, kept tokens weigh
+      "grpo"     1 / (N·|o_i|)           mean over tokens, then over sequences: long answers count less per token
+      "dapo"     1 / Σ_kept |o_i|        mean over all tokens
+      "dr_grpo"  1 / (N·max_length)      constant: no length bias at all
+
+    >>> token_weights(torch.tensor([1, 2]), "grpo", 8)
+    tensor([0.5000, 0.2500, 0.2500])
+    """
+    keep = torch.ones_like(lengths, dtype=torch.bool) if keep is None else keep
+    n = len(lengths)
+    if aggregation == "grpo":
+        per_sequence = 1.0 / (n * lengths.clamp(min=1).float())
+    elif aggregation == "dapo":
+        per_sequence = torch.full((n,), 1.0 / max(int((lengths * keep).sum()), 1))
+    elif aggregation == "dr_grpo":
+        per_sequence = torch.full((n,), 1.0 / (n * max_length))
+    else:
+        raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}")
+    return (per_sequence.to(lengths.device) * keep).repeat_interleave(lengths)
+
+
+def log_ratio(logp: Tensor, old_logp: Tensor, weight: Tensor) -> Tensor:
+    """log π/π_old per token [T], 0 where the token has no weight, clamped to ±20."""
+    return torch.where(weight != 0, logp - old_logp, 0.0).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+
+
+def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
+    """min(ρ·A, clip(ρ, 1−low, 1+high)·A) per token [T], and where the clip has stopped the gradient [T] bool."""
+    unclipped, clipped = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
+    return torch.minimum(unclipped, clipped), clipped < unclipped
+
+
+def truncated_surrogate(logp: Tensor, ratio: Tensor, advantage: Tensor, cap: float) -> tuple[Tensor, Tensor]:
+    """sg(min(ρ, cap))·A·log π per token [T], and where ρ was cut [T] bool: truncated importance sampling.
+
+    For the shadow on shared rollouts. The clip would stop every token on which θ̂ has drifted from θ, and with it
+    the difference of gradients that w is meant to climb; truncation only bounds the variance. At ρ = 1 its
+    gradient equals the clipped surrogate's. cap = inf is plain importance weighting, token by token.
+    """
+    return ratio.detach().clamp(max=cap) * advantage * logp, ratio.detach() > cap
+
+
+def k3(logp: Tensor, ref_logp: Tensor, weight: Tensor) -> Tensor:
+    """Unbiased, never negative estimate of KL(π ‖ π_ref) per token: e^d − d − 1 with d = log π_ref/π.  [T]"""
+    d = log_ratio(ref_logp, logp, weight)
+    return d.exp() - d - 1
+
+
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantage: Tensor,
+    weight: Tensor,
+    clip: tuple[float, float] = (0.2, 0.2),
+    truncate: float | None = None,
+    ref_logp: Tensor | None = None,
+    kl_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """−J_RL of eq. (1) as GRPO estimates it: Σ_t weight_t·(−surrogate_t + kl_coef·KL_t).
+
+    All inputs [T]; old_logp, advantage and ref_logp carry no gradient. `truncate` selects the truncated
+    surrogate with that cap instead of the clipped one. Returns the scalar loss and, per token and
+    detached, `ratio`, `cut` (clipped or truncated) and `kl`.
+    The loss's value says nothing (on-policy it is about 0 whatever the policy does); its gradient does.
+    """
+    ratio = log_ratio(logp, old_logp, weight).exp()
+    if truncate is None:
+        surrogate, cut = clipped_surrogate(ratio, advantage, *clip)
+    else:
+        logp = torch.where(weight != 0, logp, 0.0)
+        surrogate, cut = truncated_surrogate(logp, ratio, advantage, truncate)
+    kl = torch.zeros_like(ratio) if ref_logp is None else k3(logp, ref_logp, weight)
+    loss = (weight * (kl_coef * kl - surrogate)).sum()
+    return loss, {"ratio": ratio.detach(), "cut": cut, "kl": kl.detach()}

@@ -1,0 +1,126 @@
+"""LoRA by hand: W = W_base + s·B·A, with one adapter w = {A, B} shared by the two bases θ and θ̂.
+
+BRIDGE evaluates the same w on two base models (paper, Algorithm 2): on θ, where w ascends J_RL, and
+on the RL-only shadow θ̂, where w descends it. So an adapted linear *contains* its base linear and
+merely points at A and B; attaching the same w to a second model makes the second policy. Merging
+always writes into another model's weights: adding and subtracting in place would let the base drift.
+
+Shapes: in, out of the linear; r rank; s = alpha / r.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+Adapter = dict[str, nn.Parameter]  # w: "<module path>.lora_A.weight" -> [r, in], "….lora_B.weight" -> [out, r]
+
+
+class _Sign(torch.autograd.Function):
+    """Identity forward, gradient times `sign` backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, sign: float) -> Tensor:
+        ctx.sign = sign
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return ctx.sign * grad, None
+
+
+class LoRALinear(nn.Module):
+    """y = base(x) + s·B·A·x. `sign` = −1 makes a loss through this module *subtract* from the gradient of A and B.
+
+    That minus is the one of eq. (8), λ(∇_w J_RL(θ,w) − ∇_w J_RL(θ̂,w)): the shadow's backward leaves θ̂ its
+    own gradient and takes the same loss off w's. Gradients of activations and of the base keep their sign.
+    """
+
+    def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter, scale: float, sign: float = 1.0):
+        super().__init__()
+        self.base, self.lora_A, self.lora_B = base, A, B
+        self.scale, self.sign = scale, sign
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
+        A, B = _Sign.apply(self.lora_A, self.sign), _Sign.apply(self.lora_B, self.sign)
+        return self.base(x) + self.scale * F.linear(F.linear(x, A), B)
+
+    def merged_weight(self) -> Tensor:
+        """W_base + s·B·A, [out, in], as a new tensor."""
+        return self.base.weight + self.scale * (self.lora_B @ self.lora_A)
+
+
+def create(model: nn.Module, targets: list[str], rank: int, seed: int) -> Adapter:
+    """A fresh adapter for every nn.Linear of `model` whose last name is in `targets`.
+
+    A is uniform in ±1/√in (PEFT's Kaiming initialisation), B is zero: a fresh adapter changes nothing.
+    Raises ValueError when a target matches no linear layer, listing the names that would.
+    """
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    missing = [t for t in targets if not any(n.split(".")[-1] == t for n in linears)]
+    if missing or not targets:
+        names = sorted({n.split(".")[-1] for n in linears})
+        raise ValueError(f"lora_targets: no linear layer is named {missing or targets}; this model has {names}")
+    generator = torch.Generator().manual_seed(seed)
+    w: Adapter = {}
+    for name, linear in linears.items():
+        if name.split(".")[-1] in targets:
+            bound, device = 1 / math.sqrt(linear.in_features), linear.weight.device
+            A = (torch.rand(rank, linear.in_features, generator=generator) * 2 - 1) * bound  # [r, in]
+            w[f"{name}.lora_A.weight"] = nn.Parameter(A.to(device))
+            w[f"{name}.lora_B.weight"] = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+    return w
+
+
+def attach(model: nn.Module, w: Adapter, scale: float, sign: float = 1.0) -> list[str]:
+    """Wraps the linears that w belongs to, sharing w's tensors; returns the wrapped module paths."""
+    names = [n.removesuffix(".lora_A.weight") for n in w if n.endswith(".lora_A.weight")]
+    for name in names:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        A, B = w[f"{name}.lora_A.weight"], w[f"{name}.lora_B.weight"]
+        setattr(parent, name.rpartition(".")[2], LoRALinear(model.get_submodule(name), A, B, scale, sign))
+    return names
+
+
+def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """θ (or θ̂): every parameter but the adapter's, under the names the model had before `attach`."""
+    named = model.named_parameters()
+    return {n.replace(".base.", "."): p for n, p in named if not n.endswith((".lora_A", ".lora_B"))}
+
+
+@torch.no_grad()
+def merge_into(plain: nn.Module, model: nn.Module) -> None:
+    """Overwrites the weights of `plain` (same architecture, no adapter) by θ + s·B·A of `model`."""
+    target = dict(plain.named_parameters())
+    for name, parameter in base_parameters(model).items():
+        target[name].copy_(parameter)
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            target[f"{name}.weight"].copy_(module.merged_weight())
+
+
+@torch.no_grad()
+def delta_norm(w: Adapter, scale: float) -> float:
+    """‖ΔW‖ over all wrapped linears: sqrt(Σ ‖s·B·A‖²), from r x r products only."""
+    total = 0.0
+    for name, A in w.items():
+        if name.endswith(".lora_A.weight"):
+            B = w[name.replace(".lora_A.", ".lora_B.")]
+            total += float(((B.T @ B) * (A @ A.T)).sum())  # ‖BA‖² = tr(BᵀB·AAᵀ)
+    return scale * math.sqrt(max(total, 0.0))
+
+
+def save(folder: Path, w: Adapter, rank: int, alpha: float, targets: list[str], base_model: str) -> None:
+    """Writes w in PEFT's file format: PeftModel.from_pretrained(base, folder) loads it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {f"base_model.model.{n}": p.detach().cpu().contiguous() for n, p in w.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = dict(
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_model, r=rank, lora_alpha=alpha,
+        target_modules=targets, lora_dropout=0.0, bias="none", inference_mode=True,
+    )  # fmt: skip
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

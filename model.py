@@ -1,0 +1,153 @@
+"""Loading a transformers model, and log-probs of packed sequences: what training and evaluation share.
+
+Sequences are never padded by a tokenizer. A batch is one row of tokens, sequences laid end to end with
+restarting positions; only inside attention are they spread over a [B, L] rectangle, right-padded, where a causal
+mask alone keeps real tokens from seeing padding or their neighbours.
+
+Shapes: B sequences, T packed tokens, L longest sequence, R response tokens, H hidden, h heads, d head size.
+"""
+
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+
+from logprob import token_logprobs
+
+Row = tuple[list[int], list[int]]  # token ids of a prompt and of its response
+
+
+class ModelError(ValueError):
+    """A model that cannot be used; the message says which and why."""
+
+
+def pick_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def load(name_or_folder: str, trust_remote_code: bool = False):
+    """(model, tokenizer) of a hub name or folder: fp32 weights, packed attention, dropout off.
+
+    Raises ModelError when there is no such folder or it is not a causal language model we can train.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            name_or_folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+        )
+    except OSError as error:
+        where = "a folder without a usable model" if Path(name_or_folder).exists() else "no folder here and not loadable from the hub"
+        raise ModelError(f"model {name_or_folder!r} is {where}: {str(error).splitlines()[0]}") from error
+    if getattr(model.get_output_embeddings(), "bias", None) is not None:
+        raise ModelError(f"model {name_or_folder!r} has a bias on its vocabulary head, which logprob.py does not support")
+    model.set_attn_implementation("packed")
+    return model.to(pick_device()).eval(), tokenizer
+
+
+def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
+    """Ids that end a completion: the tokenizer's EOS and those of the generation config."""
+    ids = model.generation_config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
+    stop = sorted({*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
+    if not stop:
+        raise ModelError("neither the tokenizer nor generation_config.json names an EOS token: nothing could ever stop")
+    return stop
+
+
+@dataclass
+class Segments:
+    """Where packed tokens stand in the [B, L] rectangle that attention works on."""
+
+    index: Tensor  # [T] row·L + position
+    batch: int  # B
+    longest: int  # L
+
+    def spread(self, x: Tensor) -> Tensor:  # [1, h, T, d] -> [B, h, L, d]
+        out = x.new_zeros(self.batch * self.longest, x.shape[1], x.shape[3])
+        out[self.index] = x[0].transpose(0, 1)
+        return out.view(self.batch, self.longest, *out.shape[1:]).transpose(1, 2)
+
+    def gather(self, x: Tensor) -> Tensor:  # [B, h, L, d] -> [1, T, h, d]
+        return x.transpose(1, 2).reshape(self.batch * self.longest, x.shape[1], x.shape[3])[self.index][None]
+
+
+@dataclass
+class Packed:
+    ids: Tensor  # [1, T]
+    positions: Tensor  # [1, T], restarting at 0 with each sequence
+    segments: Segments
+
+
+def pack(sequences: list[list[int]], device: torch.device) -> Packed:
+    """Lays sequences end to end.
+
+    >>> p = pack([[5, 6, 7], [8]], torch.device("cpu"))
+    >>> p.ids.tolist(), p.positions.tolist(), p.segments.index.tolist()
+    ([[5, 6, 7, 8]], [[0, 1, 2, 0]], [0, 1, 2, 3])
+    """
+    lengths = torch.tensor([len(s) for s in sequences])
+    longest = int(lengths.max())
+    start = (lengths.cumsum(0) - lengths).repeat_interleave(lengths)  # [T] where its sequence begins
+    positions = torch.arange(int(lengths.sum())) - start  # [T]
+    row = torch.arange(len(sequences)).repeat_interleave(lengths)  # [T]
+    ids = torch.tensor([i for s in sequences for i in s])
+    segments = Segments((row * longest + positions).to(device), len(sequences), longest)
+    return Packed(ids[None].to(device), positions[None].to(device), segments)
+
+
+def packed_attention(module, query, key, value, attention_mask, scaling, segments: Segments, dropout=0.0, **kwargs):
+    """Block-diagonal causal attention. query [1, h, T, d], key and value [1, h_kv, T, d] -> [1, T, h, d]."""
+    q, k, v = segments.spread(query), segments.spread(key), segments.spread(value)
+    out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
+    return segments.gather(out), None
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+def response_logprobs(
+    model: nn.Module, rows: list[Row], temperature: float = 1.0, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """(log π(y_t | x, y_<t), entropy), each [R], of all response tokens of `rows`, in row order.
+
+    The last response token is never fed (nothing follows it), and only hidden states that predict a response token
+    reach the vocabulary head:
+        prompt a b, response c d   ->   fed a b c,   hidden(b) predicts c, hidden(c) predicts d
+    """
+    device = next(model.parameters()).device
+    packed = pack([prompt + response[:-1] for prompt, response in rows], device)
+    predicts = torch.tensor([i >= len(p) - 1 for p, r in rows for i in range(len(p) + len(r) - 1)], device=device)  # [T]
+    targets = torch.tensor([t for _, r in rows for t in r], device=device)  # [R]
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        hidden = hidden_states(model, packed)  # [T, H]
+    return token_logprobs(hidden[predicts], model.get_output_embeddings().weight, targets, temperature)
+
+
+def hidden_states(model: nn.Module, packed: Packed, **attention_kwargs) -> Tensor:
+    """Final hidden states of packed tokens, [T, H]."""
+    out = model.model(
+        input_ids=packed.ids, position_ids=packed.positions, use_cache=False,
+        segments=packed.segments, **attention_kwargs,
+    )  # fmt: skip
+    return out.last_hidden_state[0]
+
+
+def micro_batches(rows: list[Row], tokens: int) -> list[range]:
+    """Consecutive ranges of rows with at most `tokens` tokens each (a longer row stands alone)."""
+    ranges, first, used = [], 0, 0
+    for i, (prompt, response) in enumerate(rows):
+        n = len(prompt) + len(response)
+        if i > first and used + n > tokens:
+            ranges.append(range(first, i))
+            first, used = i, 0
+        used += n
+    return [*ranges, range(first, len(rows))]
+
+
+def offsets(rows: list[Row]) -> list[int]:
+    """Where each row's response begins among all response tokens, with the total at the end."""
+    return [0, *accumulate(len(response) for _, response in rows)]

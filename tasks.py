@@ -1,0 +1,206 @@
+"""Where prompts, demonstrations and gold answers come from, and how a question becomes token ids.
+
+One `encode_prompt` serves SFT, RL and evaluation, so that the three never see different prompts. Demonstrations are
+never cut, and no evaluation problem may stand in the training data.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+import rewards
+
+INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
+PLAIN_TEMPLATE = "Question:\n{}\nAnswer:\nLet's think step by step.\n"  # for tokenizers without a chat template
+
+QUESTION = ("question", "problem", "prompt")  # field names a data row may use, the first present wins
+ANSWER = ("answer", "final_answer")
+SOLUTION = ("solution", "response", "demonstration")
+
+
+class DataError(ValueError):
+    """Data that cannot be used as it is; the message says which file, line and field."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    answer: str  # gold
+    group: str = "all"  # evaluation reports accuracy by group: chain length, level, subject
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    question: str
+    response: str
+    answer: str | None = None  # gold, where the data gives one
+
+
+@dataclass
+class Task:
+    problems: list[Problem]  # D_RL
+    demonstrations: list[Demonstration]  # D_SFT
+    evaluation: list[Problem]
+    instruction: str = INSTRUCTION  # stands after every question
+    notes: list[str] = field(default_factory=list)  # what was dropped or looks odd, to be printed
+
+
+def encode_prompt(tokenizer, question: str, instruction: str) -> list[int]:
+    """Token ids of a question up to where the answer begins: the model's chat template, or a plain one."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": question + instruction}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer.encode(text, add_special_tokens=False)  # the template has written BOS if there is one
+    return tokenizer.encode(PLAIN_TEMPLATE.format(question + instruction))
+
+
+def encode_demonstration(tokenizer, demonstration: Demonstration, instruction: str) -> tuple[list[int], list[int]]:
+    """(prompt ids, response ids); the response ends with exactly one EOS, which is trained."""
+    response = tokenizer.encode(demonstration.response, add_special_tokens=False)
+    return encode_prompt(tokenizer, demonstration.question, instruction), [*response, tokenizer.eos_token_id]
+
+
+def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int) -> Task:
+    """The task of three data files. Without `eval_data` the last `eval_problems` of `rl_data` are held out."""
+    task = Task([], [], [])
+    problems = read_problems(rl_data, "rl_data", task.notes)
+    if eval_data:
+        evaluation = read_problems(eval_data, "eval_data", task.notes)[:eval_problems]
+    else:
+        unique = list({p.question: p for p in problems}.values())
+        evaluation = unique[-eval_problems:]
+        held_out = {p.question for p in evaluation}
+        problems = [p for p in problems if p.question not in held_out]
+        task.notes.append(f"no eval_data: the last {len(evaluation)} questions of {rl_data} are held out of training")
+    task.problems, task.evaluation = problems, evaluation
+    task.demonstrations = _demonstrations(sft_data) if sft_data else []
+    return task
+
+
+def prepare(
+    task: Task, tokenizer, max_new_tokens: int, needs_demonstrations: bool
+) -> list[tuple[list[int], list[int]]]:
+    """Checks the task and returns the encoded demonstrations that training can use.
+
+    A demonstration longer than `max_new_tokens` (which the policy could never finish either) is dropped. Raises DataError
+    when a set is empty or an evaluation question occurs in training. What it drops or doubts goes to `task.notes`.
+    """
+    questions = {p.question.strip() for p in task.evaluation}
+    for name, rows in (("rl_data", task.problems), ("sft_data", task.demonstrations)):
+        if shared := [r.question for r in rows if r.question.strip() in questions]:
+            raise DataError(
+                f"{name}: {len(shared)} evaluation problems occur in the training data, the first is {shared[0][:80]!r}; "
+                "remove them from one of the two"
+            )
+    encoded = [encode_demonstration(tokenizer, d, task.instruction) for d in task.demonstrations]
+    kept = [row for row in encoded if len(row[1]) <= max_new_tokens]
+    if dropped := len(encoded) - len(kept):
+        task.notes.append(f"sft_data: {dropped} of {len(encoded)} demonstrations exceed {max_new_tokens} tokens: dropped")
+    wrong = [d for d in task.demonstrations if d.answer and not rewards.is_correct(d.response, d.answer).correct]
+    if wrong:
+        task.notes.append(
+            f"sft_data: WARNING, the grader rewards only {len(encoded) - len(wrong)} of {len(encoded)} demonstrations; "
+            f"first refused: {wrong[0].response[-60:]!r} against gold {wrong[0].answer!r}"
+        )
+    needed = {"rl_data": task.problems, "eval_data": task.evaluation} | ({"sft_data": kept} if needs_demonstrations else {})
+    for name, rows in needed.items():
+        if not rows:
+            raise DataError(f"{name}: no usable row is left" + (" (raise max_new_tokens?)" if name == "sft_data" else ""))
+    return kept
+
+
+def read_rows(source: str, setting: str) -> list[tuple[str, dict]]:
+    """[(where it stands, row)] of a .jsonl file, of another data file, or of a hub data set's train split."""
+    if Path(source).suffix != ".jsonl":
+        return _read_with_datasets(source, setting)
+    rows = []
+    try:
+        with open(source, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{source}, line {number}"
+                    try:
+                        row = json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise DataError(f"{setting}: {where}: not valid JSON ({error.msg})") from error
+                    if not isinstance(row, dict):
+                        raise DataError(f"{setting}: {where}: a JSON object is needed, this is a {type(row).__name__}")
+                    rows.append((where, row))
+    except FileNotFoundError as error:
+        raise DataError(f"{setting}: there is no file {source!r}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{setting}: {source} is not UTF-8 text") from error
+    if not rows:
+        raise DataError(f"{setting}: {source} holds no row")
+    return rows
+
+
+def _read_with_datasets(source: str, setting: str) -> list[tuple[str, dict]]:
+    import datasets  # slow to import, and absent on some machines
+
+    kind = Path(source).suffix[1:]
+    try:
+        if kind in ("parquet", "json", "csv"):
+            rows = datasets.load_dataset(kind, data_files=source, split="train")
+        else:
+            rows = datasets.load_dataset(source, split="train")
+    except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
+        raise DataError(f"{setting}: cannot read {source!r}: {str(error).splitlines()[0]}") from error
+    return [(f"{source}, row {i}", dict(row)) for i, row in enumerate(rows)]
+
+
+def _field(row: dict, names: tuple[str, ...], where: str, setting: str) -> str:
+    for name in names:
+        if row.get(name) is not None:
+            return str(row[name])
+    raise DataError(f"{setting}: {where}: needs a field named {' or '.join(names)}, has {', '.join(row) or 'none'}")
+
+
+def read_problems(source: str, setting: str, notes: list[str]) -> list[Problem]:
+    """The problems of a data file; rows whose gold the grader cannot read are dropped, and counted in `notes`."""
+    problems, bad = [], 0
+    for where, row in read_rows(source, setting):
+        answer = _field({"answer": "", **row} if "answer" in row else row, ANSWER, where, setting)
+        gold = answer.rpartition("####")[2].strip()  # GSM8K writes "worked solution #### 42"
+        if not rewards.is_gold(gold):
+            bad += 1
+            continue
+        group = next((f"{k} {row[k]}" for k in ("level", "difficulty") if row.get(k) is not None), "all")
+        problems.append(Problem(_field(row, QUESTION, where, setting), gold, group))
+    if bad:
+        notes.append(f"{setting}: {bad} rows of {source} have no gold answer the grader can read: dropped")
+    return problems
+
+
+def _demonstrations(source: str) -> list[Demonstration]:
+    demonstrations = []
+    for where, row in read_rows(source, "sft_data"):
+        question = _field(row, QUESTION, where, "sft_data")
+        answer = row.get("answer")
+        if answer is not None and "####" in str(answer):  # GSM8K: the worked solution is the answer's first part
+            steps, _, gold = str(answer).rpartition("####")
+            response = f"{steps.strip()}\nThe answer is \\boxed{{{gold.strip()}}}."
+            demonstrations.append(Demonstration(question, response, gold.strip()))
+        else:
+            response = _field(row, SOLUTION, where, "sft_data")
+            demonstrations.append(Demonstration(question, response, None if answer is None else str(answer)))
+    return demonstrations
+
+
+class Stream:
+    """Endless shuffled passes over `count` items. `position` is all the state there is: draws are a function of it."""
+
+    def __init__(self, count: int, seed: tuple[int, ...]):
+        self.count, self.seed, self.position = count, seed, 0
+
+    def take(self, n: int) -> list[tuple[int, int]]:
+        """The next n draws as (number of the draw, index of the item)."""
+        draws = range(self.position, self.position + n)
+        self.position += n
+        order = {e: self._order(e) for e in {d // self.count for d in draws}}
+        return [(d, int(order[d // self.count][d % self.count])) for d in draws]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((*self.seed, epoch)).permutation(self.count)
