@@ -7,6 +7,7 @@ resuming drops the lines of steps that the checkpoint does not know.
 
 import json
 import os
+import signal
 import zipfile
 from pathlib import Path
 
@@ -30,7 +31,9 @@ def save(folder: Path, step: int, state: dict) -> None:
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
         scratch.unlink(missing_ok=True)
-        raise OSError(f"could not write {final}: {error}. Earlier checkpoints are intact; free space and --resume") from error
+        raise OSError(
+            f"could not write {final}: {error}. Earlier checkpoints are intact; free space and --resume"
+        ) from error
     os.replace(scratch, final)
     for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
         old.unlink()
@@ -75,3 +78,18 @@ def cut_back(path: Path, step: int) -> None:
     scratch = path.with_suffix(".tmp")
     scratch.write_text("".join(kept), encoding="utf-8")
     os.replace(scratch, path)
+
+
+class StopSignal:
+    """SIGINT and SIGTERM ask the loop to end after this step; a second one ends the process at once."""
+
+    def __init__(self):
+        self.requested: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame) -> None:
+        self.requested = signal.Signals(number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print(f"\n{self.requested.name}: finishing this step, then saving", flush=True)

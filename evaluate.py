@@ -57,7 +57,9 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("source", metavar="RUN_OR_MODEL", help="a run folder of bridge.py, a model folder or a hub name")
+    parser.add_argument(
+        "source", metavar="RUN_OR_MODEL", help="a run folder of bridge.py, a model folder or a hub name"
+    )
     parser.add_argument("--data", default="", help="problems to evaluate on, .jsonl with question and answer")
     parser.add_argument("--problems", type=int, default=0, help="how many (per length for the built-in task)")
     parser.add_argument("--max-new-tokens", type=int, default=0, help="tokens per answer (default: the run's, else 96)")
@@ -72,7 +74,10 @@ def main() -> None:
     count = args.problems or settings.get("eval_problems", 100)
     try:
         if args.data:
-            problems, instruction = tasks.read_problems(args.data, "--data", [])[: args.problems or None], tasks.INSTRUCTION
+            problems, instruction = (
+                tasks.read_problems(args.data, "--data", [])[: args.problems or None],
+                tasks.INSTRUCTION,
+            )
         elif rl_data:
             task = tasks.from_files(rl_data, "", data, count)
             problems, instruction = task.evaluation, task.instruction

@@ -40,10 +40,16 @@ def load(name_or_folder: str, trust_remote_code: bool = False):
             name_or_folder, dtype=torch.float32, trust_remote_code=trust_remote_code
         )
     except OSError as error:
-        where = "a folder without a usable model" if Path(name_or_folder).exists() else "no folder here and not loadable from the hub"
+        where = (
+            "a folder without a usable model"
+            if Path(name_or_folder).exists()
+            else "no folder here and not loadable from the hub"
+        )
         raise ModelError(f"model {name_or_folder!r} is {where}: {str(error).splitlines()[0]}") from error
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
-        raise ModelError(f"model {name_or_folder!r} has a bias on its vocabulary head, which logprob.py does not support")
+        raise ModelError(
+            f"model {name_or_folder!r} has a bias on its vocabulary head, which logprob.py does not support"
+        )
     model.set_attn_implementation("packed")
     return model.to(pick_device()).eval(), tokenizer
 
@@ -120,7 +126,9 @@ def response_logprobs(
     """
     device = next(model.parameters()).device
     packed = pack([prompt + response[:-1] for prompt, response in rows], device)
-    predicts = torch.tensor([i >= len(p) - 1 for p, r in rows for i in range(len(p) + len(r) - 1)], device=device)  # [T]
+    predicts = torch.tensor(
+        [i >= len(p) - 1 for p, r in rows for i in range(len(p) + len(r) - 1)], device=device
+    )  # [T]
     targets = torch.tensor([t for _, r in rows for t in r], device=device)  # [R]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         hidden = hidden_states(model, packed)  # [T, H]

@@ -1,6 +1,6 @@
 """Figures from run folders.
 
-    python plot.py RUN [RUN ...] --out FILE.png
+python plot.py RUN [RUN ...] --out FILE.png
 """
 
 import argparse
@@ -11,7 +11,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.pyplot as plt
 
 
 def read(path: Path) -> list[dict]:
@@ -33,7 +33,7 @@ def curve(ax, metrics: list[dict], name: str, label: str, color: str) -> None:
 
 
 def draw(runs: list[Path], out: Path) -> None:
-    """Six panels: accuracy over steps, accuracy by group, reward, response length, cooperative gain, seconds by phase."""
+    """Six panels: accuracy over steps and by group, reward, response length, cooperative gain, seconds by phase."""
     names = [run.name for run in runs]
     colors = [f"C{i}" for i in range(len(runs))]
     metrics = [read(run / "metrics.jsonl") for run in runs]
@@ -55,7 +55,9 @@ def draw(runs: list[Path], out: Path) -> None:
     width = 0.8 / max(len(bars), 1)
     for i, (name, color, values) in enumerate(bars):
         groups = [g for g in values if g != "average"]
-        by_group.bar([x + i * width for x in range(len(groups))], [values[g] for g in groups], width, color=color, label=name)
+        by_group.bar(
+            [x + i * width for x in range(len(groups))], [values[g] for g in groups], width, color=color, label=name
+        )
         by_group.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], groups)
     by_group.set(title="accuracy by group, at the end", ylim=(0, 1))
 

@@ -71,8 +71,11 @@ def choose(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tenso
     """Next tokens and their log-probs. logits [n, V], u [n] in [0, 1) -> tokens [n], logp [n].
 
     Inverse CDF: the first token at which the cumulative probability exceeds u. The sum runs in fp64, since in
-    fp32 the tail of a 150k vocabulary would drown in rounding. Temperature 0 takes the largest logit.
+    fp32 the tail of a 150k vocabulary would drown in rounding. Temperature 0 takes the largest logit. Raises
+    FloatingPointError if a row holds NaN or +inf: no distribution, so nothing to sample.
     """
+    if not logits.amax(-1).isfinite().all():
+        raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
     if temperature == 0:
         tokens, temperature = logits.argmax(-1), 1.0
     else:

@@ -84,30 +84,36 @@ def prepare(
 ) -> list[tuple[list[int], list[int]]]:
     """Checks the task and returns the encoded demonstrations that training can use.
 
-    A demonstration longer than `max_new_tokens` (which the policy could never finish either) is dropped. Raises DataError
-    when a set is empty or an evaluation question occurs in training. What it drops or doubts goes to `task.notes`.
+    A demonstration longer than `max_new_tokens`, which the policy could never finish either, is dropped. What is
+    dropped or doubtful goes to `task.notes`. Raises DataError when a set is empty or evaluation occurs in training.
     """
     questions = {p.question.strip() for p in task.evaluation}
     for name, rows in (("rl_data", task.problems), ("sft_data", task.demonstrations)):
         if shared := [r.question for r in rows if r.question.strip() in questions]:
             raise DataError(
-                f"{name}: {len(shared)} evaluation problems occur in the training data, the first is {shared[0][:80]!r}; "
+                f"{name}: {len(shared)} evaluation problems occur in training, the first is {shared[0][:80]!r}; "
                 "remove them from one of the two"
             )
     encoded = [encode_demonstration(tokenizer, d, task.instruction) for d in task.demonstrations]
     kept = [row for row in encoded if len(row[1]) <= max_new_tokens]
     if dropped := len(encoded) - len(kept):
-        task.notes.append(f"sft_data: {dropped} of {len(encoded)} demonstrations exceed {max_new_tokens} tokens: dropped")
+        task.notes.append(
+            f"sft_data: {dropped} of {len(encoded)} demonstrations exceed {max_new_tokens} tokens: dropped"
+        )
     wrong = [d for d in task.demonstrations if d.answer and not rewards.is_correct(d.response, d.answer).correct]
     if wrong:
         task.notes.append(
             f"sft_data: WARNING, the grader rewards only {len(encoded) - len(wrong)} of {len(encoded)} demonstrations; "
             f"first refused: {wrong[0].response[-60:]!r} against gold {wrong[0].answer!r}"
         )
-    needed = {"rl_data": task.problems, "eval_data": task.evaluation} | ({"sft_data": kept} if needs_demonstrations else {})
+    needed = {"rl_data": task.problems, "eval_data": task.evaluation} | (
+        {"sft_data": kept} if needs_demonstrations else {}
+    )
     for name, rows in needed.items():
         if not rows:
-            raise DataError(f"{name}: no usable row is left" + (" (raise max_new_tokens?)" if name == "sft_data" else ""))
+            raise DataError(
+                f"{name}: no usable row is left" + (" (raise max_new_tokens?)" if name == "sft_data" else "")
+            )
     return kept
 
 
@@ -153,8 +159,8 @@ def _read_with_datasets(source: str, setting: str) -> list[tuple[str, dict]]:
 
 def _field(row: dict, names: tuple[str, ...], where: str, setting: str) -> str:
     for name in names:
-        if row.get(name) is not None:
-            return str(row[name])
+        if name in row:
+            return "" if row[name] is None else str(row[name])
     raise DataError(f"{setting}: {where}: needs a field named {' or '.join(names)}, has {', '.join(row) or 'none'}")
 
 
@@ -162,7 +168,7 @@ def read_problems(source: str, setting: str, notes: list[str]) -> list[Problem]:
     """The problems of a data file; rows whose gold the grader cannot read are dropped, and counted in `notes`."""
     problems, bad = [], 0
     for where, row in read_rows(source, setting):
-        answer = _field({"answer": "", **row} if "answer" in row else row, ANSWER, where, setting)
+        answer = _field(row, ANSWER, where, setting)
         gold = answer.rpartition("####")[2].strip()  # GSM8K writes "worked solution #### 42"
         if not rewards.is_gold(gold):
             bad += 1

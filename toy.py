@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
 from model import pick_device, response_logprobs
-from tasks import Demonstration, Problem, Task, encode_prompt
+from tasks import DataError, Demonstration, Problem, Task, encode_prompt
 
 MODULUS = 100
 TRAIN_LENGTHS, EVAL_LENGTHS = range(3, 7), range(3, 9)
@@ -75,9 +75,12 @@ EVAL_MAX = 200  # per length; no training set holds any of these
 
 
 def task(seed: int, eval_per_length: int) -> Task:
-    """Prompts, demonstrations and evaluation problems, a function of the seed; no question occurs twice."""
+    """Prompts, demonstrations and evaluation problems; a function of the seed, and no question occurs twice.
+
+    Raises DataError when more than EVAL_MAX evaluation problems of each length are asked for.
+    """
     if eval_per_length > EVAL_MAX:
-        raise ValueError(f"eval_problems: the built-in task has {EVAL_MAX} per length, {eval_per_length} asked for")
+        raise DataError(f"eval_problems: the built-in task has {EVAL_MAX} of each length, {eval_per_length} asked for")
     rng, taken = random.Random(seed), {p.question for p in evaluation(EVAL_MAX)}
     demonstrations = _distinct(rng, list(TRAIN_LENGTHS), DEMONSTRATIONS, taken)
     problems = _distinct(rng, list(TRAIN_LENGTHS), PROMPTS, taken)
@@ -143,7 +146,7 @@ def documents(recipe: Recipe, tokenizer):
 
 RECIPES = {
     "arithmetic-laptop": Recipe(),
-    "arithmetic-smoke": Recipe(hidden=32, layers=2, mlp=64, steps=60, batch=32),
+    "arithmetic-smoke": Recipe(hidden=32, layers=2, mlp=64, steps=200, batch=32),
 }
 MODELS = Path(__file__).parent / "models"
 

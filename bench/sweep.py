@@ -1,6 +1,6 @@
 """Runs bridge.py over a grid of settings and seeds, one after another; resumable, one JSON line per finished run.
 
-    python bench/sweep.py --out bench/results/NAME.jsonl --seeds 10,11 method=bridge,mix_lora alpha=3e-4,5e-4
+python bench/sweep.py --out bench/results/NAME.jsonl --seeds 10,11 method=bridge,mix_lora alpha=3e-4,5e-4
 """
 
 import argparse
@@ -18,20 +18,22 @@ ROOT = Path(__file__).parent.parent
 
 
 def run(settings: dict[str, str], keep: Path | None) -> dict:
-    """One run of bridge.py; returns its settings, accuracies over steps, mean reward of the last 10 steps and seconds."""
+    """One run of bridge.py: its settings, accuracies over steps, mean reward of the last 10 steps and seconds."""
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         flags = [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
         start = time.time()
-        subprocess.run([sys.executable, ROOT / "bridge.py", *flags, "--out", out], check=True, stdout=subprocess.DEVNULL,
-                       stderr=subprocess.DEVNULL)  # fmt: skip
+        command = [sys.executable, ROOT / "bridge.py", *flags, "--out", out]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         seconds = time.time() - start
         evals = [json.loads(line) for line in (out / "evals.jsonl").read_text().splitlines()]
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         reward = [m["reward"] for m in metrics[-10:] if m["reward"] is not None]
         if keep:
             name = "-".join(settings.values())
-            shutil.copytree(out, keep / name, ignore=shutil.ignore_patterns("checkpoint", "model", "adapter"), dirs_exist_ok=True)
+            shutil.copytree(
+                out, keep / name, ignore=shutil.ignore_patterns("checkpoint", "model", "adapter"), dirs_exist_ok=True
+            )
     return dict(
         settings=settings,
         average={e["step"]: e["policy"]["average"] for e in evals},
@@ -53,7 +55,9 @@ def main() -> None:
     values = [g.partition("=")[2].split(",") for g in args.grid]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     done = [json.loads(line)["settings"] for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.strip()
     for *point, seed in itertools.product(*values, args.seeds.split(",")):
         settings = dict(zip(names, point, strict=True)) | {"seed": seed}
         if settings not in done:

@@ -1,0 +1,152 @@
+"""Every setting of a run, its default, the paper's value, and the command line made from them.
+
+The defaults are the `laptop` preset. "paper" gives the paper's value (arXiv 2509.06948) where it is known.
+"""
+
+import argparse
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import grpo
+
+
+def opt(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Settings:
+    # data and model
+    model: str = opt(
+        "arithmetic-laptop", "hub name, model folder, or a built-in arithmetic-* model (paper: Qwen2.5-3B)"
+    )
+    rl_data: str = opt("", "D_RL: .jsonl with question and answer; empty: the built-in arithmetic (paper: LIMR)")
+    sft_data: str = opt("", "D_SFT: .jsonl with question and solution; empty: the built-in arithmetic")
+    eval_data: str = opt("", "evaluation problems; empty: the last eval_problems of rl_data, held out")
+    trust_remote_code: bool = opt(False, "run Python code that comes with the model")
+    seed: int = opt(0, "of data order, adapter and samples")
+    # method
+    method: str = opt("bridge", "sft, rl, sft_rl, alternating, mix, mix_lora or bridge")
+    steps: int = opt(150, "iterations k (paper: 6 epochs); sft_rl puts its sft_steps before them")
+    lam: float = opt(0.5, "λ in [0, 1]: weight of RL against SFT (paper: 0.5)")
+    lam_ramp_steps: int = opt(
+        0, "λ rises linearly from 0 over this many steps; 0: constant (paper: runs constant, text rising)"
+    )
+    mu: float = opt(1.0, "mix: weight of SFT beside RL; (1−λ)/λ makes θ's update BRIDGE's (paper: unknown)")
+    sft_steps: int = opt(100, "sft_rl: SFT steps before RL starts (paper: unknown)")
+    # the shadow θ̂
+    shadow_rollouts: str = opt(
+        "shared", "θ̂ learns from the policy's rollouts (shared, paper v3) or samples its own (own)"
+    )
+    shadow_ratio_cap: float = opt(
+        2.0,
+        "shared rollouts are off-policy for θ̂: its ratio is truncated here (inf: never); 0: clipped as in PPO, which "
+        "silences θ̂ where it has drifted (paper: unknown)",
+    )
+    resync_every: int = opt(0, "set θ̂ back to θ every n steps; 0: never (paper: never)")
+    # learning rates
+    alpha: float = opt(5e-4, "α, learning rate of θ and θ̂ (paper: 5e-7)")
+    beta: float = opt(2e-3, "β, learning rate of w; 10-200 times α, else B·A hardly moves (paper: not stated)")
+    grad_clip: float = opt(1.0, "largest gradient norm, of θ, θ̂ and w each (paper: unknown)")
+    # adapter
+    lora_rank: int = opt(8, "rank r of w (paper: 16)")
+    lora_alpha: float = opt(16.0, "ΔW = lora_alpha/r·B·A (paper: 16)")
+    lora_targets: str = opt(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "names of the linears that w adapts"
+    )
+    # batches
+    prompts_per_step: int = opt(16, "P (paper: 64)")
+    group_size: int = opt(8, "G, samples of a prompt, at least 2 (paper: 5)")
+    sft_batch: int = opt(32, "demonstrations per update (paper: unknown)")
+    updates_per_rollout: int = opt(1, "updates on the same rollouts (paper: 1)")
+    max_new_tokens: int = opt(80, "tokens of a completion; longer demonstrations are dropped (paper: 3000)")
+    temperature: float = opt(1.0, "of sampling and of log-probs, > 0 (paper: unknown, SimpleRL 1.0)")
+    tokens_per_micro_batch: int = opt(8192, "tokens per forward and backward; changes memory, not the result")
+    sampler_slots: int = opt(256, "sequences generated at one time; changes memory, not the samples")
+    dtype: str = opt("float32", "of the forward pass and the sampler; weights stay float32 (float32 or bfloat16)")
+    # GRPO
+    aggregation: str = opt("grpo", "token weights: grpo, dapo or dr_grpo (paper: unknown)")
+    divide_by_std: bool = opt(True, "divide advantages by the group's standard deviation (off: Dr.GRPO)")
+    clip_low: float = opt(0.2, "ratio is clipped below 1 − clip_low (paper: unknown, verl 0.2)")
+    clip_high: float = opt(0.2, "ratio is clipped above 1 + clip_high; DAPO: 0.28")
+    kl_coef: float = opt(
+        0.0, "weight of KL(π ‖ initial model); the reference is only kept if > 0 (paper: unknown, SimpleRL 1e-3)"
+    )
+    overlong_mask: bool = opt(False, "leave sequences that were cut off out of the RL loss")
+    dynamic_sampling: int = opt(0, "sample up to n more batches to replace groups of equal rewards; 0: off")
+    # evaluation and files
+    eval_every: int = opt(25, "steps between evaluations")
+    eval_problems: int = opt(100, "evaluation problems (of each length, for the arithmetic)")
+    save_every: int = opt(25, "steps between checkpoints")
+
+
+PRESETS: dict[str, dict] = {
+    "laptop": {},  # the defaults: minutes on two cores
+    "smoke": dict(model="arithmetic-smoke", steps=6, sft_steps=3, prompts_per_step=8, group_size=8, sft_batch=8,
+                  eval_every=3, eval_problems=4, save_every=2, lora_rank=4, lora_alpha=8.0),
+}  # fmt: skip
+CHOICES = {
+    "method": ("sft", "rl", "sft_rl", "alternating", "mix", "mix_lora", "bridge"),
+    "shadow_rollouts": ("shared", "own"),
+    "dtype": ("float32", "bfloat16"),
+    "aggregation": grpo.AGGREGATIONS,
+}
+MINIMUM = dict(
+    steps=1, lam_ramp_steps=0, mu=0, sft_steps=0, shadow_ratio_cap=0, resync_every=0, alpha=0, beta=0, lora_rank=1,
+    prompts_per_step=1, group_size=2, sft_batch=1, updates_per_rollout=1, max_new_tokens=1, tokens_per_micro_batch=1,
+    sampler_slots=1, clip_low=0, clip_high=0, kl_coef=0, dynamic_sampling=0, eval_every=1, eval_problems=1,
+    save_every=1, lam=0, seed=0,
+)  # fmt: skip
+MAY_CHANGE_ON_RESUME = {"steps", "eval_every", "save_every", "tokens_per_micro_batch", "sampler_slots"}
+
+
+class SettingError(ValueError):
+    """A setting that is unknown, out of range or inconsistent; the message names it."""
+
+
+def check(s: Settings) -> Settings:
+    for name, values in CHOICES.items():
+        if getattr(s, name) not in values:
+            raise SettingError(f"{name} must be one of {', '.join(values)}; got {getattr(s, name)!r}")
+    for name, least in MINIMUM.items():
+        if not getattr(s, name) >= least:  # "not >=" also catches nan
+            raise SettingError(f"{name} must be at least {least}; got {getattr(s, name)}")
+    if s.lam > 1:
+        raise SettingError(f"lam must be in [0, 1]; got {s.lam}")
+    if s.clip_low > 1:
+        raise SettingError(f"clip_low must be in [0, 1]; got {s.clip_low}")
+    for name in ("temperature", "grad_clip", "lora_alpha"):
+        if not getattr(s, name) > 0:
+            raise SettingError(f"{name} must be greater than 0; got {getattr(s, name)}")
+    if s.sft_data and not s.rl_data:
+        raise SettingError(
+            "sft_data needs rl_data, whose problems also serve evaluation; with neither, the arithmetic is used"
+        )
+    if s.rl_data and not s.sft_data and s.method != "rl":
+        raise SettingError(f"method {s.method} needs demonstrations: give sft_data, or choose --method rl")
+    if s.method != "bridge" and (s.shadow_rollouts != "shared" or s.resync_every):
+        raise SettingError(
+            f"shadow_rollouts and resync_every concern θ̂, which only --method bridge has (got {s.method})"
+        )
+    return s
+
+
+def parse(argv: list[str]) -> tuple[Settings, Path, bool]:
+    parser = argparse.ArgumentParser(
+        description="Trains a language model with BRIDGE or one of its baselines.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--preset", choices=PRESETS, default="laptop", help="sets the defaults of all other flags")
+    parser.add_argument("--out", help="run folder; by default runs/METHOD-PRESET-SEED")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue the run in --out from its newest good checkpoint"
+    )
+    for f in fields(Settings):
+        action = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        text = f.metadata["help"].replace("%", "%%")
+        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **action)
+    preset = parser.parse_known_args(argv)[0].preset
+    parser.set_defaults(**PRESETS[preset])
+    args = vars(parser.parse_args(argv))
+    s = check(Settings(**{f.name: args[f.name] for f in fields(Settings)}))
+    return s, Path(args["out"] or f"runs/{s.method}-{preset}-{s.seed}"), args["resume"]

@@ -1,0 +1,44 @@
+"""Tiny random models on the CPU; every test is deterministic."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+
+import model as _registers_the_packed_attention  # noqa: F401
+
+torch.set_num_threads(1)  # the models are tiny: two threads only get in each other's way
+CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
+VOCABULARY = 37
+
+
+def tiny_model(family: str = "qwen2", seed: int = 0, tied: bool = True):
+    """Two layers, 4 heads on 2 key-value heads, weights large enough for attention and next tokens to be peaked."""
+    torch.manual_seed(seed)
+    config = CONFIGS[family](
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=tied, head_dim=8,
+        bos_token_id=None, eos_token_id=0,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() > 1:
+                p.mul_(6)
+    model.set_attn_implementation("packed")
+    return model
+
+
+def rows(count: int, seed: int = 0, longest: int = 9):
+    """Random (prompt, response) pairs of unequal lengths."""
+    g = torch.Generator().manual_seed(seed)
+
+    def ids(low, high):
+        n = int(torch.randint(low, high, (), generator=g))
+        return torch.randint(1, VOCABULARY, (n,), generator=g).tolist()
+
+    return [(ids(1, 6), ids(1, longest)) for _ in range(count)]
+
+
+@pytest.fixture(params=CONFIGS)
+def any_model(request):
+    return tiny_model(request.param)

@@ -1,0 +1,155 @@
+"""grpo.py against TRL's own loss and advantages, and against what the formulas say."""
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import grpo
+
+MAX_LENGTH = 10
+LENGTHS = torch.tensor([3, 7, 1, 10])
+
+
+def padded_batch(seed=0):
+    """logp, old, ref [B, T] in fp64, advantages [B], mask [B, T]: ratios on both sides of the clip."""
+    g = torch.Generator().manual_seed(seed)
+    shape = (len(LENGTHS), MAX_LENGTH)
+    logp, noise, ref = (torch.randn(shape, generator=g, dtype=torch.float64) for _ in range(3))
+    mask = (torch.arange(MAX_LENGTH) < LENGTHS[:, None]).double()
+    advantages = torch.tensor([1.5, -0.5, 0.7, -1.2], dtype=torch.float64)
+    return (logp - 3).requires_grad_(), logp - 3 + 0.4 * noise, ref - 3, advantages, mask
+
+
+def trl_loss(logp, old, ref, advantages, mask, loss_type, beta):
+    trl = pytest.importorskip("trl")
+    t = object.__new__(trl.GRPOTrainer)
+    t._get_per_token_logps_and_entropies = lambda *a, **k: (logp, torch.zeros_like(logp), None)
+    t.loss_type, t.beta, t.epsilon_low, t.epsilon_high = loss_type, beta, 0.2, 0.28
+    t.importance_sampling_level, t.top_entropy_quantile, t.off_policy_mask_threshold = "token", 1.0, None
+    t.aux_loss_enabled = t.use_vllm = t.vllm_importance_sampling_correction = t._entropy_bonus_enabled = False
+    t.max_completion_length, t.current_gradient_accumulation_steps = MAX_LENGTH, 1
+    t.model = SimpleNamespace(training=True)
+    t.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
+    t.accelerator = SimpleNamespace(num_processes=1, reduce=lambda x, reduction=None: x, gather=lambda x: x)
+    t._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
+    ids = torch.zeros_like(mask, dtype=torch.long)
+    inputs = dict(
+        prompt_ids=ids[:, :1], prompt_mask=ids[:, :1] + 1, completion_ids=ids, completion_mask=mask,
+        advantages=advantages, num_items_in_batch=mask.sum(), old_per_token_logps=old, ref_per_token_logps=ref,
+    )  # fmt: skip
+    return t._compute_loss(t.model, inputs)
+
+
+@pytest.mark.parametrize("aggregation", grpo.AGGREGATIONS)
+@pytest.mark.parametrize("kl_coef", [0.0, 0.04])
+@pytest.mark.parametrize("on_policy", [False, True])
+def test_loss_and_gradient_equal_trl(aggregation, kl_coef, on_policy):
+    logp, old, ref, advantages, mask = padded_batch()
+    old = logp.detach() if on_policy else old
+    theirs = trl_loss(logp, old, ref, advantages, mask, aggregation, kl_coef)
+    (their_gradient,) = torch.autograd.grad(theirs, logp)
+
+    keep = mask.bool()
+    flat = logp.detach()[keep].requires_grad_()
+    weight = grpo.token_weights(LENGTHS, aggregation, MAX_LENGTH).double()
+    advantage = advantages.repeat_interleave(LENGTHS)
+    loss, terms = grpo.grpo_loss(flat, old[keep], advantage, weight, (0.2, 0.28), None, ref[keep], kl_coef)
+    (gradient,) = torch.autograd.grad(loss, flat)
+
+    assert on_policy or terms["cut"].any(), "the case must exercise the clip"
+    torch.testing.assert_close(loss, theirs, rtol=1e-6, atol=1e-8)  # weights are fp32 numbers
+    torch.testing.assert_close(gradient, their_gradient[keep], rtol=1e-6, atol=1e-9)
+
+
+def test_advantages_equal_trl():
+    nanstd = pytest.importorskip("trl.trainer.utils").nanstd
+    r = torch.tensor([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])
+    theirs = (r - r.mean(1, keepdim=True)) / (nanstd(r, 1, True) + 1e-4)
+    torch.testing.assert_close(grpo.group_advantages(r), theirs)
+
+
+def test_advantages_without_std_are_centred_rewards():
+    r = torch.tensor([[1.0, 0, 0, 0]])
+    assert grpo.group_advantages(r, divide_by_std=False).tolist() == [[0.75, -0.25, -0.25, -0.25]]
+
+
+def test_rewards_of_plus_minus_one_and_of_one_zero_give_the_same_normalised_advantages():
+    r = torch.tensor([[1.0, 0, 0, 1, 0]])
+    torch.testing.assert_close(grpo.group_advantages(2 * r - 1), grpo.group_advantages(r), rtol=1e-3, atol=1e-4)
+
+
+def test_groups_of_equal_rewards_have_no_advantage():
+    for value in (0.0, 1.0):
+        assert not grpo.group_advantages(torch.full((1, 5), value)).any()
+
+
+def test_a_group_of_one_has_no_advantage_and_is_finite():
+    assert grpo.group_advantages(torch.tensor([[1.0]])).tolist() == [[0.0]]
+
+
+def test_token_weights_of_each_aggregation():
+    lengths = torch.tensor([1, 3])
+    assert grpo.token_weights(lengths, "grpo", 8).tolist() == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
+    assert grpo.token_weights(lengths, "dapo", 8).tolist() == pytest.approx([1 / 4] * 4)
+    assert grpo.token_weights(lengths, "dr_grpo", 8).tolist() == pytest.approx([1 / 16] * 4)
+    with pytest.raises(ValueError, match="aggregation must be one of"):
+        grpo.token_weights(lengths, "mean", 8)
+
+
+@pytest.mark.parametrize("aggregation", grpo.AGGREGATIONS)
+def test_masked_sequences_weigh_nothing_and_their_infinities_stay_out(aggregation):
+    lengths, keep = torch.tensor([2, 3]), torch.tensor([True, False])
+    weight = grpo.token_weights(lengths, aggregation, 8, keep)
+    assert weight[2:].tolist() == [0, 0, 0]
+    logp = torch.tensor([-1.0, -2, -1, -1, -1], requires_grad=True)
+    old = torch.tensor([-1.0, -2, -200, float("-inf"), float("nan")])
+    for truncate in (None, 2.0):
+        loss, terms = grpo.grpo_loss(logp, old, torch.ones(5), weight, truncate=truncate, ref_logp=old, kl_coef=0.1)
+        (gradient,) = torch.autograd.grad(loss, logp)
+        assert loss.isfinite()
+        assert gradient.isfinite().all()
+        assert gradient[2:].tolist() == [0, 0, 0]
+        assert terms["kl"].isfinite().all()
+
+
+def test_a_huge_log_ratio_is_clamped():
+    logp, old = torch.tensor([0.0], requires_grad=True), torch.tensor([-1000.0])
+    loss, _ = grpo.grpo_loss(logp, old, torch.tensor([-1.0]), torch.tensor([1.0]))
+    assert loss.isfinite()
+
+
+def test_clip_stops_the_gradient_only_where_it_would_go_further():
+    logp = torch.tensor([0.5, 0.5, -0.5, -0.5], requires_grad=True)  # ratio 1.65 and 0.61
+    advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
+    loss, terms = grpo.grpo_loss(logp, torch.zeros(4), advantage, torch.ones(4), (0.2, 0.2))
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert (gradient == 0).tolist() == [True, False, False, True] == terms["cut"].tolist()
+
+
+def test_on_policy_the_truncated_and_the_clipped_surrogate_have_the_same_gradient_bit_for_bit():
+    logp = torch.randn(9, requires_grad=True)
+    advantage, weight = torch.randn(9), torch.rand(9)
+    gradients = []
+    for truncate in (None, 2.0):
+        loss, _ = grpo.grpo_loss(logp, logp.detach(), advantage, weight, truncate=truncate)
+        gradients.append(torch.autograd.grad(loss, logp)[0])
+    assert torch.equal(*gradients)
+
+
+def test_truncation_bounds_the_weight_and_keeps_the_gradient():
+    logp = torch.tensor([3.0, -3.0], requires_grad=True)
+    loss, terms = grpo.grpo_loss(logp, torch.zeros(2), torch.ones(2), torch.ones(2), truncate=2.0)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert gradient.tolist() == pytest.approx([-2.0, -torch.tensor(-3.0).exp().item()])
+    assert terms["cut"].tolist() == [True, False]
+
+
+def test_k3_is_zero_at_equality_never_negative_and_unbiased():
+    p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
+    kl = (p * (p / q).log()).sum()
+    estimate = (p * grpo.k3(p.log(), q.log(), torch.ones(3))).sum()
+    torch.testing.assert_close(estimate, kl)
+    assert (grpo.k3(p.log(), q.log(), torch.ones(3)) >= 0).all()
+    assert not grpo.k3(p.log(), p.log(), torch.ones(3)).any()

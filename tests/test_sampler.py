@@ -1,0 +1,152 @@
+"""sampler.py against transformers' generate, its own cache-free definition, and the trainer's log-probs."""
+
+import pytest
+import torch
+from conftest import VOCABULARY, tiny_model
+
+import lora
+from model import response_logprobs
+from sampler import Sampler, choose, generate_naive, uniforms
+
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [12, 30, 2, 2]]
+KEYS = [(0, 7, i) for i in range(len(PROMPTS))]
+STOP = [0]
+
+
+def test_greedy_equals_transformers_generate(any_model):
+    ours = Sampler(any_model, STOP).generate(PROMPTS, KEYS, 1, 16, temperature=0)
+    any_model.set_attn_implementation("sdpa")
+    for prompt, (completion,) in zip(PROMPTS, ours, strict=True):
+        ids = torch.tensor([prompt])
+        theirs = any_model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=16, do_sample=False, eos_token_id=0, pad_token_id=0
+        )
+        assert theirs[0, len(prompt) :].tolist() == completion.ids
+
+
+@pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
+@pytest.mark.parametrize("slots", [2, 3, 100])
+def test_cached_sampling_equals_the_naive_definition_for_any_number_of_slots(temperature, slots):
+    sampler = Sampler(tiny_model(), STOP, slots=slots)
+    groups = sampler.generate(PROMPTS, KEYS, 2, 16, temperature)
+    reasons = set()
+    for prompt, key, group in zip(PROMPTS, KEYS, groups, strict=True):
+        for i, completion in enumerate(group):
+            naive = generate_naive(sampler, prompt, (*key, i), 16, temperature)
+            assert naive.ids == completion.ids
+            assert naive.finish_reason == completion.finish_reason
+            assert completion.logps == pytest.approx(naive.logps, abs=1e-4)
+            reasons.add(completion.finish_reason)
+    assert temperature == 0 or reasons == {"stop", "length"}, "the case must see both ways to end"
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_the_sampler_equal_the_trainer_s_at_the_sampling_temperature(any_model, temperature):
+    groups = Sampler(any_model, STOP).generate(PROMPTS, KEYS, 3, 12, temperature)
+    rows = [(prompt, c.ids) for prompt, group in zip(PROMPTS, groups, strict=True) for c in group]
+    logp, _ = response_logprobs(any_model, rows, temperature)
+    sampled = torch.tensor([lp for group in groups for c in group for lp in c.logps])
+    torch.testing.assert_close(sampled, logp, rtol=1e-4, atol=1e-4)
+
+
+def test_a_sample_depends_on_its_key_and_not_on_its_neighbours():
+    sampler = Sampler(tiny_model(), STOP)
+    together = sampler.generate(PROMPTS, KEYS, 2, 16, 1.0)
+    (alone,) = sampler.generate(PROMPTS[2:3], KEYS[2:3], 2, 16, 1.0)
+    assert [c.ids for c in alone] == [c.ids for c in together[2]]
+    backwards = sampler.generate(PROMPTS[::-1], KEYS[::-1], 2, 16, 1.0)[::-1]
+    assert [[c.ids for c in g] for g in backwards] == [[c.ids for c in g] for g in together]
+    other_step = sampler.generate(PROMPTS, [(0, 8, i) for i in range(len(PROMPTS))], 2, 16, 1.0)
+    assert [[c.ids for c in g] for g in other_step] != [[c.ids for c in g] for g in together]
+
+
+def test_samples_of_a_group_differ_from_one_another():
+    group = Sampler(tiny_model(), STOP).generate([[1, 2]], [(0,)], 8, 8, 1.0)[0]
+    assert len({tuple(c.ids) for c in group}) > 4
+
+
+def test_finished_completions_end_with_the_stop_token_and_truncated_ones_have_none():
+    groups = Sampler(tiny_model(), STOP).generate(PROMPTS, KEYS, 8, 12, 1.0)
+    for completion in (c for group in groups for c in group):
+        assert len(completion.ids) == len(completion.logps)
+        if completion.finish_reason == "stop":
+            assert completion.ids[-1] == 0
+        else:
+            assert len(completion.ids) == 12
+        assert 0 not in completion.ids[:-1]
+
+
+def test_a_single_token_is_enough():
+    groups = Sampler(tiny_model(), STOP).generate(PROMPTS, KEYS, 2, 1, 1.0)
+    assert all(len(c.ids) == 1 for g in groups for c in g)
+
+
+def test_sampled_frequencies_follow_the_distribution():
+    """χ² over 20,000 draws: below the 99.9 % point of the 11 degrees of freedom, and never a token of probability 0."""
+    torch.manual_seed(0)
+    logits = torch.randn(12) * 2
+    logits[3] = float("-inf")
+    n, temperature = 20_000, 0.8
+    u = torch.from_numpy(uniforms((1, 2, 3), n))
+    tokens, logp = choose(logits.expand(n, -1), u, temperature)
+    p = (logits / temperature).softmax(-1)
+    observed, expected = tokens.bincount(minlength=12), n * p
+    assert observed[3] == 0
+    live = p > 0
+    assert ((observed - expected)[live] ** 2 / expected[live]).sum() < 31.3
+    torch.testing.assert_close(logp, p[tokens].log())
+
+
+def test_extreme_uniforms_pick_the_ends_of_the_vocabulary():
+    logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]]).expand(2, -1)
+    tokens, _ = choose(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)
+    assert tokens.tolist() == [1, 2]
+
+
+def test_refresh_takes_over_theta_plus_the_adapter():
+    policy, sampler = tiny_model(seed=1), Sampler(tiny_model(), STOP)
+    w = lora.create(policy, ["q_proj", "down_proj"], 4, 0)
+    for p in w.values():
+        p.data = torch.randn_like(p) * 0.3
+    lora.attach(policy, w, 2.0)
+    before = {n: p.clone() for n, p in policy.named_parameters()}
+    sampler.refresh(policy)
+    rows = [(p, c.ids) for p, (c,) in zip(PROMPTS, sampler.generate(PROMPTS, KEYS, 1, 8, 1.0), strict=True)]
+    sampled = [lp for (c,) in sampler.generate(PROMPTS, KEYS, 1, 8, 1.0) for lp in c.logps]
+    torch.testing.assert_close(torch.tensor(sampled), response_logprobs(policy, rows)[0], rtol=1e-4, atol=1e-4)
+    assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters())
+
+
+def test_each_prompt_is_run_once_however_many_samples_it_gets(monkeypatch):
+    sampler, fed = Sampler(tiny_model(), STOP), []
+    forward = sampler.model.model.forward
+    monkeypatch.setattr(
+        sampler.model.model, "forward", lambda **kw: fed.append(kw["input_ids"].shape[1]) or forward(**kw)
+    )
+    sampler.generate(PROMPTS, KEYS, 8, 2, 1.0)
+    assert fed[0] == sum(map(len, PROMPTS))
+    assert fed[1] <= 8 * len(PROMPTS)
+
+
+def test_finished_rows_leave_the_batch_and_waiting_prompts_take_their_place(monkeypatch):
+    sampler, fed = Sampler(tiny_model(), STOP, slots=4), []
+    forward = sampler.model.model.forward
+    monkeypatch.setattr(
+        sampler.model.model, "forward", lambda **kw: fed.append(kw["input_ids"].shape[1]) or forward(**kw)
+    )
+    groups = sampler.generate(PROMPTS * 4, [(i,) for i in range(20)], 1, 16, 1.0)
+    decoded = sum(len(c.ids) - 1 for g in groups for c in g)
+    assert sum(fed) == decoded + 4 * sum(map(len, PROMPTS)), "no row is computed after its end"
+
+
+def test_prompts_that_cannot_fit_are_refused_by_number():
+    sampler = Sampler(tiny_model(), STOP)
+    with pytest.raises(ValueError, match=r"prompt 1 has 120 tokens.*lower max_new_tokens"):
+        sampler.generate([[1], [1] * 120], [(0,), (1,)], 1, 16, 1.0)
+    with pytest.raises(ValueError, match="prompt 0 is empty"):
+        sampler.generate([[]], [(0,)], 1, 16, 1.0)
+
+
+def test_logits_that_are_not_finite_are_reported():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        choose(torch.full((1, VOCABULARY), float("nan")), torch.tensor([0.5], dtype=torch.float64), 1.0)

@@ -1,0 +1,180 @@
+"""tasks.py and toy.py: data, prompts, and the errors a broken file gets."""
+
+import json
+import random
+
+import pytest
+
+import rewards
+import tasks
+import toy
+from tasks import DataError, Demonstration, Problem, Stream, Task
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toy.make_tokenizer()
+
+
+def write(path, rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_chains_are_evaluated_left_to_right_modulo_100():
+    question, steps, answer = toy.chain(random.Random(3), 5)
+    value = int(question[0])
+    for step, op, operand in zip(steps.split(";"), question[1::2], question[2::2], strict=False):
+        result = {"+": value + int(operand), "-": value - int(operand), "*": value * int(operand)}[op] % 100
+        assert step == f"{value}{op}{operand}={result}"
+        value = result
+    assert answer == str(value)
+
+
+def test_the_built_in_task_is_a_function_of_its_seed_and_never_trains_on_evaluation():
+    a, b, c = toy.task(0, 100), toy.task(0, 100), toy.task(1, 100)
+    assert a.problems == b.problems
+    assert a.demonstrations == b.demonstrations
+    assert a.problems != c.problems
+    assert a.evaluation == c.evaluation
+    held_out = {p.question for p in toy.evaluation(toy.EVAL_MAX)}
+    questions = [r.question for r in (*a.problems, *a.demonstrations)]
+    assert len(set(questions)) == len(questions)
+    assert not held_out & set(questions)
+    assert {p.group for p in a.evaluation} == {f"n={n}" for n in range(3, 9)}
+
+
+def test_the_base_model_never_sees_an_evaluation_problem(tokenizer):
+    held_out = {p.question for p in toy.evaluation(toy.EVAL_MAX)}
+    batches = toy.documents(toy.Recipe(), tokenizer)
+    prompts = {tokenizer.decode(p) for _ in range(20) for p, _ in next(batches)}
+    assert not {f"Q:{q}=" for q in held_out} & prompts
+
+
+def test_every_built_in_demonstration_is_rewarded_and_survives_the_tokenizer(tokenizer):
+    for d in toy.task(0, 1).demonstrations:
+        assert rewards.is_correct(d.response, d.answer).correct
+        prompt, response = tasks.encode_demonstration(tokenizer, d, "")
+        assert tokenizer.decode(prompt) == f"Q:{d.question}="
+        assert tokenizer.decode(response, skip_special_tokens=True) == d.response
+        assert response.count(tokenizer.eos_token_id) == 1
+        assert response[-1] == tokenizer.eos_token_id
+
+
+def test_sft_rl_and_evaluation_see_the_same_prompt_ids(tokenizer):
+    d = Demonstration("1+2*3", "\\boxed{9}", "9")
+    assert tasks.encode_demonstration(tokenizer, d, "")[0] == tasks.encode_prompt(tokenizer, "1+2*3", "")
+
+
+def test_gsm8k_rows_become_problems_and_boxed_demonstrations(tmp_path):
+    row = {"question": "How many?", "answer": "2+2=<<2+2=4>>4\n#### 1,004"}
+    path = write(tmp_path / "a.jsonl", [row, {**row, "question": "And now?"}])
+    task = tasks.from_files(path, path, "", 1)
+    assert task.problems == [Problem("How many?", "1,004")]
+    assert [p.question for p in task.evaluation] == ["And now?"]
+    assert "held out" in task.notes[0]
+    demonstration = task.demonstrations[0]
+    assert "####" not in demonstration.response
+    assert rewards.is_correct(demonstration.response, demonstration.answer).correct
+
+
+def test_math_rows_and_parquet_files_are_read_too(tmp_path):
+    rows = [{"problem": "1+1?", "answer": "2", "level": 3}, {"problem": "1+2?", "answer": "3", "level": 4}]
+    path = write(tmp_path / "a.jsonl", rows)
+    expected = [Problem("1+1?", "2", "level 3"), Problem("1+2?", "3", "level 4")]
+    assert tasks.read_problems(path, "rl_data", []) == expected
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert tasks.read_problems(str(tmp_path / "a.parquet"), "rl_data", []) == expected
+
+
+GOOD = {"question": "q", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([GOOD, '{"question": "q", \n'], r"rl_data: .*a.jsonl, line 2: not valid JSON"),
+        ([GOOD, "[1, 2]\n"], r"rl_data: .*line 2: a JSON object is needed, this is a list"),
+        ([GOOD, {"question": "q"}], r"rl_data: .*line 2: needs a field named answer or final_answer, has question"),
+        ([{"answer": "1"}], r"rl_data: .*line 1: needs a field named question or problem or prompt, has answer"),
+        ([], r"rl_data: .*a.jsonl holds no row"),
+    ],
+)
+def test_a_broken_file_is_named_with_line_and_field(tmp_path, rows, message):
+    path = write(tmp_path / "a.jsonl", rows)
+    with pytest.raises(DataError, match=message):
+        tasks.from_files(path, "", "", 1)
+
+
+def test_a_missing_file_is_named():
+    with pytest.raises(DataError, match="sft_data: there is no file 'nowhere.jsonl'"):
+        tasks.read_rows("nowhere.jsonl", "sft_data")
+
+
+def test_text_that_is_not_utf8_is_reported(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(DataError, match="is not UTF-8"):
+        tasks.read_rows(str(tmp_path / "a.jsonl"), "rl_data")
+
+
+def test_rows_whose_gold_cannot_be_read_are_dropped_and_counted(tmp_path):
+    rows = [
+        GOOD,
+        {"question": "b", "answer": " "},
+        {"question": "c", "answer": None},
+        {"question": "d", "answer": "s ####"},
+    ]
+    notes = []
+    assert len(tasks.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", notes)) == 1
+    assert "3 rows" in notes[0]
+
+
+def small_task(**changes):
+    fields = dict(
+        problems=[Problem("1+1", "2")], demonstrations=[Demonstration("1+2", "1+2=3;\\boxed{3}", "3")],
+        evaluation=[Problem("3+3", "6")], instruction="",
+    )  # fmt: skip
+    return Task(**(fields | changes))
+
+
+def test_evaluation_problems_in_training_are_refused(tokenizer):
+    for leak in ({"problems": [Problem("3+3 ", "6")]}, {"demonstrations": [Demonstration("3+3", "\\boxed{6}", "6")]}):
+        with pytest.raises(DataError, match=r"1 evaluation problems occur in training, the first is '3\+3"):
+            tasks.prepare(small_task(**leak), tokenizer, 20, True)
+
+
+def test_long_demonstrations_are_dropped_with_a_count_and_never_cut(tokenizer):
+    long = Demonstration("1+3", "1+3=4;" * 10 + "\\boxed{4}", "4")
+    task = small_task(demonstrations=[*small_task().demonstrations, long])
+    (kept,) = tasks.prepare(task, tokenizer, 20, True)
+    assert tokenizer.decode(kept[1], skip_special_tokens=True) == "1+2=3;\\boxed{3}"
+    assert "1 of 2 demonstrations exceed 20 tokens: dropped" in task.notes[0]
+    with pytest.raises(DataError, match=r"sft_data: no usable row is left \(raise max_new_tokens"):
+        tasks.prepare(small_task(demonstrations=[long]), tokenizer, 20, True)
+    assert tasks.prepare(small_task(demonstrations=[long]), tokenizer, 20, False) == []
+
+
+def test_demonstrations_their_own_grader_refuses_are_counted(tokenizer):
+    task = small_task(demonstrations=[Demonstration("1+2", "\\boxed{4}", "3")])
+    tasks.prepare(task, tokenizer, 20, True)
+    assert "rewards only 0 of 1 demonstrations" in task.notes[0]
+
+
+def test_empty_sets_are_refused(tokenizer):
+    with pytest.raises(DataError, match="rl_data: no usable row"):
+        tasks.prepare(small_task(problems=[]), tokenizer, 20, True)
+    with pytest.raises(DataError, match="eval_data: no usable row"):
+        tasks.prepare(small_task(evaluation=[]), tokenizer, 20, True)
+
+
+def test_a_stream_visits_every_item_once_per_epoch_and_resumes_from_its_position():
+    stream = Stream(7, (0, 1))
+    draws = [d for n in (3, 5, 6) for d in stream.take(n)]
+    assert [number for number, _ in draws] == list(range(14))
+    assert sorted(i for _, i in draws[:7]) == sorted(i for _, i in draws[7:]) == list(range(7))
+    assert [i for _, i in draws[:7]] != [i for _, i in draws[7:]]
+    again = Stream(7, (0, 1))
+    again.position = 3
+    assert again.take(5) == draws[3:8]
+    assert Stream(7, (1, 1)).take(7) != draws[:7]

@@ -1,0 +1,290 @@
+"""The bilevel update: facts that follow from eqs. (7), (8) and (9), checked on the functions training uses."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from conftest import rows, tiny_model
+
+import bridge
+import grpo
+import lora
+from model import response_logprobs
+from settings import Settings
+
+RATES = dict(alpha=0.01, beta=0.02, lora_rank=4, lora_alpha=8.0)
+
+
+def settings(**changes):
+    return Settings(**(RATES | changes))
+
+
+def make_rollouts(model, seed=0, groups=3, samples=4):
+    """Random completions with random rewards; what the sampler would say of them is the policy's own log-prob."""
+    batch = [
+        (prompt, response) for prompt, _ in rows(groups, seed) for _, response in rows(samples, seed + len(prompt))
+    ]
+    g = torch.Generator().manual_seed(seed)
+    reward = torch.rand(groups, samples, generator=g).round(decimals=1)
+    lengths = torch.tensor([len(r) for _, r in batch])
+    with torch.no_grad():
+        logp, _ = response_logprobs(model, batch)
+    return bridge.Rollouts(
+        rows=batch, reward=reward, advantage=grpo.group_advantages(reward).flatten().repeat_interleave(lengths),
+        weight=grpo.token_weights(lengths, "grpo", 16), sampler_logp=logp, truncated=0.0, records=[],
+    )  # fmt: skip
+
+
+def fresh(s, w_trained=False):
+    """Policies at iterate 0; with `w_trained`, B is not zero, so that A has a gradient too."""
+    m = bridge.make_policies(tiny_model(), s)
+    if w_trained:
+        g = torch.Generator().manual_seed(3)
+        for p in m.w.values():
+            p.data = torch.randn(p.shape, generator=g) * 0.1
+    return m
+
+
+def move_shadow(m):
+    g = torch.Generator().manual_seed(11)
+    with torch.no_grad():
+        for p in m.parameters["theta_hat"]:
+            p.add_(0.05 * p.abs().mean() * torch.randn(p.shape, generator=g))
+
+
+def gradients(m, s, sft=None, rl=None, rollouts=None, rollouts_hat=None, demos=None):
+    """.grad of θ, w, θ̂ after bilevel_gradients, and what it reports."""
+    rollouts = rollouts or make_rollouts(m.policy)
+    a, b = bridge.updates(s, 0)[0] if sft is None else (sft, rl)
+    demos = rows(4, seed=9) if demos is None else demos
+    stats = bridge.bilevel_gradients(
+        m, rollouts, rollouts_hat or rollouts, demos, a, b, s, clock=lambda phase: nullcontext()
+    )
+    return {n: [p.grad.clone() if p.grad is not None else None for p in ps] for n, ps in m.parameters.items()}, stats
+
+
+def assert_close(a, b, tolerance=2e-5):
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=tolerance * max(1.0, y.abs().max().item()))
+
+
+@pytest.mark.parametrize("lam", [0.5, 0.3])
+def test_at_the_first_step_the_gain_part_of_w_s_gradient_is_exactly_zero(lam):
+    s = settings(lam=lam)
+    g, stats = gradients(fresh(s, w_trained=True), s)
+    assert stats["gain_grad_norm"] == 0.0
+    assert stats["cooperative_gain"] == pytest.approx(0, abs=1e-6)
+    only_sft, _ = gradients(fresh(s, w_trained=True), s, sft=1 - lam, rl=0)
+    assert all(torch.equal(a, b) for a, b in zip(g["w"], only_sft["w"], strict=True))
+
+
+def test_once_the_shadow_has_moved_the_gain_has_a_gradient():
+    s = settings()
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    _, stats = gradients(m, s)
+    assert stats["gain_grad_norm"] > 1e-3
+
+
+def test_with_lambda_one_and_shared_rollouts_shadow_and_base_stay_identical_and_w_never_moves():
+    s = settings(lam=1.0)
+    m = fresh(s)
+    w = {n: p.clone() for n, p in m.w.items()}
+    start = [p.clone() for p in m.parameters["theta"]]
+    for step in range(3):
+        rollouts = make_rollouts(m.policy, seed=step)
+        stats = bridge.bilevel_gradients(m, rollouts, rollouts, [], 0.0, 1.0, s, lambda phase: nullcontext())
+        bridge.clip_and_step(m, stats, s)
+        assert all(torch.equal(a, b) for a, b in zip(m.parameters["theta"], m.parameters["theta_hat"], strict=True))
+    assert all(torch.equal(p, w[n]) for n, p in m.w.items())
+    assert not all(torch.equal(a, b) for a, b in zip(m.parameters["theta"], start, strict=True))
+
+
+@pytest.mark.parametrize("lam", [0.5, 0.2])
+def test_with_w_frozen_theta_s_gradient_is_mix_s_times_lambda(lam):
+    """Eq. (7) is J_RL + μ·J_SFT with μ = (1−λ)/λ, up to the factor λ."""
+    s, mix = settings(lam=lam), settings(method="mix", mu=(1 - lam) / lam)
+    g, _ = gradients(fresh(s), s)
+    expected, _ = gradients(fresh(mix), mix)
+    assert_close(g["theta"], [lam * e for e in expected["theta"]])
+
+
+def test_theta_gets_nothing_from_the_shadow_s_loss():
+    s, without = settings(), settings(method="mix_lora")
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    g, _ = gradients(m, s)
+    expected, _ = gradients(fresh(without, w_trained=True), without)
+    assert all(torch.equal(a, b) for a, b in zip(g["theta"], expected["theta"], strict=True))
+
+
+def test_the_shadow_gets_nothing_from_sft_and_the_full_weight_of_rl():
+    s = settings(lam=0.3)
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    rollouts = make_rollouts(m.policy)
+    g, _ = gradients(copy.deepcopy(m), s, rollouts=copy.deepcopy(rollouts))
+    other_demos, _ = gradients(copy.deepcopy(m), s, rollouts=copy.deepcopy(rollouts), demos=rows(7, seed=30))
+    assert all(torch.equal(a, b) for a, b in zip(g["theta_hat"], other_demos["theta_hat"], strict=True))
+    other_lam, _ = gradients(copy.deepcopy(m), s, 0.1, 0.9, rollouts=copy.deepcopy(rollouts))
+    assert all(torch.equal(a, b) for a, b in zip(g["theta_hat"], other_lam["theta_hat"], strict=True))
+
+
+def test_w_s_gradient_is_the_weighted_sum_of_three_separate_ones():
+    """Eq. (8), each term by itself: (1−λ)∇L_SFT + λ(∇L_RL(θ,w) − ∇L_RL(θ̂,w))."""
+    lam, s = 0.3, settings(lam=0.3)
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    rollouts = make_rollouts(m.policy)
+    g, _ = gradients(copy.deepcopy(m), s, rollouts=copy.deepcopy(rollouts))
+
+    def alone(backward):
+        copied = copy.deepcopy(m)
+        backward(copied)
+        return [p.grad for p in copied.w.values()]
+
+    rollouts.old_logp = rollouts.sampler_logp
+    sft = alone(lambda c: bridge.sft_backward(c.policy, rows(4, seed=9), 1.0, s))
+    rl = alone(lambda c: bridge.rl_backward(c.policy, rollouts, None, s))
+    minus_rl_hat = alone(lambda c: bridge.rl_backward(c.shadow, rollouts, None, s, truncate=s.shadow_ratio_cap))
+    assert_close(g["w"], [(1 - lam) * a + lam * (b + c) for a, b, c in zip(sft, rl, minus_rl_hat, strict=True)])
+
+
+@pytest.mark.parametrize("loss", ["sft", "rl", "shadow"])
+def test_gradients_of_a_and_b_are_projections_of_the_merged_weight_s(loss):
+    """∇_B = s·G·Aᵀ and ∇_A = s·Bᵀ·G with G the gradient of the merged weight (minus, for the shadow)."""
+    s = settings()
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    rollouts = make_rollouts(m.policy)
+    rollouts.old_logp = rollouts.sampler_logp
+    adapted = m.shadow if loss == "shadow" else m.policy
+    merged = tiny_model()
+    lora.merge_into(merged, adapted)
+    for model in (adapted, merged):
+        if loss == "sft":
+            bridge.sft_backward(model, rows(4, seed=9), 1.0, s)
+        else:
+            bridge.rl_backward(model, rollouts, None, s, truncate=2.0 if loss == "shadow" else None)
+    scale, sign, checked = s.lora_alpha / s.lora_rank, -1.0 if loss == "shadow" else 1.0, 0
+    for name, module in adapted.named_modules():
+        if isinstance(module, lora.LoRALinear):
+            G = merged.get_submodule(name).weight.grad
+            expected = sign * scale * G @ module.lora_A.T, sign * scale * module.lora_B.T @ G, G
+            assert_close([module.lora_B.grad, module.lora_A.grad, module.base.weight.grad], expected)
+            checked += 1
+    assert checked == 14
+
+
+@pytest.mark.parametrize("tokens", [1, 30, 60])
+def test_the_split_into_micro_batches_changes_no_gradient(tokens):
+    whole, split = settings(kl_coef=0.1), settings(kl_coef=0.1, tokens_per_micro_batch=tokens)
+    results = []
+    for s in (whole, split):
+        m = fresh(s, w_trained=True)
+        move_shadow(m)
+        results.append(gradients(m, s)[0])
+    for name in results[0]:
+        assert_close(results[1][name], results[0][name])
+
+
+def test_the_order_of_rows_changes_no_gradient():
+    s = settings()
+    m = fresh(s, w_trained=True)
+    r = make_rollouts(m.policy)
+    lengths = [len(response) for _, response in r.rows]
+    order = [7, 2, 11, 0, 5, 1, 10, 3, 9, 4, 8, 6]
+    parts = {n: getattr(r, n).split(lengths) for n in ("advantage", "weight", "sampler_logp")}
+    shuffled = bridge.Rollouts(
+        rows=[r.rows[i] for i in order], reward=r.reward, truncated=0.0, records=[],
+        **{n: torch.cat([part[i] for i in order]) for n, part in parts.items()},
+    )  # fmt: skip
+    for name, values in gradients(copy.deepcopy(m), s, rollouts=shuffled)[0].items():
+        assert_close(values, gradients(copy.deepcopy(m), s, rollouts=copy.deepcopy(r))[0][name])
+
+
+@pytest.mark.parametrize("method", ["sft", "rl", "mix", "mix_lora"])
+def test_each_term_moves_the_parameters_it_owns_and_no_others(method):
+    s = settings(method=method)
+    m = fresh(s)
+    assert m.shadow is None
+    assert bool(m.w) == (method == "mix_lora")
+    g, stats = gradients(m, s)
+    assert all(p is not None and p.any() for p in g["theta"])
+    assert ("sft_nll" in stats) == (method != "rl")
+    assert ("reward" in stats) == (method != "sft")
+
+
+def test_update_weights_of_every_method():
+    def of(method, k=0, **changes):
+        return bridge.updates(settings(method=method, **changes), k)
+
+    assert of("sft") == [(1, 0)]
+    assert of("rl") == [(0, 1)]
+    assert of("sft_rl", 4, sft_steps=5) == [(1, 0)]
+    assert of("sft_rl", 5, sft_steps=5) == [(0, 1)]
+    assert of("alternating") == [(0, 1), (1, 0)]
+    assert of("mix", mu=0.25) == [(0.25, 1)]
+    assert of("mix_lora", lam=0.25) == of("bridge", lam=0.25) == [(0.75, 0.25)]
+    ramp = [of("bridge", k, lam=0.8, lam_ramp_steps=4)[0][1] for k in range(6)]
+    assert ramp == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+
+
+def test_the_reference_is_the_initial_model_and_its_kl_starts_at_zero():
+    s = settings(kl_coef=0.1)
+    m = fresh(s)
+    assert gradients(m, s)[1]["kl"] == pytest.approx(0, abs=1e-6)
+    with torch.no_grad():
+        for p in m.parameters["theta"]:
+            p.mul_(1.05)
+    assert gradients(m, s)[1]["kl"] > 1e-4
+    assert fresh(settings()).reference is None
+
+
+def test_several_updates_of_one_batch_see_a_ratio_other_than_one():
+    s = settings(updates_per_rollout=2)
+    m = fresh(s)
+    rollouts = make_rollouts(m.policy)
+    for expected_cut in (False, True):
+        stats = bridge.bilevel_gradients(m, rollouts, rollouts, [], 0.0, 1.0, s, lambda phase: nullcontext())
+        assert (stats["clip_frac"] > 0) == expected_cut
+        bridge.clip_and_step(m, stats, s)
+
+
+def test_a_gradient_that_is_not_finite_moves_no_parameter_of_any_set():
+    s = settings()
+    m = fresh(s)
+    rollouts = make_rollouts(m.policy)
+    rollouts.advantage[0] = float("nan")
+    before = {n: [p.clone() for p in ps] for n, ps in m.parameters.items()}
+    _, stats = gradients(m, s, rollouts=rollouts)
+    stats |= bridge.clip_and_step(m, stats, s)
+    assert not bridge.all_finite(stats)
+    for name, parameters in m.parameters.items():
+        assert all(torch.equal(p, b) for p, b in zip(parameters, before[name], strict=True))
+
+
+def test_resynchronisation_copies_theta_and_forgets_the_moments():
+    s = settings()
+    m = fresh(s)
+    move_shadow(m)
+    _, stats = gradients(m, s)
+    bridge.clip_and_step(m, stats, s)
+    m.resync()
+    assert all(torch.equal(a, b) for a, b in zip(m.parameters["theta"], m.parameters["theta_hat"], strict=True))
+    assert not m.optimizers["theta_hat"].state
+    assert m.optimizers["theta"].state
+
+
+def test_own_rollouts_give_the_shadow_its_own_batch():
+    s = settings(shadow_rollouts="own")
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    own = make_rollouts(m.shadow, seed=5)
+    g, stats = gradients(m, s, rollouts_hat=own)
+    assert stats["ratio_hat_mean"] == 1.0
+    shared, _ = gradients(m, s)
+    assert not all(torch.equal(a, b) for a, b in zip(g["theta_hat"], shared["theta_hat"], strict=True))
+    expected = make_rollouts(m.policy).reward.mean() - own.reward.mean()
+    assert stats["cooperative_gain"] == pytest.approx(expected.item(), abs=1e-6)
