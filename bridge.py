@@ -18,6 +18,7 @@ Shapes: P prompts, G samples of each, N = P·G sequences, T response tokens of a
 import copy
 import json
 import math
+import os
 import sys
 import time
 from contextlib import contextmanager
@@ -80,7 +81,7 @@ class Policies:
 
     @property
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """ "theta", and "w" and "theta_hat" where the method has them."""
+        """By set: theta, and w and theta_hat where the method has them."""
         return {name: optimizer.param_groups[0]["params"] for name, optimizer in self.optimizers.items()}
 
     def reset_optimizers(self) -> None:
@@ -136,7 +137,7 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
     With dynamic sampling, groups of equal rewards (which have no gradient) are replaced by groups of further prompts,
     as far as `dynamic_sampling` more batches provide them.
     """
-    s, live, dead = run.s, [], []
+    s, groups = run.s, []
     for _ in range(1 + s.dynamic_sampling):
         draws = prompts.take(s.prompts_per_step)
         problems = [run.task.problems[i] for _, i in draws]
@@ -146,10 +147,12 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
         for problem, prompt, group in zip(problems, prompt_ids, sampled, strict=True):
             responses = [run.tokenizer.decode(c.ids, skip_special_tokens=True) for c in group]
             reward = [float(rewards.is_correct(r, problem.answer).correct) for r in responses]
-            (dead if min(reward) == max(reward) else live).append((problem, prompt, group, responses, reward))
-        if len(live) >= s.prompts_per_step:
-            break
-    groups = (live + dead)[: s.prompts_per_step]
+            groups.append((problem, prompt, group, responses, reward))
+        if s.dynamic_sampling:
+            groups.sort(key=lambda g: min(g[-1]) == max(g[-1]))  # the live ones first, else as drawn
+            if min(groups[s.prompts_per_step - 1][-1]) < max(groups[s.prompts_per_step - 1][-1]):
+                break
+    groups = groups[: s.prompts_per_step]
     completions = [c for _, _, group, _, _ in groups for c in group]  # N
     reward = torch.tensor([reward for *_, reward in groups])  # [P, G]
     lengths = torch.tensor([len(c.ids) for c in completions])  # [N]
@@ -417,7 +420,9 @@ def set_up(s: Settings, out: Path) -> Run:
         task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems)
     else:
         task = toy.task(s.seed, s.eval_problems)
-    demonstrations = tasks.prepare(task, tokenizer, s.max_new_tokens, needs_demonstrations=s.method != "rl")
+    demonstrations = tasks.prepare(
+        task, tokenizer, s.max_new_tokens, model.config.max_position_embeddings, with_demonstrations=s.method != "rl"
+    )
     sampler = Sampler(model, stop_tokens(model, tokenizer), s.sampler_slots, getattr(torch, s.dtype))
     counts = (len(task.problems), len(task.problems), len(demonstrations))
     streams = [tasks.Stream(count, (s.seed, i)) for i, count in enumerate(counts)]
@@ -443,6 +448,9 @@ def describe(run: Run) -> str:
     ]
     if wrapped:
         lines.insert(3, f"          w wraps {len(wrapped)} linears, {wrapped[0]} to {wrapped[-1]}: {s.lora_targets}")
+    if run.demonstrations:
+        prompt, response = (run.tokenizer.decode(ids) for ids in run.demonstrations[0])
+        lines.insert(-2, f"          the first demonstration, trained tokens in ⟦ ⟧: {prompt!r}⟦{response!r}⟧")
     return "\n".join(lines)
 
 
@@ -468,11 +476,11 @@ METRICS = (
 
 def write_logs(run: Run, step: int, log: dict, rollouts: Rollouts | None, clock: Clock) -> None:
     """A line of metrics.jsonl, null where a method lacks the metric; the first group goes to samples.jsonl."""
-    record = {"step": step} | {name: finite_or_none(log.get(name)) for name in METRICS}
-    record["lora_norm"] = lora.delta_norm(run.m.w, run.s.lora_alpha / run.s.lora_rank) if run.m.w else None
-    record["tokens_per_second"] = len(rollouts.sampler_logp) / clock.seconds["sample"] if rollouts else None
-    record["skipped_in_a_row"] = run.skipped
-    record["seconds"] = clock.seconds
+    record = {"step": step} | {name: loggable(log.get(name)) for name in METRICS}
+    norm = lora.delta_norm(run.m.w, run.s.lora_alpha / run.s.lora_rank) if run.m.w else None
+    speed = len(rollouts.sampler_logp) / clock.seconds["sample"] if rollouts else None
+    record |= {"lora_norm": loggable(norm), "tokens_per_second": loggable(speed), "skipped_in_a_row": run.skipped}
+    record["seconds"] = {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()}
     checkpoint.append(run.out / "metrics.jsonl", record)
     for sample in rollouts.records if rollouts else []:
         checkpoint.append(run.out / "samples.jsonl", {"step": step} | sample)
@@ -480,8 +488,9 @@ def write_logs(run: Run, step: int, log: dict, rollouts: Rollouts | None, clock:
         tqdm.write(f"step {step}: {rollouts.truncated:.0%} of the completions were cut off; raise max_new_tokens?")
 
 
-def finite_or_none(value: float | None) -> float | None:
-    return value if value is not None and math.isfinite(value) else None
+def loggable(value: float | None) -> float | None:
+    """Six digits; null for what JSON cannot hold."""
+    return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
 def dump_skipped(run: Run, step: int, rollouts: Rollouts | None, demonstrations: list[Row], stats: dict) -> None:
@@ -542,6 +551,8 @@ def finish(run: Run) -> None:
 def main(argv: list[str]) -> None:
     try:
         s, out, resume = parse(argv)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise SettingError("this version runs in one process: start it with python bridge.py, not torchrun")
         if not resume and out.exists() and any(out.iterdir()):
             raise SettingError(f"{out} exists: --resume continues it, --out names another folder")
         run = set_up(s, out)

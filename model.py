@@ -55,13 +55,11 @@ def load(name_or_folder: str, trust_remote_code: bool = False):
 
 
 def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
-    """Ids that end a completion: the tokenizer's EOS and those of the generation config."""
+    """Ids that end a completion: the tokenizer's EOS, which demonstrations end with, and the generation config's."""
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer names no EOS token: set eos_token in its tokenizer_config.json")
     ids = model.generation_config.eos_token_id
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else ids
-    stop = sorted({*ids, *([tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else [])})
-    if not stop:
-        raise ModelError("neither the tokenizer nor generation_config.json names an EOS token: nothing could ever stop")
-    return stop
+    return sorted({tokenizer.eos_token_id, *([] if ids is None else [ids] if isinstance(ids, int) else ids)})
 
 
 @dataclass
@@ -126,22 +124,19 @@ def response_logprobs(
     """
     device = next(model.parameters()).device
     packed = pack([prompt + response[:-1] for prompt, response in rows], device)
-    predicts = torch.tensor(
-        [i >= len(p) - 1 for p, r in rows for i in range(len(p) + len(r) - 1)], device=device
-    )  # [T]
+    predicts = [i >= len(p) - 1 for p, r in rows for i in range(len(p) + len(r) - 1)]  # [T]
     targets = torch.tensor([t for _, r in rows for t in r], device=device)  # [R]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         hidden = hidden_states(model, packed)  # [T, H]
-    return token_logprobs(hidden[predicts], model.get_output_embeddings().weight, targets, temperature)
+    return token_logprobs(
+        hidden[torch.tensor(predicts, device=device)], model.get_output_embeddings().weight, targets, temperature
+    )
 
 
 def hidden_states(model: nn.Module, packed: Packed, **attention_kwargs) -> Tensor:
     """Final hidden states of packed tokens, [T, H]."""
-    out = model.model(
-        input_ids=packed.ids, position_ids=packed.positions, use_cache=False,
-        segments=packed.segments, **attention_kwargs,
-    )  # fmt: skip
-    return out.last_hidden_state[0]
+    where = dict(position_ids=packed.positions, segments=packed.segments)
+    return model.model(input_ids=packed.ids, use_cache=False, **where, **attention_kwargs).last_hidden_state[0]
 
 
 def micro_batches(rows: list[Row], tokens: int) -> list[range]:

@@ -32,9 +32,18 @@ def curve(ax, metrics: list[dict], name: str, label: str, color: str) -> None:
         ax.plot(x, smooth(list(y)), color=color, lw=1.6, label=label)
 
 
+def labels(runs: list[Path]) -> list[str]:
+    """The method of each run, with its seed where runs share a method; the folder's name where it has no config."""
+    configs = [json.loads(c.read_text())["settings"] if (c := run / "config.json").exists() else None for run in runs]
+    methods = [c["method"] if c else run.name for c, run in zip(configs, runs, strict=True)]
+    return [
+        f"{m}, seed {c['seed']}" if c and methods.count(m) > 1 else m for m, c in zip(methods, configs, strict=True)
+    ]
+
+
 def draw(runs: list[Path], out: Path) -> None:
     """Six panels: accuracy over steps and by group, reward, response length, cooperative gain, seconds by phase."""
-    names = [run.name for run in runs]
+    names = labels(runs)
     colors = [f"C{i}" for i in range(len(runs))]
     metrics = [read(run / "metrics.jsonl") for run in runs]
     evals = [read(run / "evals.jsonl") for run in runs]
@@ -54,10 +63,9 @@ def draw(runs: list[Path], out: Path) -> None:
     bars += [(n, c, e[-1]["policy"]) for n, c, e in zip(names, colors, evals, strict=True) if e]
     width = 0.8 / max(len(bars), 1)
     for i, (name, color, values) in enumerate(bars):
-        groups = [g for g in values if g != "average"]
-        by_group.bar(
-            [x + i * width for x in range(len(groups))], [values[g] for g in groups], width, color=color, label=name
-        )
+        groups, label = [g for g in values if g != "average"], name if name == "before" else None
+        left = [x + i * width for x in range(len(groups))]
+        by_group.bar(left, [values[g] for g in groups], width, color=color, label=label)
         by_group.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], groups)
     by_group.set(title="accuracy by group, at the end", ylim=(0, 1))
 
@@ -75,13 +83,12 @@ def draw(runs: list[Path], out: Path) -> None:
         mean = [sum(r["seconds"].get(phase, 0.0) for r in m) / max(len(m), 1) for m in metrics]
         below = [sum(r["seconds"].get(p, 0.0) for r in m for p in phases[:i]) / max(len(m), 1) for m in metrics]
         seconds.barh(names, mean, left=below, height=0.5, label=phase, color=plt.cm.tab10(i))
-    seconds.set(title="seconds per step, by phase")
-    seconds.invert_yaxis()
+    seconds.set(title="seconds per step, by phase", ylim=(len(runs) - 0.4, -0.6 - 0.3 * len(runs)))
 
     for ax in axes.flat:
         ax.spines[["top", "right"]].set_visible(False)
-        if ax.get_legend_handles_labels()[0] and ax not in (length, by_group):
-            ax.legend(fontsize=8, frameon=False)
+        if ax.get_legend_handles_labels()[0]:
+            ax.legend(fontsize=8, frameon=False, ncols=3 if ax is seconds else 1)
     figure.savefig(out, dpi=120)
     plt.close(figure)
 

@@ -20,6 +20,9 @@ ANSWER = ("answer", "final_answer")
 SOLUTION = ("solution", "response", "demonstration")
 
 
+Row = tuple[list[int], list[int]]  # token ids of a prompt and of its response
+
+
 class DataError(ValueError):
     """Data that cannot be used as it is; the message says which file, line and field."""
 
@@ -56,7 +59,7 @@ def encode_prompt(tokenizer, question: str, instruction: str) -> list[int]:
     return tokenizer.encode(PLAIN_TEMPLATE.format(question + instruction))
 
 
-def encode_demonstration(tokenizer, demonstration: Demonstration, instruction: str) -> tuple[list[int], list[int]]:
+def encode_demonstration(tokenizer, demonstration: Demonstration, instruction: str) -> Row:
     """(prompt ids, response ids); the response ends with exactly one EOS, which is trained."""
     response = tokenizer.encode(demonstration.response, add_special_tokens=False)
     return encode_prompt(tokenizer, demonstration.question, instruction), [*response, tokenizer.eos_token_id]
@@ -79,14 +82,18 @@ def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int) 
     return task
 
 
-def prepare(
-    task: Task, tokenizer, max_new_tokens: int, needs_demonstrations: bool
-) -> list[tuple[list[int], list[int]]]:
-    """Checks the task and returns the encoded demonstrations that training can use.
+def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_demonstrations: bool = True) -> list[Row]:
+    """Checks the task and returns the demonstrations, encoded, that training can use.
 
-    A demonstration longer than `max_new_tokens`, which the policy could never finish either, is dropped. What is
-    dropped or doubtful goes to `task.notes`. Raises DataError when a set is empty or evaluation occurs in training.
+    Dropped, with a count in `task.notes`: prompts that leave no room for an answer within the model's `positions`, and
+    demonstrations longer than `max_new_tokens`, which the policy could never finish either. Raises DataError when a set
+    is empty, when evaluation occurs in training, or when an evaluation prompt is too long.
     """
+    room = positions - max_new_tokens  # tokens a prompt may have
+
+    def fits(question: str) -> bool:
+        return len(encode_prompt(tokenizer, question, task.instruction)) <= room
+
     questions = {p.question.strip() for p in task.evaluation}
     for name, rows in (("rl_data", task.problems), ("sft_data", task.demonstrations)):
         if shared := [r.question for r in rows if r.question.strip() in questions]:
@@ -94,8 +101,16 @@ def prepare(
                 f"{name}: {len(shared)} evaluation problems occur in training, the first is {shared[0][:80]!r}; "
                 "remove them from one of the two"
             )
+    if long := sum(not fits(p.question) for p in task.evaluation):
+        raise DataError(
+            f"eval_data: {long} prompts exceed {room} tokens, what max_new_tokens={max_new_tokens} leaves of the "
+            f"model's {positions} positions: lower max_new_tokens or remove them"
+        )
+    problems = [p for p in task.problems if fits(p.question)]
     encoded = [encode_demonstration(tokenizer, d, task.instruction) for d in task.demonstrations]
-    kept = [row for row in encoded if len(row[1]) <= max_new_tokens]
+    kept = [row for row in encoded if len(row[0]) <= room and len(row[1]) <= max_new_tokens]
+    if dropped := len(task.problems) - len(problems):
+        task.notes.append(f"rl_data: {dropped} of {len(task.problems)} prompts exceed {room} tokens: dropped")
     if dropped := len(encoded) - len(kept):
         task.notes.append(
             f"sft_data: {dropped} of {len(encoded)} demonstrations exceed {max_new_tokens} tokens: dropped"
@@ -103,17 +118,13 @@ def prepare(
     wrong = [d for d in task.demonstrations if d.answer and not rewards.is_correct(d.response, d.answer).correct]
     if wrong:
         task.notes.append(
-            f"sft_data: WARNING, the grader rewards only {len(encoded) - len(wrong)} of {len(encoded)} demonstrations; "
-            f"first refused: {wrong[0].response[-60:]!r} against gold {wrong[0].answer!r}"
+            f"sft_data: WARNING, the grader refuses {len(wrong)} of {len(encoded)} demonstrations; the first ends "
+            f"{wrong[0].response[-60:]!r}, its gold answer is {wrong[0].answer!r}"
         )
-    needed = {"rl_data": task.problems, "eval_data": task.evaluation} | (
-        {"sft_data": kept} if needs_demonstrations else {}
-    )
-    for name, rows in needed.items():
-        if not rows:
-            raise DataError(
-                f"{name}: no usable row is left" + (" (raise max_new_tokens?)" if name == "sft_data" else "")
-            )
+    task.problems = problems
+    for name, rows in (("rl_data", problems), ("sft_data", kept), ("eval_data", task.evaluation)):
+        if not rows and (name != "sft_data" or with_demonstrations):
+            raise DataError(f"{name}: no usable row is left; is max_new_tokens={max_new_tokens} right?")
     return kept
 
 

@@ -108,7 +108,7 @@ def test_a_broken_file_is_named_with_line_and_field(tmp_path, rows, message):
 
 
 def test_a_missing_file_is_named():
-    with pytest.raises(DataError, match="sft_data: there is no file 'nowhere.jsonl'"):
+    with pytest.raises(DataError, match=r"sft_data: there is no file 'nowhere\.jsonl'"):
         tasks.read_rows("nowhere.jsonl", "sft_data")
 
 
@@ -141,31 +141,41 @@ def small_task(**changes):
 def test_evaluation_problems_in_training_are_refused(tokenizer):
     for leak in ({"problems": [Problem("3+3 ", "6")]}, {"demonstrations": [Demonstration("3+3", "\\boxed{6}", "6")]}):
         with pytest.raises(DataError, match=r"1 evaluation problems occur in training, the first is '3\+3"):
-            tasks.prepare(small_task(**leak), tokenizer, 20, True)
+            tasks.prepare(small_task(**leak), tokenizer, 20, 64, True)
 
 
 def test_long_demonstrations_are_dropped_with_a_count_and_never_cut(tokenizer):
     long = Demonstration("1+3", "1+3=4;" * 10 + "\\boxed{4}", "4")
     task = small_task(demonstrations=[*small_task().demonstrations, long])
-    (kept,) = tasks.prepare(task, tokenizer, 20, True)
+    (kept,) = tasks.prepare(task, tokenizer, 20, 64, True)
     assert tokenizer.decode(kept[1], skip_special_tokens=True) == "1+2=3;\\boxed{3}"
     assert "1 of 2 demonstrations exceed 20 tokens: dropped" in task.notes[0]
-    with pytest.raises(DataError, match=r"sft_data: no usable row is left \(raise max_new_tokens"):
-        tasks.prepare(small_task(demonstrations=[long]), tokenizer, 20, True)
-    assert tasks.prepare(small_task(demonstrations=[long]), tokenizer, 20, False) == []
+    with pytest.raises(DataError, match="sft_data: no usable row is left; is max_new_tokens=20 right"):
+        tasks.prepare(small_task(demonstrations=[long]), tokenizer, 20, 64, True)
+    assert tasks.prepare(small_task(demonstrations=[long]), tokenizer, 20, 64, False) == []
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_dropped_but_not_from_evaluation(tokenizer):
+    endless = Problem("1+" * 30 + "1", "31")
+    task = small_task(problems=[*small_task().problems, endless])
+    tasks.prepare(task, tokenizer, 20, 64, True)
+    assert task.problems == small_task().problems
+    assert "1 of 2 prompts exceed 44 tokens: dropped" in task.notes[0]
+    with pytest.raises(DataError, match=r"eval_data: 1 prompts exceed 44 tokens.*lower max_new_tokens"):
+        tasks.prepare(small_task(evaluation=[endless]), tokenizer, 20, 64, True)
 
 
 def test_demonstrations_their_own_grader_refuses_are_counted(tokenizer):
     task = small_task(demonstrations=[Demonstration("1+2", "\\boxed{4}", "3")])
-    tasks.prepare(task, tokenizer, 20, True)
-    assert "rewards only 0 of 1 demonstrations" in task.notes[0]
+    tasks.prepare(task, tokenizer, 20, 64, True)
+    assert "refuses 1 of 1 demonstrations" in task.notes[0]
 
 
 def test_empty_sets_are_refused(tokenizer):
     with pytest.raises(DataError, match="rl_data: no usable row"):
-        tasks.prepare(small_task(problems=[]), tokenizer, 20, True)
+        tasks.prepare(small_task(problems=[]), tokenizer, 20, 64, True)
     with pytest.raises(DataError, match="eval_data: no usable row"):
-        tasks.prepare(small_task(evaluation=[]), tokenizer, 20, True)
+        tasks.prepare(small_task(evaluation=[]), tokenizer, 20, 64, True)
 
 
 def test_a_stream_visits_every_item_once_per_epoch_and_resumes_from_its_position():

@@ -1,0 +1,68 @@
+"""Breaks one line of the method at a time and shows which tests notice.
+
+    python tests/mutants.py
+
+Each mutant is a wrong line that trains without an error. One that no test kills would be a hole in the tests.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FAST = ["test_grpo.py", "test_logprob.py", "test_lora.py", "test_update.py", "test_sampler.py", "test_rewards.py"]
+
+MUTANTS = [  # file, line as it is, line as it should not be
+    ("grpo.py", "centred = rewards - rewards.mean(-1, keepdim=True)", "centred = rewards - rewards.mean()"),
+    ("grpo.py", "rewards.std(-1, keepdim=True) + STD_EPS", "rewards.std(-1, keepdim=True, unbiased=False) + STD_EPS"),
+    ("grpo.py", "torch.minimum(unclipped, clipped)", "clipped"),
+    ("grpo.py", "1.0 / (n * lengths.clamp(min=1).float())", "1.0 / lengths.sum().expand(n)"),
+    ("grpo.py", "torch.where(weight != 0, logp - old_logp, 0.0)", "(logp - old_logp)"),
+    ("grpo.py", "d.exp() - d - 1", "d.exp() + d - 1"),
+    ("grpo.py", "ratio.detach().clamp(max=cap) * advantage * logp", "ratio.clamp(max=cap) * advantage * logp"),
+    ("logprob.py", "@ weight.float().T / temperature", "@ weight.float().T"),
+    ("model.py", "predicts = [i >= len(p) - 1", "predicts = [i >= len(p)"),
+    ("model.py", "torch.arange(int(lengths.sum())) - start", "torch.arange(int(lengths.sum()))"),
+    ("lora.py", "return ctx.sign * grad, None", "return grad, None"),
+    ("lora.py", "self.base(x) + self.scale * F.linear", "self.base(x) + F.linear"),
+    ("lora.py", "torch.zeros(linear.out_features, rank", "torch.ones(linear.out_features, rank"),
+    ("lora.py", 'target[f"{name}.weight"].copy_(module.merged_weight())', 'target[f"{name}.weight"].add_(0)'),
+    ("bridge.py", "sign=-1.0)  # the minus of eq. (8)", "sign=1.0)"),
+    ("bridge.py", "p.grad.mul_(rl)", "p.grad.mul_(1.0)"),
+    ("bridge.py", "m.policy, demonstrations, sft, s)", "m.policy, demonstrations, 1.0, s)"),
+    ("bridge.py", "sft_backward(m.policy, demon", "sft_backward(m.shadow or m.policy, demon"),
+    ("bridge.py", "[*m.parameters[\"theta\"], *m.w.values()]", "m.parameters[\"theta\"]"),
+    ("bridge.py", "solo = rl_backward(m.shadow,", "solo = rl_backward(m.policy,"),
+    ("bridge.py", "loss = -logp.sum() / tokens", "loss = -logp.mean()"),
+    ("sampler.py", "owner[hole], position[hole] = owner[last], position[last]", "owner[hole] = owner[last]"),
+    ("sampler.py", "group[:, :, :, 1:] = group[:, :, :, :1]", "pass"),
+    ("sampler.py", "right=True", "right=False"),
+    ("rewards.py", "if start < 0:\n        return None", "if start < 0:\n        return response"),
+]  # fmt: skip
+
+
+def main() -> None:
+    survivors = 0
+    for file, line, broken in MUTANTS:
+        with tempfile.TemporaryDirectory() as scratch:
+            copy = Path(scratch) / "project"
+            shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", ".venv*", "runs", "bench", "__pycache__"))
+            source = (copy / file).read_text()
+            assert source.count(line) == 1, f"{file}: this line must occur once: {line}"
+            (copy / file).write_text(source.replace(line, broken))
+            tests = [f"tests/{name}" for name in FAST]
+            command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", *tests]
+            said = subprocess.run(command, cwd=copy, capture_output=True, text=True).stdout
+        killer = re.search(r"FAILED \S+::(\w+)", said)
+        survivors += killer is None
+        verdict = f"killed by {killer[1]}" if killer else "SURVIVED"
+        print(f"{file}: {line.splitlines()[0]}\n    -> {broken.splitlines()[0]}\n    {verdict}", flush=True)
+    print(f"{len(MUTANTS) - survivors} of {len(MUTANTS)} mutants killed")
+    sys.exit(survivors > 0)
+
+
+if __name__ == "__main__":
+    main()
