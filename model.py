@@ -34,18 +34,15 @@ def load(name_or_folder: str, trust_remote_code: bool = False):
 
     Raises ModelError when there is no such folder or it is not a causal language model we can train.
     """
+    options = dict(trust_remote_code=trust_remote_code)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            name_or_folder, dtype=torch.float32, trust_remote_code=trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(name_or_folder, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:  # what transformers raises for folders and names it cannot use
+        known = (
+            "is a folder without a usable model" if Path(name_or_folder).is_dir() else "is no folder, nor on the hub"
         )
-    except OSError as error:
-        where = (
-            "a folder without a usable model"
-            if Path(name_or_folder).exists()
-            else "no folder here and not loadable from the hub"
-        )
-        raise ModelError(f"model {name_or_folder!r} is {where}: {str(error).splitlines()[0]}") from error
+        raise ModelError(f"model {name_or_folder!r} {known}: {str(error).strip().splitlines()[0]}") from error
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ModelError(
             f"model {name_or_folder!r} has a bias on its vocabulary head, which logprob.py does not support"

@@ -20,9 +20,6 @@ ANSWER = ("answer", "final_answer")
 SOLUTION = ("solution", "response", "demonstration")
 
 
-Row = tuple[list[int], list[int]]  # token ids of a prompt and of its response
-
-
 class DataError(ValueError):
     """Data that cannot be used as it is; the message says which file, line and field."""
 
@@ -59,7 +56,7 @@ def encode_prompt(tokenizer, question: str, instruction: str) -> list[int]:
     return tokenizer.encode(PLAIN_TEMPLATE.format(question + instruction))
 
 
-def encode_demonstration(tokenizer, demonstration: Demonstration, instruction: str) -> Row:
+def encode_demonstration(tokenizer, demonstration: Demonstration, instruction: str) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids); the response ends with exactly one EOS, which is trained."""
     response = tokenizer.encode(demonstration.response, add_special_tokens=False)
     return encode_prompt(tokenizer, demonstration.question, instruction), [*response, tokenizer.eos_token_id]
@@ -82,8 +79,10 @@ def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int) 
     return task
 
 
-def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_demonstrations: bool = True) -> list[Row]:
-    """Checks the task and returns the demonstrations, encoded, that training can use.
+def prepare(
+    task: Task, tokenizer, max_new_tokens: int, positions: int, with_demonstrations: bool = True
+) -> list[tuple[list[int], list[int]]]:
+    """Checks the task and returns the demonstrations that training can use, as (prompt ids, response ids).
 
     Dropped, with a count in `task.notes`: prompts that leave no room for an answer within the model's `positions`, and
     demonstrations longer than `max_new_tokens`, which the policy could never finish either. Raises DataError when a set

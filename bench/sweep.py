@@ -1,6 +1,7 @@
-"""Runs bridge.py over a grid of settings and seeds, one after another; resumable, one JSON line per finished run.
+"""Runs bridge.py over a grid of settings and seeds; resumable, one JSON line per finished run.
 
 python bench/sweep.py --out bench/results/NAME.jsonl --seeds 10,11 method=bridge,mix_lora alpha=3e-4,5e-4
+python bench/sweep.py --out bench/results/NAME.jsonl --table      # what is in the file, averaged over seeds
 """
 
 import argparse
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -30,10 +32,10 @@ def run(settings: dict[str, str], keep: Path | None) -> dict:
         metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         reward = [m["reward"] for m in metrics[-10:] if m["reward"] is not None]
         if keep:
-            name = "-".join(settings.values())
-            shutil.copytree(
-                out, keep / name, ignore=shutil.ignore_patterns("checkpoint", "model", "adapter"), dirs_exist_ok=True
-            )
+            folder = keep / "-".join(settings.values())
+            folder.mkdir(parents=True, exist_ok=True)
+            for name in ("config.json", "evals.jsonl", "metrics.jsonl"):
+                shutil.copy(out / name, folder)
     return dict(
         settings=settings,
         average={e["step"]: e["policy"]["average"] for e in evals},
@@ -44,24 +46,42 @@ def run(settings: dict[str, str], keep: Path | None) -> dict:
     )
 
 
+def table(records: list[dict]) -> str:
+    """Markdown: greedy accuracy in percent at the last step, mean over seeds, with the least and the largest average."""
+    by_point = defaultdict(list)
+    for record in records:
+        by_point[" ".join(f"{k}={v}" for k, v in record["settings"].items() if k != "seed")].append(record)
+    groups = [g for g in records[0]["final"] if g != "average"]
+    lines = [f"| | {' | '.join(groups)} | average | least to largest | seeds |", "|---" * (len(groups) + 4) + "|"]
+    for point, runs in by_point.items():
+        cells = [sum(r["final"][g] for r in runs) / len(runs) for g in [*groups, "average"]]
+        averages = sorted(100 * r["final"]["average"] for r in runs)
+        numbers = " | ".join(f"{100 * c:.1f}" for c in cells)
+        lines.append(f"| {point} | {numbers} | {averages[0]:.1f} to {averages[-1]:.1f} | {len(runs)} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("grid", nargs="*", metavar="SETTING=VALUE[,VALUE…]")
     parser.add_argument("--seeds", default="10", help="comma-separated")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines; runs that are in it already are skipped")
-    parser.add_argument("--keep", type=Path, help="copy the logs and figures of every run into this folder")
+    parser.add_argument("--keep", type=Path, help="copy config, evals and metrics of every run into this folder")
+    parser.add_argument("--table", action="store_true", help="print what --out holds, and run nothing")
     args = parser.parse_args()
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
+    if args.table:
+        print(table(done))
+        return
     names = [g.partition("=")[0] for g in args.grid]
     values = [g.partition("=")[2].split(",") for g in args.grid]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = [json.loads(line)["settings"] for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    for *point, seed in itertools.product(*values, args.seeds.split(",")):
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    for seed, *point in itertools.product(args.seeds.split(","), *values):
         settings = dict(zip(names, point, strict=True)) | {"seed": seed}
-        if settings not in done:
-            record = run(settings, args.keep) | {"commit": commit, "threads": os.environ.get("OMP_NUM_THREADS", "all")}
+        if settings not in [d["settings"] for d in done]:
+            machine = {"commit": commit.stdout.strip(), "threads": os.environ.get("OMP_NUM_THREADS", "all")}
+            record = run(settings, args.keep) | machine
             with open(args.out, "a") as file:
                 file.write(json.dumps(record) + "\n")
             print(settings, f"average {record['final']['average']:.3f}, {record['seconds']:.0f} s", flush=True)

@@ -228,7 +228,8 @@ def refused(*flags):
         (["--sft-data", "x.jsonl"], "sft_data needs rl_data"),
         (["--rl-data", "x.jsonl"], "needs demonstrations: give sft_data"),
         (["--rl-data", "x.jsonl", "--method", "rl"], "rl_data: there is no file 'x.jsonl'"),
-        (["--model", "./nowhere"], "model './nowhere' is"),
+        (["--model", "./nowhere"], "model './nowhere' is no folder"),
+        (["--model", str(ROOT / "tests")], "is a folder without a usable model"),
         (["--eval-problems", "1000"], "eval_problems"),
     ],
 )
