@@ -50,7 +50,8 @@ def table(records: list[dict]) -> str:
     """Markdown: greedy accuracy in percent at the last step, mean over seeds, with the least and the largest average."""
     by_point = defaultdict(list)
     for record in records:
-        by_point[" ".join(f"{k}={v}" for k, v in record["settings"].items() if k != "seed")].append(record)
+        point = [f"{k}={v}" for k, v in record["settings"].items() if k != "seed"]
+        by_point[" ".join(point)].append(record)
     groups = [g for g in records[0]["final"] if g != "average"]
     lines = [f"| | {' | '.join(groups)} | average | least to largest | seeds |", "|---" * (len(groups) + 4) + "|"]
     for point, runs in by_point.items():
