@@ -47,7 +47,7 @@ def run(settings: dict[str, str], keep: Path | None) -> dict:
 
 
 def table(records: list[dict]) -> str:
-    """Markdown: greedy accuracy in percent at the last step, mean over seeds, with the least and the largest average."""
+    lines = [f"| | {' | '.join(groups)} | average | range | seeds |", "|---" * (len(groups) + 4) + "|"]
     by_point = defaultdict(list)
     for record in records:
         point = [f"{k}={v}" for k, v in record["settings"].items() if k != "seed"]
