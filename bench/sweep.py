@@ -47,13 +47,13 @@ def run(settings: dict[str, str], keep: Path | None) -> dict:
 
 
 def table(records: list[dict]) -> str:
-    lines = [f"| | {' | '.join(groups)} | average | range | seeds |", "|---" * (len(groups) + 4) + "|"]
+    """Markdown: greedy accuracy in percent at the last step: mean over seeds, and the range of the average."""
     by_point = defaultdict(list)
     for record in records:
         point = [f"{k}={v}" for k, v in record["settings"].items() if k != "seed"]
         by_point[" ".join(point)].append(record)
     groups = [g for g in records[0]["final"] if g != "average"]
-    lines = [f"| | {' | '.join(groups)} | average | least to largest | seeds |", "|---" * (len(groups) + 4) + "|"]
+    lines = [f"| | {' | '.join(groups)} | average | range | seeds |", "|---" * (len(groups) + 4) + "|"]
     for point, runs in by_point.items():
         cells = [sum(r["final"][g] for r in runs) / len(runs) for g in [*groups, "average"]]
         averages = sorted(100 * r["final"]["average"] for r in runs)
