@@ -27,7 +27,7 @@ class Settings:
     seed: int = opt(0, "of data order, adapter and samples")
     # method
     method: str = opt("bridge", "sft, rl, sft_rl, alternating, mix, mix_lora or bridge")
-    steps: int = opt(150, "iterations k (paper: 6 epochs); sft_rl puts its sft_steps before them")
+    steps: int = opt(200, "iterations k (paper: 6 epochs); sft_rl puts its sft_steps before them")
     lam: float = opt(0.5, "λ in [0, 1]: weight of RL against SFT (paper: 0.5)")
     lam_ramp_steps: int = opt(
         0, "λ rises linearly from 0 over this many steps; 0: constant (paper: runs constant, text rising)"
@@ -45,7 +45,7 @@ class Settings:
     )
     resync_every: int = opt(0, "set θ̂ back to θ every n steps; 0: never (paper: never)")
     # learning rates
-    alpha: float = opt(5e-4, "α, learning rate of θ and θ̂ (paper: 5e-7)")
+    alpha: float = opt(3e-4, "α, learning rate of θ and θ̂ (paper: 5e-7)")
     beta: float = opt(2e-3, "β, learning rate of w; 10-200 times α, else B·A hardly moves (paper: not stated)")
     grad_clip: float = opt(1.0, "largest gradient norm, of θ, θ̂ and w each (paper: unknown)")
     # adapter
