@@ -58,6 +58,8 @@ def test_a_sample_depends_on_its_key_and_not_on_its_neighbours():
     assert [[c.ids for c in g] for g in backwards] == [[c.ids for c in g] for g in together]
     other_step = sampler.generate(PROMPTS, [(0, 8, i) for i in range(len(PROMPTS))], 2, 16, 1.0)
     assert [[c.ids for c in g] for g in other_step] != [[c.ids for c in g] for g in together]
+    other_seed = sampler.generate(PROMPTS, [(1, 7, i) for i in range(len(PROMPTS))], 2, 16, 1.0)
+    assert [[c.ids for c in g] for g in other_seed] != [[c.ids for c in g] for g in together]
 
 
 def test_samples_of_a_group_differ_from_one_another():

@@ -46,11 +46,11 @@ def fresh(s, w_trained=False):
     return m
 
 
-def move_shadow(m):
+def move_shadow(m, by=0.3):
     g = torch.Generator().manual_seed(11)
     with torch.no_grad():
         for p in m.parameters["theta_hat"]:
-            p.add_(0.05 * p.abs().mean() * torch.randn(p.shape, generator=g))
+            p.add_(by * p.abs().mean() * torch.randn(p.shape, generator=g))
 
 
 def gradients(m, s, sft=None, rl=None, rollouts=None, rollouts_hat=None, demos=None):
@@ -240,6 +240,38 @@ def test_the_reference_is_the_initial_model_and_its_kl_starts_at_zero():
             p.mul_(1.05)
     assert gradients(m, s)[1]["kl"] > 1e-4
     assert fresh(settings()).reference is None
+
+
+def test_the_shadow_s_loss_has_the_kl_term_too():
+    s = settings(kl_coef=0.1)
+    m = fresh(s)
+    rollouts = make_rollouts(m.policy)
+    rollouts.advantage.zero_()  # so that nothing but the KL is left of J_RL
+    assert max(p.abs().max() for p in gradients(m, s, rollouts=copy.deepcopy(rollouts))[0]["theta_hat"]) < 1e-6
+    move_shadow(m)
+    assert any(p.abs().max() > 1e-4 for p in gradients(m, s, rollouts=rollouts)[0]["theta_hat"])
+
+
+def test_gain_gradient_norm_is_that_of_the_gain_part_with_its_weight_lambda():
+    s = settings(lam=0.3)
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    g, stats = gradients(m, s, sft=0.0, rl=0.3)
+    assert stats["gain_grad_norm"] == pytest.approx(torch.cat([p.flatten() for p in g["w"]]).norm().item(), rel=1e-4)
+
+
+def test_cooperative_gain_on_shared_rollouts_weights_each_sequence_by_its_importance():
+    s = settings()
+    m = fresh(s)
+    move_shadow(m, by=0.3)
+    rollouts = make_rollouts(m.policy)
+    with torch.no_grad():
+        logp_hat, _ = response_logprobs(m.shadow, rollouts.rows)
+    lengths = [len(response) for _, response in rollouts.rows]
+    ratio = torch.stack([d.sum() for d in (logp_hat - rollouts.sampler_logp).split(lengths)]).exp()
+    reward = rollouts.reward.flatten()
+    expected = reward.mean() - (ratio.clamp(max=10) * reward).mean()
+    assert gradients(m, s, rollouts=rollouts)[1]["cooperative_gain"] == pytest.approx(expected.item(), abs=1e-4)
 
 
 def test_several_updates_of_one_batch_see_a_ratio_other_than_one():

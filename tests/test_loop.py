@@ -1,0 +1,151 @@
+"""The train loop and its rollouts: what goes where, step by step, seen through spies on the functions it calls."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+import bridge
+import grpo
+import settings
+from model import response_logprobs
+from sampler import Completion
+
+SMOKE = settings.PRESETS["smoke"]
+
+
+def make_run(tmp_path, **changes):
+    """A smoke run, set up but not started."""
+    s = settings.check(settings.Settings(**(SMOKE | changes)))
+    tmp_path.mkdir(exist_ok=True)
+    return bridge.set_up(s, tmp_path)
+
+
+def train_spying(run, monkeypatch, look):
+    """Trains; before each bilevel_gradients, `look(run, rollouts, rollouts_hat, demonstrations)` is recorded."""
+    seen, real = [], bridge.bilevel_gradients
+
+    def spy(m, rollouts, rollouts_hat, demonstrations, *rest):
+        seen.append(look(run, rollouts, rollouts_hat, demonstrations))
+        return real(m, rollouts, rollouts_hat, demonstrations, *rest)
+
+    monkeypatch.setattr(bridge, "bilevel_gradients", spy)
+    bridge.train(run, 0)
+    return seen
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def boxed(run, answer, extra, reason="stop"):
+    ids = run.tokenizer.encode("1+1=2;" * extra + f"\\boxed{{{answer}}}", add_special_tokens=False)
+    return Completion(ids, [-0.01 * i - extra for i in range(len(ids))], reason)
+
+
+def test_rewards_advantages_and_weights_belong_to_the_tokens_of_their_own_sequence(tmp_path, monkeypatch):
+    run = make_run(tmp_path, prompts_per_step=3, group_size=4, overlong_mask=True)
+    problems = [run.task.problems[i] for _, i in copy.deepcopy(run.prompts).take(3)]
+    right = [[True, False, False, False], [True, True, True, False], [False] * 4]
+    groups = [
+        [boxed(run, p.answer if r else "x", g + i, "length" if (i, g) == (1, 2) else "stop") for g, r in enumerate(row)]
+        for i, (p, row) in enumerate(zip(problems, right, strict=True))
+    ]
+    monkeypatch.setattr(run.sampler, "generate", lambda *a, **k: groups)
+    rollouts = bridge.collect(run, run.prompts, 0)
+    assert rollouts.reward.tolist() == [[float(r) for r in row] for row in right]
+    advantages, flat, at = grpo.group_advantages(rollouts.reward), [c for g in groups for c in g], 0
+    for i, completion in enumerate(flat):
+        tokens = slice(at, at + len(completion.ids))
+        at = tokens.stop
+        assert rollouts.rows[i][1] == completion.ids
+        assert run.tokenizer.decode(rollouts.rows[i][0]) == f"Q:{problems[i // 4].question}="
+        assert rollouts.advantage[tokens].tolist() == [advantages[i // 4, i % 4].item()] * len(completion.ids)
+        assert rollouts.sampler_logp[tokens].tolist() == pytest.approx(completion.logps)
+        assert rollouts.weight[tokens].any() == (completion.finish_reason == "stop"), "overlong sequences weigh nothing"
+    assert at == len(rollouts.advantage) == len(rollouts.weight)
+    assert rollouts.truncated == 1 / 12
+
+
+@pytest.mark.parametrize("cap", [0, 1, 5])
+def test_dynamic_sampling_replaces_dead_groups_up_to_its_cap(tmp_path, monkeypatch, cap):
+    run = make_run(tmp_path, prompts_per_step=2, group_size=2, dynamic_sampling=cap)
+    stream, calls = copy.deepcopy(run.prompts), []
+
+    def generate(prompts, *rest):  # one live group in the second batch, one in the fourth
+        problems = [run.task.problems[i] for _, i in stream.take(2)]
+        calls.append(problems)
+        live = len(calls) in (2, 4)
+        return [
+            [boxed(run, problems[0].answer if live else "x", 0), boxed(run, "x", 0)],
+            [boxed(run, "x", 1), boxed(run, "x", 1)],
+        ]
+
+    monkeypatch.setattr(run.sampler, "generate", generate)
+    rollouts = bridge.collect(run, run.prompts, 0)
+    assert len(calls) == {0: 1, 1: 2, 5: 4}[cap]
+    assert (rollouts.reward.sum(1) == 1).tolist() == {0: [False, False], 1: [True, False], 5: [True, True]}[cap]
+
+
+def test_shared_rollouts_are_the_policy_s_and_own_ones_the_shadow_s(tmp_path, monkeypatch):
+    def gaps(run, rollouts, rollouts_hat, _):
+        with torch.no_grad():
+            pairs = (rollouts, run.m.policy), (rollouts_hat, run.m.shadow)
+            return [(r.sampler_logp - response_logprobs(m, r.rows)[0]).abs().max().item() for r, m in pairs]
+
+    run = make_run(tmp_path / "own", shadow_rollouts="own", steps=3)
+    assert all(gap < 1e-3 for step in train_spying(run, monkeypatch, gaps) for gap in step)
+    run = make_run(tmp_path / "shared", steps=2)
+    assert all(train_spying(run, monkeypatch, lambda run, a, b, _: a is b))
+
+
+@pytest.mark.parametrize(("every", "expected"), [(0, [True, False, False, False]), (2, [True, False, True, False])])
+def test_the_shadow_is_set_back_when_asked_and_never_otherwise(tmp_path, monkeypatch, every, expected):
+    run = make_run(tmp_path, steps=4, resync_every=every)
+    names = ("theta", "theta_hat")
+    seen = train_spying(run, monkeypatch, lambda run, *_: same(*(run.m.parameters[n] for n in names)))
+    assert seen == expected
+
+
+def test_cold_start_gives_rl_a_fresh_optimizer(tmp_path, monkeypatch):
+    run = make_run(tmp_path, method="sft_rl", sft_steps=2, steps=2)
+    seen = train_spying(run, monkeypatch, lambda run, r, *_: (r is None, len(run.m.optimizers["theta"].state) > 0))
+    assert seen == [(True, False), (True, True), (False, False), (False, True)]
+
+
+def test_each_update_sees_iterate_k_once_and_updates_per_rollout_reuse_the_rollouts(tmp_path, monkeypatch):
+    run = make_run(tmp_path, steps=2, updates_per_rollout=3)
+    seen = train_spying(run, monkeypatch, lambda run, r, _, demos: (id(r), r, demos))
+    assert len(seen) == 6
+    assert [i for i, *_ in seen[:3]] == [seen[0][0]] * 3
+    assert seen[3][0] != seen[0][0]
+    assert seen[0][2] != seen[1][2], "each update draws its own demonstrations"
+
+
+def test_the_trainer_uses_the_sampling_temperature(tmp_path):
+    run = make_run(tmp_path, steps=2, temperature=0.6)
+    bridge.train(run, 0)
+    metrics = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(m["logp_gap_max"] < 1e-3 for m in metrics)
+
+
+def test_policy_and_shadow_are_each_evaluated_with_their_own_weights(tmp_path, monkeypatch):
+    run = make_run(tmp_path)
+    with torch.no_grad():
+        run.m.parameters["theta_hat"][0].add_(1.0)
+    fingerprint = lambda m: next(m.parameters()).sum().item()  # noqa: E731
+    monkeypatch.setattr(bridge, "evaluate", lambda sampler, *_: ({"average": fingerprint(sampler.model)}, []))
+    bridge.evaluate_policies(run, 0)
+    record = json.loads((tmp_path / "evals.jsonl").read_text())
+    assert record["policy"]["average"] == pytest.approx(fingerprint(run.m.policy))
+    assert record["shadow"]["average"] == pytest.approx(fingerprint(run.m.shadow))
+    assert record["shadow"] != record["policy"]
+
+
+def test_a_checkpoint_holds_the_positions_and_the_skipped_count(tmp_path):
+    run = make_run(tmp_path)
+    run.prompts.position, run.prompts_hat.position, run.demos.position, run.skipped = 3, 5, 7, 2
+    again = make_run(tmp_path)
+    assert bridge.restore(again, copy.deepcopy(bridge.state_of(run, 11))) == 11
+    assert (again.prompts.position, again.prompts_hat.position, again.demos.position, again.skipped) == (3, 5, 7, 2)
