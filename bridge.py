@@ -16,9 +16,11 @@ Shapes: P prompts, G samples of each, N = P·G sequences, T response tokens of a
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import contextmanager
@@ -28,6 +30,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -43,8 +46,8 @@ from model import ModelError, Row, load, micro_batches, offsets, pick_device, re
 from sampler import Sampler
 from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse
 
-MAX_SKIPPED = 5  # updates in a row with a non-finite loss or gradient before the run stops
-MAX_LOGP_GAP = 0.1  # nats per token between sampler and trainer, on the first batch, before the run stops
+MAX_SKIPPED = 5  # updates with a non-finite loss or gradient, no clean step between them, before the run stops
+MAX_LOGP_GAP = 0.1  # nats per token between sampler and trainer, on the same weights, before the run stops
 
 
 def updates(s: Settings, k: int) -> list[tuple[float, float]]:
@@ -126,7 +129,7 @@ class Rollouts:
     advantage: Tensor  # [T]
     weight: Tensor  # [T]
     sampler_logp: Tensor  # [T]
-    truncated: float  # fraction of completions cut off
+    stats: dict[str, float]  # of everything sampled, before dynamic sampling chose
     records: list[dict]  # the first group, for samples.jsonl
     old_logp: Tensor | None = None  # [T] log π of the policy that sampled, set by its first update
 
@@ -148,10 +151,11 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
             responses = [run.tokenizer.decode(c.ids, skip_special_tokens=True) for c in group]
             reward = [float(rewards.is_correct(r, problem.answer).correct) for r in responses]
             groups.append((problem, prompt, group, responses, reward))
-        if s.dynamic_sampling:
-            groups.sort(key=lambda g: min(g[-1]) == max(g[-1]))  # the live ones first, else as drawn
-            if min(groups[s.prompts_per_step - 1][-1]) < max(groups[s.prompts_per_step - 1][-1]):
-                break
+        if sum(map(is_live, groups)) >= s.prompts_per_step:
+            break
+    stats = sampling_statistics(groups)
+    if s.dynamic_sampling:
+        groups.sort(key=is_live, reverse=True)  # the live ones first, else as drawn
     groups = groups[: s.prompts_per_step]
     completions = [c for _, _, group, _, _ in groups for c in group]  # N
     reward = torch.tensor([reward for *_, reward in groups])  # [P, G]
@@ -166,13 +170,31 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
         advantage=advantage.to(device),
         weight=grpo.token_weights(lengths, s.aggregation, s.max_new_tokens, keep).to(device),
         sampler_logp=torch.tensor([logp for c in completions for logp in c.logps], device=device),
-        truncated=sum(c.finish_reason == "length" for c in completions) / len(completions),
+        stats=stats,
         records=[
             {"question": problem.question, "answer": problem.answer, "response": text, "reward": r,
              "finish_reason": c.finish_reason}
             for c, text, r in zip(group, responses, first_reward, strict=True)
         ],
     )  # fmt: skip
+
+
+def is_live(group: tuple) -> bool:
+    """Whether a group's rewards differ, so that it has a gradient."""
+    *_, reward = group
+    return min(reward) < max(reward)
+
+
+def sampling_statistics(groups: list[tuple]) -> dict[str, float]:
+    completions = [c for _, _, group, _, _ in groups for c in group]
+    tokens = sum(len(c.ids) for c in completions)
+    return dict(
+        reward=sum(sum(reward) for *_, reward in groups) / len(completions),
+        response_tokens=tokens / len(completions),
+        truncated_frac=sum(c.finish_reason == "length" for c in completions) / len(completions),
+        dead_groups=sum(not is_live(group) for group in groups) / len(groups),
+        sampled_tokens=tokens,
+    )
 
 
 def rl_backward(
@@ -237,7 +259,11 @@ def bilevel_gradients(
         if m.shadow is not None:
             with clock("shadow"):
                 truncate = s.shadow_ratio_cap if rollouts_hat is rollouts and s.shadow_ratio_cap else None
+                joint_w = [p.grad for p in m.w.values()]
+                m.optimizers["w"].zero_grad()  # summed apart, so that at θ̂ = θ the difference is exactly 0
                 solo = rl_backward(m.shadow, rollouts_hat, m.reference, s, truncate)  # θ̂: ∇L_RL(θ̂,w)   w: − that
+                for p, joint_grad in zip(m.w.values(), joint_w, strict=True):
+                    p.grad += joint_grad  # w: ∇L_RL(θ,w) − ∇L_RL(θ̂,w)
                 stats |= gain_statistics(solo, rollouts, rollouts_hat)
                 stats["gain_grad_norm"] = rl * grad_norm(m.w.values())
         for p in [*m.parameters["theta"], *m.w.values()]:
@@ -255,12 +281,7 @@ def grad_norm(parameters) -> float:
 
 def rl_statistics(joint: dict[str, Tensor], rollouts: Rollouts) -> dict:
     gap = (joint["logp"] - rollouts.sampler_logp).abs()
-    equal = rollouts.reward.amax(1) == rollouts.reward.amin(1)  # [P]
-    return dict(
-        reward=rollouts.reward.mean().item(),
-        response_tokens=len(gap) / rollouts.reward.numel(),
-        truncated_frac=rollouts.truncated,
-        dead_groups=equal.float().mean().item(),
+    return rollouts.stats | dict(
         entropy=joint["entropy"].mean().item(),
         kl=joint["kl"].mean().item(),
         clip_frac=joint["cut"].float().mean().item(),
@@ -334,9 +355,8 @@ class Run:
     tokenizer: object
     sampler: Sampler
     prompts: tasks.Stream
-    prompts_hat: tasks.Stream  # for the shadow's own rollouts
     demos: tasks.Stream
-    skipped: int = 0  # updates in a row that were skipped
+    skipped: int = 0  # updates that were skipped since the last step without one
 
 
 def train(run: Run, start: int) -> None:
@@ -351,16 +371,18 @@ def train(run: Run, start: int) -> None:
         if s.method == "sft_rl" and k == s.sft_steps:
             m.reset_optimizers()
 
-        # 1  rollouts from π(θ,w); θ̂ learns from the same ones, or from its own
+        # 1  rollouts from π(θ,w); θ̂ learns from the same ones, or from its own on the same prompts
         if any(rl for _, rl in plan):
+            prompts_hat = copy.copy(run.prompts)
             with clock("sample"):
                 run.sampler.refresh(m.policy)
                 rollouts = rollouts_hat = collect(run, run.prompts, k)
             if s.shadow_rollouts == "own":
                 with clock("sample_shadow"):
                     run.sampler.refresh(m.shadow)
-                    rollouts_hat = collect(run, run.prompts_hat, k)
+                    rollouts_hat = collect(run, prompts_hat, k)
 
+        skipped = 0
         for sft, rl in plan * s.updates_per_rollout:
             # 2-3  the gradients of θ, w and θ̂, all at iterate k
             demonstrations = [run.demonstrations[i] for _, i in run.demos.take(s.sft_batch)] if sft else []
@@ -369,9 +391,10 @@ def train(run: Run, start: int) -> None:
             with clock("optimizer"):
                 stats |= clip_and_step(m, stats, s)
             if not all_finite(stats):
-                dump_skipped(run, k + 1, rollouts, demonstrations, stats)
-            run.skipped = 0 if all_finite(stats) else run.skipped + 1
+                skipped += 1
+                dump_skipped(run, f"{k + 1:06d}-{skipped}", rollouts, demonstrations, stats)
             log = stats | log  # of several updates, the first is logged
+        run.skipped = run.skipped + skipped if skipped else 0
         if s.resync_every and (k + 1) % s.resync_every == 0:
             m.resync()
 
@@ -381,7 +404,7 @@ def train(run: Run, start: int) -> None:
                 evaluate_policies(run, k + 1)
         write_logs(run, k + 1, log, rollouts, clock)
         bar.set_postfix({name: f"{log[name]:.3f}" for name in ("reward", "sft_nll", "cooperative_gain") if name in log})
-        if (k == start and log.get("logp_gap_mean", 0.0) > MAX_LOGP_GAP) or run.skipped >= MAX_SKIPPED:
+        if run.skipped >= MAX_SKIPPED or log.get("logp_gap_mean", 0.0) > MAX_LOGP_GAP:
             raise Diverged(run, log)
         if (k + 1) % s.save_every == 0 or last or stop.requested:
             checkpoint.save(run.out / "checkpoint", k + 1, state_of(run, k + 1))
@@ -401,8 +424,8 @@ class Diverged(RuntimeError):
     def __init__(self, run: Run, log: dict):
         if run.skipped >= MAX_SKIPPED:
             text = (
-                f"{run.skipped} updates in a row had a loss or gradient that is not finite: lower alpha or beta, or "
-                f"look into {run.out}/skipped-*.json. --resume continues from the last checkpoint"
+                f"{run.skipped} updates had a loss or gradient that is not finite, with no clean step between: lower "
+                f"alpha or beta, or look into {run.out}/skipped-*.json. --resume continues from the last checkpoint"
             )
         else:
             text = (
@@ -414,18 +437,16 @@ class Diverged(RuntimeError):
 
 def set_up(s: Settings, out: Path) -> Run:
     """Loads task and model and makes the three sets of parameters. Raises DataError, ModelError or SettingError."""
-    folder = str(toy.build_base(s.model)) if s.model in toy.RECIPES else s.model
-    model, tokenizer = load(folder, s.trust_remote_code)
     if s.rl_data:
         task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems)
     else:
         task = toy.task(s.seed, s.eval_problems)
+    model, tokenizer = load(toy.resolve(s.model), s.trust_remote_code)
     demonstrations = tasks.prepare(
         task, tokenizer, s.max_new_tokens, model.config.max_position_embeddings, with_demonstrations=s.method != "rl"
     )
     sampler = Sampler(model, stop_tokens(model, tokenizer), s.sampler_slots, getattr(torch, s.dtype))
-    counts = (len(task.problems), len(task.problems), len(demonstrations))
-    streams = [tasks.Stream(count, (s.seed, i)) for i, count in enumerate(counts)]
+    streams = [tasks.Stream(len(rows), (s.seed, i)) for i, rows in enumerate((task.problems, demonstrations))]
     return Run(s, out, make_policies(model, s), task, demonstrations, tokenizer, sampler, *streams)
 
 
@@ -433,24 +454,27 @@ def describe(run: Run) -> str:
     """What the run is about to do."""
     s, m = run.s, run.m
     sizes = ", ".join(f"{name} {sum(p.numel() for p in ps):,}" for name, ps in m.parameters.items())
+    plan = updates(s, total_steps(s) - 1)
+    batch = [f"{s.sft_batch} demonstrations"] if any(sft for sft, _ in plan) or s.method == "sft_rl" else []
+    if any(rl for _, rl in plan):
+        sequences = s.prompts_per_step * s.group_size
+        batch.insert(0, f"{s.prompts_per_step} prompts x {s.group_size} samples = {sequences} sequences")
     wrapped = [name.removesuffix(".lora_A.weight") for name in m.w if name.endswith(".lora_A.weight")]
     lines = [
-        f"method {s.method}, model {s.model}, on {pick_device()} with {torch.get_num_threads()} threads",
-        "settings  " + "  ".join(f"{name}={value}" for name, value in asdict(s).items() if value != ""),
-        f"trainable {sizes}",
+        f"trainable {sizes}, on {pick_device()} with {torch.get_num_threads()} threads",
         f"data      {len(run.task.problems)} prompts, {len(run.demonstrations)} demonstrations, "
         f"{len(run.task.evaluation)} evaluation problems",
         *(f"          {note}" for note in run.task.notes),
-        f"batch     {s.prompts_per_step} prompts x {s.group_size} samples = {s.prompts_per_step * s.group_size} "
-        f"sequences and {s.sft_batch} demonstrations per update, {s.updates_per_rollout} per step, "
-        f"{total_steps(s)} steps; {s.tokens_per_micro_batch} tokens in a micro-batch",
+        f"batch     {' and '.join(batch)} per step, {len(plan) * s.updates_per_rollout} updates of each set of "
+        f"parameters on them, {total_steps(s)} steps; at most {s.tokens_per_micro_batch} tokens in memory at a time",
+        f"stop      at {', '.join(repr(run.tokenizer.decode([i])) for i in run.sampler.stop)}",
         f"files     {run.out}/",
     ]
     if wrapped:
-        lines.insert(3, f"          w wraps {len(wrapped)} linears, {wrapped[0]} to {wrapped[-1]}: {s.lora_targets}")
+        lines.insert(1, f"          w wraps {len(wrapped)} linears, {wrapped[0]} to {wrapped[-1]}: {s.lora_targets}")
     if run.demonstrations:
         prompt, response = (run.tokenizer.decode(ids) for ids in run.demonstrations[0])
-        lines.insert(-2, f"          the first demonstration, trained tokens in ⟦ ⟧: {prompt!r}⟦{response!r}⟧")
+        lines.insert(-3, f"          the first demonstration, trained tokens in ⟦ ⟧: {prompt!r}⟦{response!r}⟧")
     return "\n".join(lines)
 
 
@@ -478,14 +502,14 @@ def write_logs(run: Run, step: int, log: dict, rollouts: Rollouts | None, clock:
     """A line of metrics.jsonl, null where a method lacks the metric; the first group goes to samples.jsonl."""
     record = {"step": step} | {name: loggable(log.get(name)) for name in METRICS}
     norm = lora.delta_norm(run.m.w, run.s.lora_alpha / run.s.lora_rank) if run.m.w else None
-    speed = len(rollouts.sampler_logp) / clock.seconds["sample"] if rollouts else None
+    speed = rollouts.stats["sampled_tokens"] / clock.seconds["sample"] if rollouts else None
     record |= {"lora_norm": loggable(norm), "tokens_per_second": loggable(speed), "skipped_in_a_row": run.skipped}
     record["seconds"] = {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()}
     checkpoint.append(run.out / "metrics.jsonl", record)
     for sample in rollouts.records if rollouts else []:
         checkpoint.append(run.out / "samples.jsonl", {"step": step} | sample)
-    if rollouts and rollouts.truncated > 0.5:
-        tqdm.write(f"step {step}: {rollouts.truncated:.0%} of the completions were cut off; raise max_new_tokens?")
+    if rollouts and (cut := rollouts.stats["truncated_frac"]) > 0.5:
+        tqdm.write(f"step {step}: {cut:.0%} of the completions were cut off; raise max_new_tokens?")
 
 
 def loggable(value: float | None) -> float | None:
@@ -493,12 +517,18 @@ def loggable(value: float | None) -> float | None:
     return float(f"{value:.6g}") if value is not None and math.isfinite(value) else None
 
 
-def dump_skipped(run: Run, step: int, rollouts: Rollouts | None, demonstrations: list[Row], stats: dict) -> None:
+def dump_skipped(run: Run, name: str, rollouts: Rollouts | None, demonstrations: list[Row], stats: dict) -> None:
     """Keeps the batch of a skipped update for inspection."""
-    path = run.out / f"skipped-{step:06d}.json"
+    path = run.out / f"skipped-{name}.json"
     batch = {"rollouts": rollouts.rows if rollouts else [], "demonstrations": demonstrations}
     path.write_text(json.dumps({"stats": {name: str(value) for name, value in stats.items()}, **batch}))
-    tqdm.write(f"step {step}: a loss or gradient is not finite; no parameter was changed, the batch is in {path}")
+    tqdm.write(f"update {name}: a loss or gradient is not finite; no parameter was changed, the batch is in {path}")
+
+
+def data_hash(run: Run) -> str:
+    """A fingerprint of prompts, demonstrations and evaluation problems: resuming on others would be another run."""
+    data = repr((run.task.problems, run.task.evaluation, run.demonstrations)).encode(errors="replace")
+    return hashlib.sha256(data).hexdigest()
 
 
 def state_of(run: Run, step: int) -> dict:
@@ -506,10 +536,11 @@ def state_of(run: Run, step: int) -> dict:
     return {
         "step": step,
         "skipped": run.skipped,
+        "data": data_hash(run),
         "settings": asdict(run.s),
         "parameters": {name: [p.detach() for p in ps] for name, ps in run.m.parameters.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.m.optimizers.items()},
-        "streams": {name: getattr(run, name).position for name in ("prompts", "prompts_hat", "demos")},
+        "streams": {name: getattr(run, name).position for name in ("prompts", "demos")},
     }
 
 
@@ -520,9 +551,18 @@ def restore(run: Run, state: dict) -> int:
         old = state["settings"].get(name)
         if value != old and name not in MAY_CHANGE_ON_RESUME:
             raise SettingError(f"{name} is {value!r}, the run in {run.out} has {old!r}: use that, or another --out")
+    if state["data"] != data_hash(run):
+        raise SettingError(
+            f"rl_data, sft_data or eval_data has changed since the run in {run.out} began: use another --out"
+        )
+    if state["step"] > total_steps(run.s):
+        raise SettingError(f"steps is {run.s.steps}, but the run in {run.out} is at step {state['step']} already")
     for name, parameters in run.m.parameters.items():
-        for p, saved in zip(parameters, state["parameters"][name], strict=True):
-            p.copy_(saved)
+        saved = state["parameters"][name]
+        if [p.shape for p in parameters] != [p.shape for p in saved]:
+            raise SettingError(f"model {run.s.model} is not the one the run in {run.out} began with: its shapes differ")
+        for p, value in zip(parameters, saved, strict=True):
+            p.copy_(value)
     for name, optimizer in run.m.optimizers.items():
         optimizer.load_state_dict(state["optimizers"][name])
     for name, position in state["streams"].items():
@@ -538,7 +578,7 @@ def finish(run: Run) -> None:
     run.sampler.model.save_pretrained(out / "model")
     run.tokenizer.save_pretrained(out / "model")
     if run.m.w:
-        lora.save(out / "adapter", run.m.w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","), s.model)
+        lora.save(out / "adapter", run.m.w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
     evals = [json.loads(line) for line in (out / "evals.jsonl").read_text().splitlines()]
     columns = {"before": evals[0]["policy"], f"{s.method}, step {evals[-1]['step']}": evals[-1]["policy"]}
     if "shadow" in evals[-1]:
@@ -555,6 +595,9 @@ def main(argv: list[str]) -> None:
             raise SettingError("this version runs in one process: start it with python bridge.py, not torchrun")
         if not resume and out.exists() and any(out.iterdir()):
             raise SettingError(f"{out} exists: --resume continues it, --out names another folder")
+        print(
+            f"method {s.method}, settings " + " ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""), flush=True
+        )
         run = set_up(s, out)
         state = checkpoint.load_newest(out / "checkpoint") if resume else None
         if resume and state is None:
@@ -569,9 +612,13 @@ def main(argv: list[str]) -> None:
         print(describe(run), flush=True)
         train(run, start)
         finish(run)
-    except (SettingError, tasks.DataError, ModelError, Diverged, OSError) as error:
+    except (SettingError, tasks.DataError, ModelError, Diverged, FloatingPointError, SafetensorError, OSError) as error:
         sys.exit(f"bridge.py: {error}")
+    except KeyboardInterrupt:
+        print("\nbridge.py: interrupted; --resume continues from the last checkpoint, if there is one")
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")  # a terminal without θ is no reason to stop
     main(sys.argv[1:])

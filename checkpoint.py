@@ -51,8 +51,10 @@ def load_newest(folder: Path) -> dict | None:
                 if (broken := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"checksum of {broken} does not match")
             return torch.load(path, weights_only=True, map_location="cpu")
-        except zipfile.BadZipFile as error:
-            print(f"checkpoint {path} is damaged ({error}); trying the one before")
+        except OSError:
+            raise  # the disk's own trouble, not a damaged file
+        except Exception as error:  # damaged bytes fail in a dozen ways: zip, zlib, pickle, unicode, …
+            print(f"checkpoint {path} is damaged ({type(error).__name__}: {error}); trying the one before")
     if paths:
         raise OSError(f"every checkpoint in {folder} is damaged: start again with another --out")
     return None

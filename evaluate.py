@@ -67,25 +67,26 @@ def main() -> None:
     args = parser.parse_args()
 
     folder, settings = args.source, {}
-    if (Path(folder) / "model").is_dir() and (Path(folder) / "config.json").exists():
+    if (Path(folder) / "evals.jsonl").exists():  # a run of bridge.py
+        if not (Path(folder) / "model").is_dir():
+            sys.exit(f"evaluate.py: {folder} has no model/ yet: the run has not finished, --resume continues it")
         settings = json.loads((Path(folder) / "config.json").read_text())["settings"]
         folder = str(Path(folder) / "model")
-    data, rl_data = args.data or settings.get("eval_data", ""), settings.get("rl_data", "")
-    count = args.problems or settings.get("eval_problems", 100)
+    eval_data, rl_data = settings.get("eval_data", ""), settings.get("rl_data", "")
+    limit = args.max_new_tokens or settings.get("max_new_tokens", 96)
     try:
         if args.data:
-            problems, instruction = (
-                tasks.read_problems(args.data, "--data", [])[: args.problems or None],
-                tasks.INSTRUCTION,
-            )
+            problems, instruction = tasks.read_problems(args.data, "--data", []), tasks.INSTRUCTION
         elif rl_data:
-            task = tasks.from_files(rl_data, "", data, count)
-            problems, instruction = task.evaluation, task.instruction
+            problems = tasks.from_files(rl_data, "", eval_data, settings["eval_problems"]).evaluation
+            instruction = tasks.INSTRUCTION
         else:
-            problems, instruction = toy.evaluation(count), ""
-        model, tokenizer = load(folder)
+            problems, instruction = toy.evaluation(args.problems or settings.get("eval_problems", 100)), ""
+        if args.data or rl_data:
+            problems = problems[: args.problems or None]
+        model, tokenizer = load(toy.resolve(folder))
+        tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings)
         sampler = Sampler(model, stop_tokens(model, tokenizer))
-        limit = args.max_new_tokens or settings.get("max_new_tokens", 96)
         accuracy, records = evaluate(sampler, tokenizer, problems, instruction, limit)
     except (tasks.DataError, ModelError) as error:
         sys.exit(f"evaluate.py: {error}")

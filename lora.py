@@ -60,7 +60,8 @@ def create(model: nn.Module, targets: list[str], rank: int, seed: int) -> Adapte
     A is uniform in ±1/√in (PEFT's Kaiming initialisation), B is zero: a fresh adapter changes nothing.
     Raises ValueError when a target matches no linear layer, listing the names that would.
     """
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    head = model.get_output_embeddings()  # often tied to the embedding, which no adapter may touch
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
     missing = [t for t in targets if not any(n.split(".")[-1] == t for n in linears)]
     if missing or not targets:
         names = sorted({n.split(".")[-1] for n in linears})
@@ -114,13 +115,14 @@ def delta_norm(w: Adapter, scale: float) -> float:
     return scale * math.sqrt(max(total, 0.0))
 
 
-def save(folder: Path, w: Adapter, rank: int, alpha: float, targets: list[str], base_model: str) -> None:
-    """Writes w in PEFT's file format: PeftModel.from_pretrained(base, folder) loads it."""
+def save(folder: Path, w: Adapter, rank: int, alpha: float, targets: list[str]) -> None:
+    """Writes w in PEFT's file format: PeftModel.from_pretrained(base, folder) loads it. It names no base model: w
+    belongs on the trained θ, not on the model that training began with."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {f"base_model.model.{n}": p.detach().cpu().contiguous() for n, p in w.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=base_model, r=rank, lora_alpha=alpha,
+        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=None, r=rank, lora_alpha=alpha,
         target_modules=targets, lora_dropout=0.0, bias="none", inference_mode=True,
     )  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
@@ -38,11 +39,15 @@ def load(name_or_folder: str, trust_remote_code: bool = False):
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **options)
         model = AutoModelForCausalLM.from_pretrained(name_or_folder, dtype=torch.float32, **options)
-    except (OSError, ValueError) as error:  # what transformers raises for folders and names it cannot use
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # what transformers raises for unusable files
         known = (
             "is a folder without a usable model" if Path(name_or_folder).is_dir() else "is no folder, nor on the hub"
         )
         raise ModelError(f"model {name_or_folder!r} {known}: {str(error).strip().splitlines()[0]}") from error
+    if not tokenizer.encode("1"):
+        raise ModelError(f"model {name_or_folder!r} has no usable tokenizer beside it: '1' encodes to nothing")
+    if not (hasattr(model, "model") and hasattr(model.config, "num_key_value_heads")):
+        raise ModelError(f"model {name_or_folder!r}: {type(model).__name__} is not built like Llama, Qwen2 or Qwen3")
     if getattr(model.get_output_embeddings(), "bias", None) is not None:
         raise ModelError(
             f"model {name_or_folder!r} has a bias on its vocabulary head, which logprob.py does not support"
@@ -102,9 +107,17 @@ def pack(sequences: list[list[int]], device: torch.device) -> Packed:
 
 def packed_attention(module, query, key, value, attention_mask, scaling, segments: Segments, dropout=0.0, **kwargs):
     """Block-diagonal causal attention. query [1, h, T, d], key and value [1, h_kv, T, d] -> [1, T, h, d]."""
+    refuse_other_attention(segments.longest, **kwargs)
     q, k, v = segments.spread(query), segments.spread(key), segments.spread(value)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)
     return segments.gather(out), None
+
+
+def refuse_other_attention(longest: int, sliding_window=None, softcap=None, s_aux=None, **kwargs) -> None:
+    """Raises ModelError if the model asks for attention that is not plain causal: we would silently be wrong."""
+    if softcap or s_aux is not None or (sliding_window is not None and sliding_window < longest):
+        asked = f"a window of {sliding_window} tokens (here are {longest})" if sliding_window else "soft caps or sinks"
+        raise ModelError(f"this model's attention has {asked}; only full causal attention is supported")
 
 
 AttentionInterface.register("packed", packed_attention)
@@ -137,14 +150,16 @@ def hidden_states(model: nn.Module, packed: Packed, **attention_kwargs) -> Tenso
 
 
 def micro_batches(rows: list[Row], tokens: int) -> list[range]:
-    """Consecutive ranges of rows with at most `tokens` tokens each (a longer row stands alone)."""
-    ranges, first, used = [], 0, 0
+    """Consecutive ranges of rows whose rectangle in attention, rows x longest, is at most `tokens`.
+
+    A row that is longer stands alone.
+    """
+    ranges, first, longest = [], 0, 0
     for i, (prompt, response) in enumerate(rows):
-        n = len(prompt) + len(response)
-        if i > first and used + n > tokens:
+        longest = max(longest, len(prompt) + len(response))
+        if i > first and (i + 1 - first) * longest > tokens:
             ranges.append(range(first, i))
-            first, used = i, 0
-        used += n
+            first, longest = i, len(prompt) + len(response)
     return [*ranges, range(first, len(rows))]
 
 

@@ -15,7 +15,9 @@ import matplotlib.pyplot as plt
 
 
 def read(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    """The lines of a log; one torn by a kill is left out."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def smooth(values: list[float], window: int = 10) -> list[float]:
@@ -101,7 +103,10 @@ def main() -> None:
     for run in args.runs:
         if not (run / "metrics.jsonl").exists():
             sys.exit(f"plot.py: {run} is no run folder: it has no metrics.jsonl")
-    draw(args.runs, args.out)
+    try:
+        draw(args.runs, args.out)
+    except (OSError, ValueError) as error:  # no such folder, or a kind of picture matplotlib does not write
+        sys.exit(f"plot.py: --out {args.out}: {error}")
     print(args.out)
 
 

@@ -74,8 +74,9 @@ def equivalent(a: str, b: str) -> bool:
 
 
 def normalise(text: str) -> str:
-    """Without blanks, dollar signs, TeX spacing, an outer \\text{…} and a final full stop."""
-    text = re.sub(r"\\[,;! ]|\\left|\\right|[\s$]", "", text).rstrip(".")
+    """Without dollar signs, TeX spacing, an outer \\text{…}, a final full stop, and blanks except between digits."""
+    text = re.sub(r"\\[,;! ]|\\left|\\right|\$", "", text).strip()
+    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).rstrip(".")  # "1 1/2" is not 11/2
     if match := re.fullmatch(r"\\text\{([^{}]*)\}", text):
         text = match[1]
     return text

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 import lora
-from model import hidden_states, pack, packed_attention
+from model import hidden_states, pack, packed_attention, refuse_other_attention
 
 
 @dataclass
@@ -53,6 +53,7 @@ def slot_attention(module, query, key, value, attention_mask, scaling, slots: Sl
     if slots.mask is None:
         return packed_attention(module, query, key, value, None, scaling, **kwargs)
     n, length = slots.mask.shape[0], slots.mask.shape[-1]
+    refuse_other_attention(length, **kwargs)
     k, v = slots.keys[layer, :n, :, :length], slots.values[layer, :n, :, :length]  # [n, h_kv, L', d]
     q = query[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))  # [n, h_kv, g, d]: heads sharing k, v become rows
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.mask, scale=scaling)

@@ -4,6 +4,7 @@ The defaults are the `laptop` preset. "paper" gives the paper's value (arXiv 250
 """
 
 import argparse
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -61,7 +62,9 @@ class Settings:
     updates_per_rollout: int = opt(1, "updates on the same rollouts (paper: 1)")
     max_new_tokens: int = opt(80, "tokens of a completion; longer demonstrations are dropped (paper: 3000)")
     temperature: float = opt(1.0, "of sampling and of log-probs, > 0 (paper: unknown, SimpleRL 1.0)")
-    tokens_per_micro_batch: int = opt(8192, "tokens per forward and backward; changes memory, not the result")
+    tokens_per_micro_batch: int = opt(
+        16384, "tokens per forward and backward, padding in attention counted; changes memory, not the result"
+    )
     sampler_slots: int = opt(256, "sequences generated at one time; changes memory, not the samples")
     dtype: str = opt("float32", "of the forward pass and the sampler; weights stay float32 (float32 or bfloat16)")
     # GRPO
@@ -97,6 +100,7 @@ MINIMUM = dict(
     sampler_slots=1, clip_low=0, clip_high=0, kl_coef=0, dynamic_sampling=0, eval_every=1, eval_problems=1,
     save_every=1, lam=0, seed=0,
 )  # fmt: skip
+MAY_BE_INFINITE = {"shadow_ratio_cap", "clip_high", "grad_clip"}
 MAY_CHANGE_ON_RESUME = {"steps", "eval_every", "save_every", "tokens_per_micro_batch", "sampler_slots"}
 
 
@@ -111,6 +115,13 @@ def check(s: Settings) -> Settings:
     for name, least in MINIMUM.items():
         if not getattr(s, name) >= least:  # "not >=" also catches nan
             raise SettingError(f"{name} must be at least {least}; got {getattr(s, name)}")
+    for f in fields(Settings):
+        if f.type is float and f.name not in MAY_BE_INFINITE and not math.isfinite(getattr(s, f.name)):
+            raise SettingError(f"{f.name} must be a finite number; got {getattr(s, f.name)}")
+    if 0 < s.shadow_ratio_cap < 1:
+        raise SettingError(f"shadow_ratio_cap must be 0 or at least 1; got {s.shadow_ratio_cap}")
+    if s.eval_data and not s.rl_data:
+        raise SettingError("eval_data needs rl_data: the built-in arithmetic has its own evaluation problems")
     if s.lam > 1:
         raise SettingError(f"lam must be in [0, 1]; got {s.lam}")
     if s.clip_low > 1:

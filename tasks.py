@@ -35,7 +35,7 @@ class Problem:
 class Demonstration:
     question: str
     response: str
-    answer: str | None = None  # gold, where the data gives one
+    answer: str | None = None  # gold: the data's, else what the response itself boxes
 
 
 @dataclass
@@ -59,24 +59,54 @@ def encode_prompt(tokenizer, question: str, instruction: str) -> list[int]:
 def encode_demonstration(tokenizer, demonstration: Demonstration, instruction: str) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids); the response ends with exactly one EOS, which is trained."""
     response = tokenizer.encode(demonstration.response, add_special_tokens=False)
+    while response and response[-1] == tokenizer.eos_token_id:
+        response.pop()
     return encode_prompt(tokenizer, demonstration.question, instruction), [*response, tokenizer.eos_token_id]
 
 
 def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int) -> Task:
-    """The task of three data files. Without `eval_data` the last `eval_problems` of `rl_data` are held out."""
+    """The task of three data files.
+
+    Without `eval_data` the last `eval_problems` questions of `rl_data` are held out, of the demonstrations too. Raises
+    DataError when that would be half of them or more.
+    """
     task = Task([], [], [])
-    problems = read_problems(rl_data, "rl_data", task.notes)
+    task.problems = read_problems(rl_data, "rl_data", task.notes)
+    task.demonstrations = _demonstrations(sft_data, task.notes) if sft_data else []
     if eval_data:
-        evaluation = read_problems(eval_data, "eval_data", task.notes)[:eval_problems]
-    else:
-        unique = list({p.question: p for p in problems}.values())
-        evaluation = unique[-eval_problems:]
-        held_out = {p.question for p in evaluation}
-        problems = [p for p in problems if p.question not in held_out]
-        task.notes.append(f"no eval_data: the last {len(evaluation)} questions of {rl_data} are held out of training")
-    task.problems, task.evaluation = problems, evaluation
-    task.demonstrations = _demonstrations(sft_data) if sft_data else []
+        task.evaluation = read_problems(eval_data, "eval_data", task.notes)[:eval_problems]
+        return task
+    unique = list({p.question: p for p in task.problems}.values())
+    if 2 * eval_problems >= len(unique):
+        raise DataError(
+            f"rl_data: {rl_data} has {len(unique)} questions; holding out eval_problems={eval_problems} of them leaves too few. "
+            "Lower eval_problems or give eval_data"
+        )
+    task.evaluation = unique[-eval_problems:]
+    held_out, before = {p.question for p in task.evaluation}, len(task.demonstrations)
+    task.problems = [p for p in task.problems if p.question not in held_out]
+    task.demonstrations = [d for d in task.demonstrations if d.question not in held_out]
+    task.notes.append(
+        f"no eval_data: the last {eval_problems} questions of {rl_data} are held out of training, with their "
+        f"{before - len(task.demonstrations)} demonstrations"
+    )
     return task
+
+
+def check_evaluation(problems: list[Problem], tokenizer, instruction: str, max_new_tokens: int, positions: int) -> None:
+    """Raises DataError when there is no evaluation problem or the model has no room for one and its answer."""
+    if not problems:
+        raise DataError("eval_data: no usable row is left")
+    room = positions - max_new_tokens  # tokens a prompt may have
+    if room < 1:
+        raise DataError(
+            f"max_new_tokens={max_new_tokens} leaves no room for a prompt in the model's {positions} positions"
+        )
+    if long := sum(len(encode_prompt(tokenizer, p.question, instruction)) > room for p in problems):
+        raise DataError(
+            f"eval_data: {long} prompts exceed {room} tokens, what max_new_tokens={max_new_tokens} leaves of the "
+            f"model's {positions} positions: lower max_new_tokens or remove them"
+        )
 
 
 def prepare(
@@ -88,40 +118,31 @@ def prepare(
     demonstrations longer than `max_new_tokens`, which the policy could never finish either. Raises DataError when a set
     is empty, when evaluation occurs in training, or when an evaluation prompt is too long.
     """
-    room = positions - max_new_tokens  # tokens a prompt may have
-
-    def fits(question: str) -> bool:
-        return len(encode_prompt(tokenizer, question, task.instruction)) <= room
-
-    questions = {p.question.strip() for p in task.evaluation}
+    check_evaluation(task.evaluation, tokenizer, task.instruction, max_new_tokens, positions)
+    questions, room = {p.question for p in task.evaluation}, positions - max_new_tokens
     for name, rows in (("rl_data", task.problems), ("sft_data", task.demonstrations)):
-        if shared := [r.question for r in rows if r.question.strip() in questions]:
+        if shared := [r.question for r in rows if r.question in questions]:
             raise DataError(
                 f"{name}: {len(shared)} evaluation problems occur in training, the first is {shared[0][:80]!r}; "
                 "remove them from one of the two"
             )
-    if long := sum(not fits(p.question) for p in task.evaluation):
-        raise DataError(
-            f"eval_data: {long} prompts exceed {room} tokens, what max_new_tokens={max_new_tokens} leaves of the "
-            f"model's {positions} positions: lower max_new_tokens or remove them"
-        )
-    problems = [p for p in task.problems if fits(p.question)]
-    encoded = [encode_demonstration(tokenizer, d, task.instruction) for d in task.demonstrations]
-    kept = [row for row in encoded if len(row[0]) <= room and len(row[1]) <= max_new_tokens]
+    problems = [p for p in task.problems if len(encode_prompt(tokenizer, p.question, task.instruction)) <= room]
     if dropped := len(task.problems) - len(problems):
         task.notes.append(f"rl_data: {dropped} of {len(task.problems)} prompts exceed {room} tokens: dropped")
+    encoded = [encode_demonstration(tokenizer, d, task.instruction) for d in task.demonstrations]
+    kept = [row for row in encoded if len(row[0]) <= room and len(row[1]) <= max_new_tokens]
     if dropped := len(encoded) - len(kept):
         task.notes.append(
             f"sft_data: {dropped} of {len(encoded)} demonstrations exceed {max_new_tokens} tokens: dropped"
         )
-    wrong = [d for d in task.demonstrations if d.answer and not rewards.is_correct(d.response, d.answer).correct]
+    wrong = [d for d in task.demonstrations if not rewards.is_correct(d.response, d.answer or "").correct]
     if wrong:
         task.notes.append(
             f"sft_data: WARNING, the grader refuses {len(wrong)} of {len(encoded)} demonstrations; the first ends "
             f"{wrong[0].response[-60:]!r}, its gold answer is {wrong[0].answer!r}"
         )
     task.problems = problems
-    for name, rows in (("rl_data", problems), ("sft_data", kept), ("eval_data", task.evaluation)):
+    for name, rows in (("rl_data", problems), ("sft_data", kept)):
         if not rows and (name != "sft_data" or with_demonstrations):
             raise DataError(f"{name}: no usable row is left; is max_new_tokens={max_new_tokens} right?")
     return kept
@@ -139,8 +160,8 @@ def read_rows(source: str, setting: str) -> list[tuple[str, dict]]:
                     where = f"{source}, line {number}"
                     try:
                         row = json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise DataError(f"{setting}: {where}: not valid JSON ({error.msg})") from error
+                    except (json.JSONDecodeError, RecursionError) as error:
+                        raise DataError(f"{setting}: {where}: not valid JSON ({error})") from error
                     if not isinstance(row, dict):
                         raise DataError(f"{setting}: {where}: a JSON object is needed, this is a {type(row).__name__}")
                     rows.append((where, row))
@@ -167,18 +188,28 @@ def _read_with_datasets(source: str, setting: str) -> list[tuple[str, dict]]:
     return [(f"{source}, row {i}", dict(row)) for i, row in enumerate(rows)]
 
 
-def _field(row: dict, names: tuple[str, ...], where: str, setting: str) -> str:
-    for name in names:
-        if name in row:
-            return "" if row[name] is None else str(row[name])
-    raise DataError(f"{setting}: {where}: needs a field named {' or '.join(names)}, has {', '.join(row) or 'none'}")
+def _field(row: dict, names: tuple[str, ...], where: str, setting: str, may_be_empty: bool = False) -> str:
+    """The first of the named fields, as stripped text; only a gold answer may be empty, which drops the row."""
+    name = next((name for name in names if name in row), None)
+    if name is None:
+        has = ", ".join(map(str, row)) or "none"
+        raise DataError(f"{setting}: {where}: needs a field named {' or '.join(names)}, has {has}")
+    value = "" if row[name] is None else row[name]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DataError(f"{setting}: {where}: field {name} must be text or a number, it is a {type(value).__name__}")
+    text = str(value).strip()
+    if not text and not may_be_empty:
+        raise DataError(f"{setting}: {where}: field {name} is empty")
+    if not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text):
+        raise DataError(f"{setting}: {where}: field {name} holds half a surrogate pair, which is no text")
+    return text
 
 
 def read_problems(source: str, setting: str, notes: list[str]) -> list[Problem]:
     """The problems of a data file; rows whose gold the grader cannot read are dropped, and counted in `notes`."""
     problems, bad = [], 0
     for where, row in read_rows(source, setting):
-        answer = _field(row, ANSWER, where, setting)
+        answer = _field(row, ANSWER, where, setting, may_be_empty=True)
         gold = answer.rpartition("####")[2].strip()  # GSM8K writes "worked solution #### 42"
         if not rewards.is_gold(gold):
             bad += 1
@@ -190,19 +221,22 @@ def read_problems(source: str, setting: str, notes: list[str]) -> list[Problem]:
     return problems
 
 
-def _demonstrations(source: str) -> list[Demonstration]:
-    demonstrations = []
+def _demonstrations(source: str, notes: list[str]) -> list[Demonstration]:
+    demonstrations, bad = [], 0
     for where, row in read_rows(source, "sft_data"):
         question = _field(row, QUESTION, where, "sft_data")
-        answer = row.get("answer")
-        if answer is not None and "####" in str(answer):  # GSM8K: the worked solution is the answer's first part
-            steps, _, gold = str(answer).rpartition("####")
-            response = f"{steps.strip()}\nThe answer is \\boxed{{{gold.strip()}}}."
-            demonstrations.append(Demonstration(question, response, gold.strip()))
+        answer = _field(row, ANSWER, where, "sft_data", may_be_empty=True) if "answer" in row else None
+        if answer is not None and "####" in answer:  # GSM8K: the worked solution is the answer's first part
+            steps, _, gold = (part.strip() for part in answer.rpartition("####"))
+            response = f"{steps}\nThe answer is \\boxed{{{gold}}}."
+            demonstrations.append(Demonstration(question, response, gold))
+            bad += not rewards.is_gold(gold)
         else:
             response = _field(row, SOLUTION, where, "sft_data")
-            demonstrations.append(Demonstration(question, response, None if answer is None else str(answer)))
-    return demonstrations
+            demonstrations.append(Demonstration(question, response, answer or rewards.extract(response)))
+    if bad:
+        notes.append(f"sft_data: {bad} rows of {source} have no gold answer the grader can read: dropped")
+    return [d for d in demonstrations if d.answer is None or rewards.is_gold(d.answer)]
 
 
 class Stream:

@@ -30,6 +30,7 @@ from tasks import DataError, Demonstration, Problem, Task, encode_prompt
 MODULUS = 100
 TRAIN_LENGTHS, EVAL_LENGTHS = range(3, 7), range(3, 9)
 PROMPTS, DEMONSTRATIONS = 4096, 256
+EVAL_MAX = 200  # evaluation problems of each length; no training set holds any of them
 EVAL_SEED = 2509_06948  # the evaluation problems are the same for every run
 EOS, UNKNOWN, BOX = "<eos>", "<unk>", "\\boxed{"
 CHAT_TEMPLATE = (
@@ -66,21 +67,18 @@ def _distinct(rng: random.Random, lengths: list[int], count: int, taken: set[str
 
 
 def evaluation(per_length: int) -> list[Problem]:
-    """The fixed evaluation problems: the first `per_length` of each length 3…8."""
+    """The fixed evaluation problems: the first `per_length` of each length 3…8.
+
+    Raises DataError when that is more than the EVAL_MAX of each length that training leaves out.
+    """
+    if per_length > EVAL_MAX:
+        raise DataError(f"eval_problems: the built-in task has {EVAL_MAX} of each length, {per_length} asked for")
     rng_of = {n: random.Random(EVAL_SEED + n) for n in EVAL_LENGTHS}
     return [Problem(q, a, f"n={n}") for n in EVAL_LENGTHS for q, _, a in _distinct(rng_of[n], [n], per_length, set())]
 
 
-EVAL_MAX = 200  # per length; no training set holds any of these
-
-
 def task(seed: int, eval_per_length: int) -> Task:
-    """Prompts, demonstrations and evaluation problems; a function of the seed, and no question occurs twice.
-
-    Raises DataError when more than EVAL_MAX evaluation problems of each length are asked for.
-    """
-    if eval_per_length > EVAL_MAX:
-        raise DataError(f"eval_problems: the built-in task has {EVAL_MAX} of each length, {eval_per_length} asked for")
+    """Prompts, demonstrations and evaluation problems; a function of the seed, and no question occurs twice."""
     rng, taken = random.Random(seed), {p.question for p in evaluation(EVAL_MAX)}
     demonstrations = _distinct(rng, list(TRAIN_LENGTHS), DEMONSTRATIONS, taken)
     problems = _distinct(rng, list(TRAIN_LENGTHS), PROMPTS, taken)
@@ -149,6 +147,11 @@ RECIPES = {
     "arithmetic-smoke": Recipe(hidden=32, layers=2, mlp=64, steps=200, batch=32),
 }
 MODELS = Path(__file__).parent / "models"
+
+
+def resolve(model: str) -> str:
+    """The folder of a built-in model, built if it is not there; any other name as it is."""
+    return str(build_base(model)) if model in RECIPES else model
 
 
 def build_base(name: str) -> Path:

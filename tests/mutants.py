@@ -13,7 +13,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FAST = ["test_grpo.py", "test_logprob.py", "test_lora.py", "test_update.py", "test_sampler.py", "test_rewards.py"]
+FAST = ["test_grpo.py", "test_logprob.py", "test_lora.py", "test_update.py", "test_sampler.py", "test_rewards.py",
+        "test_loop.py"]  # fmt: skip
 
 MUTANTS = [  # file, line as it is, line as it should not be
     ("grpo.py", "centred = rewards - rewards.mean(-1, keepdim=True)", "centred = rewards - rewards.mean()"),
@@ -37,6 +38,18 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("bridge.py", "[*m.parameters[\"theta\"], *m.w.values()]", "m.parameters[\"theta\"]"),
     ("bridge.py", "solo = rl_backward(m.shadow,", "solo = rl_backward(m.policy,"),
     ("bridge.py", "loss = -logp.sum() / tokens", "loss = -logp.mean()"),
+    ("bridge.py", "s.divide_by_std).flatten()", "s.divide_by_std).T.flatten()"),
+    ("bridge.py", "run.sampler.refresh(m.shadow)", "run.sampler.refresh(m.policy)"),
+    ("bridge.py", "m.resync()", "pass"),
+    ("bridge.py", "m.reset_optimizers()", "pass"),
+    ("bridge.py", "in plan * s.updates_per_rollout:", "in plan:"),
+    ("bridge.py", "key=is_live, reverse=True", "key=is_live"),
+    ("bridge.py", 'c.finish_reason == "stop" or not s.overlong_mask', 'c.finish_reason == "stop" or s.overlong_mask'),
+    ("bridge.py", "rl_backward(m.shadow, rollouts_hat, m.reference", "rl_backward(m.shadow, rollouts_hat, None"),
+    ("bridge.py", "response_logprobs(model, rows, s.temperature, dtype)", "response_logprobs(model, rows, 1.0, dtype)"),
+    ("bridge.py", "reward_hat = (weight * reward).mean()", "reward_hat = reward.mean()"),
+    ("bridge.py", "run.sampler.refresh(model)", "run.sampler.refresh(run.m.policy)"),
+    ("sampler.py", "default_rng(key)", "default_rng(key[1:])"),
     ("sampler.py", "owner[hole], position[hole] = owner[last], position[last]", "owner[hole] = owner[last]"),
     ("sampler.py", "group[:, :, :, 1:] = group[:, :, :, :1]", "pass"),
     ("sampler.py", "right=True", "right=False"),

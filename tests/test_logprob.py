@@ -6,7 +6,7 @@ from conftest import VOCABULARY, rows, tiny_model
 from transformers import AutoModelForCausalLM
 
 import logprob
-from model import micro_batches, offsets, pack, response_logprobs
+from model import ModelError, micro_batches, offsets, pack, packed_attention, response_logprobs
 
 
 def unpacked(model, row):
@@ -103,6 +103,20 @@ def test_a_longer_neighbour_which_means_more_padding_in_attention_changes_nothin
     torch.testing.assert_close(beside[: len(alone)], alone, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("attention", [{"sliding_window": 4}, {"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
+def test_attention_that_is_not_plain_causal_is_refused_rather_than_computed_wrongly(attention):
+    packed = pack([[1, 2, 3, 4, 5]], torch.device("cpu"))
+    x = torch.zeros(1, 2, 5, 8)
+    with pytest.raises(ModelError, match="only full causal attention is supported"):
+        packed_attention(None, x, x, x, None, 1.0, segments=packed.segments, **attention)
+    assert packed_attention(None, x, x, x, None, 1.0, segments=packed.segments, sliding_window=5)[0].shape == (
+        1,
+        5,
+        2,
+        8,
+    )
+
+
 def test_positions_restart_with_each_sequence():
     packed = pack([[5, 6, 7], [8], [9, 9]], torch.device("cpu"))
     assert packed.positions.tolist() == [[0, 1, 2, 0, 0, 1]]
@@ -113,6 +127,6 @@ def test_micro_batches_cover_every_row_once_within_the_budget():
     batch = rows(20)
     ranges = micro_batches(batch, 30)
     assert [i for r in ranges for i in r] == list(range(20))
-    assert all(sum(len(p) + len(a) for p, a in (batch[i] for i in r)) <= 30 or len(r) == 1 for r in ranges)
+    assert all(len(r) * max(len(p) + len(a) for p, a in (batch[i] for i in r)) <= 30 or len(r) == 1 for r in ranges)
     assert len(ranges) > 3
     assert len(micro_batches(batch, 1)) == 20

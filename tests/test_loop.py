@@ -65,7 +65,8 @@ def test_rewards_advantages_and_weights_belong_to_the_tokens_of_their_own_sequen
         assert rollouts.sampler_logp[tokens].tolist() == pytest.approx(completion.logps)
         assert rollouts.weight[tokens].any() == (completion.finish_reason == "stop"), "overlong sequences weigh nothing"
     assert at == len(rollouts.advantage) == len(rollouts.weight)
-    assert rollouts.truncated == 1 / 12
+    assert rollouts.stats["truncated_frac"] == 1 / 12
+    assert rollouts.stats["dead_groups"] == 1 / 3
 
 
 @pytest.mark.parametrize("cap", [0, 1, 5])
@@ -85,6 +86,7 @@ def test_dynamic_sampling_replaces_dead_groups_up_to_its_cap(tmp_path, monkeypat
     monkeypatch.setattr(run.sampler, "generate", generate)
     rollouts = bridge.collect(run, run.prompts, 0)
     assert len(calls) == {0: 1, 1: 2, 5: 4}[cap]
+    assert rollouts.stats["dead_groups"] == {0: 1, 1: 3 / 4, 5: 6 / 8}[cap], "counted before the choice"
     assert (rollouts.reward.sum(1) == 1).tolist() == {0: [False, False], 1: [True, False], 5: [True, True]}[cap]
 
 
@@ -96,6 +98,9 @@ def test_shared_rollouts_are_the_policy_s_and_own_ones_the_shadow_s(tmp_path, mo
 
     run = make_run(tmp_path / "own", shadow_rollouts="own", steps=3)
     assert all(gap < 1e-3 for step in train_spying(run, monkeypatch, gaps) for gap in step)
+    run = make_run(tmp_path / "same", shadow_rollouts="own", steps=1)
+    (same_rows,) = train_spying(run, monkeypatch, lambda run, a, b, _: a.rows == b.rows and a is not b)
+    assert same_rows, "while θ̂ = θ, the same prompts and random numbers give the same samples"
     run = make_run(tmp_path / "shared", steps=2)
     assert all(train_spying(run, monkeypatch, lambda run, a, b, _: a is b))
 
@@ -145,7 +150,7 @@ def test_policy_and_shadow_are_each_evaluated_with_their_own_weights(tmp_path, m
 
 def test_a_checkpoint_holds_the_positions_and_the_skipped_count(tmp_path):
     run = make_run(tmp_path)
-    run.prompts.position, run.prompts_hat.position, run.demos.position, run.skipped = 3, 5, 7, 2
+    run.prompts.position, run.demos.position, run.skipped = 3, 7, 2
     again = make_run(tmp_path)
-    assert bridge.restore(again, copy.deepcopy(bridge.state_of(run, 11))) == 11
-    assert (again.prompts.position, again.prompts_hat.position, again.demos.position, again.skipped) == (3, 5, 7, 2)
+    assert bridge.restore(again, copy.deepcopy(bridge.state_of(run, 5))) == 5
+    assert (again.prompts.position, again.demos.position, again.skipped) == (3, 7, 2)

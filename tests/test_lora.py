@@ -93,12 +93,14 @@ def test_delta_norm_is_the_norm_of_the_merged_difference():
 def test_unknown_target_names_the_layers_there_are():
     with pytest.raises(ValueError, match=r"no linear layer is named \['qproj'\].*q_proj"):
         lora.create(tiny_model(), ["qproj", "k_proj"], 4, 0)
+    with pytest.raises(ValueError, match=r"no linear layer is named \['lm_head'\]"):
+        lora.create(tiny_model(), ["lm_head"], 4, 0)
 
 
 def test_peft_loads_the_saved_adapter_and_gives_the_same_logits(tmp_path):
     peft = pytest.importorskip("peft")
     model, w = adapted()
-    lora.save(tmp_path, w, rank=4, alpha=8.0, targets=TARGETS, base_model="tiny")
+    lora.save(tmp_path, w, rank=4, alpha=8.0, targets=TARGETS)
     theirs = peft.PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
     torch.testing.assert_close(logits(theirs.base_model.model), logits(model), rtol=1e-5, atol=1e-5)
 

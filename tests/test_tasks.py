@@ -68,11 +68,12 @@ def test_sft_rl_and_evaluation_see_the_same_prompt_ids(tokenizer):
 
 def test_gsm8k_rows_become_problems_and_boxed_demonstrations(tmp_path):
     row = {"question": "How many?", "answer": "2+2=<<2+2=4>>4\n#### 1,004"}
-    path = write(tmp_path / "a.jsonl", [row, {**row, "question": "And now?"}])
+    path = write(tmp_path / "a.jsonl", [row, {**row, "question": "Then?"}, {**row, "question": "And now?"}])
     task = tasks.from_files(path, path, "", 1)
-    assert task.problems == [Problem("How many?", "1,004")]
+    assert task.problems == [Problem("How many?", "1,004"), Problem("Then?", "1,004")]
     assert [p.question for p in task.evaluation] == ["And now?"]
-    assert "held out" in task.notes[0]
+    assert [d.question for d in task.demonstrations] == ["How many?", "Then?"], "one file may serve both"
+    assert "held out of training, with their 1 demonstrations" in task.notes[0]
     demonstration = task.demonstrations[0]
     assert "####" not in demonstration.response
     assert rewards.is_correct(demonstration.response, demonstration.answer).correct
@@ -99,6 +100,16 @@ GOOD = {"question": "q", "answer": "1"}
         ([GOOD, {"question": "q"}], r"rl_data: .*line 2: needs a field named answer or final_answer, has question"),
         ([{"answer": "1"}], r"rl_data: .*line 1: needs a field named question or problem or prompt, has answer"),
         ([], r"rl_data: .*a.jsonl holds no row"),
+        ([GOOD, GOOD | {"question": " "}], r"line 2: field question is empty"),
+        ([GOOD, GOOD | {"question": None}], r"line 2: field question is empty"),
+        (
+            [GOOD, GOOD | {"question": [{"role": "user"}]}],
+            r"line 2: field question must be text or a number, it is a list",
+        ),
+        ([GOOD, GOOD | {"answer": True}], r"line 2: field answer must be text or a number, it is a bool"),
+        ([GOOD, GOOD | {"question": "\ud800"}], r"line 2: field question holds half a surrogate pair"),
+        (["[" * 100_000 + "\n"], r"line 1: not valid JSON"),
+        ([GOOD], r"has 1 questions; holding out eval_problems=1 of them leaves too few"),
     ],
 )
 def test_a_broken_file_is_named_with_line_and_field(tmp_path, rows, message):
@@ -139,7 +150,7 @@ def small_task(**changes):
 
 
 def test_evaluation_problems_in_training_are_refused(tokenizer):
-    for leak in ({"problems": [Problem("3+3 ", "6")]}, {"demonstrations": [Demonstration("3+3", "\\boxed{6}", "6")]}):
+    for leak in ({"problems": [Problem("3+3", "6")]}, {"demonstrations": [Demonstration("3+3", "\\boxed{6}", "6")]}):
         with pytest.raises(DataError, match=r"1 evaluation problems occur in training, the first is '3\+3"):
             tasks.prepare(small_task(**leak), tokenizer, 20, 64, True)
 
@@ -171,9 +182,25 @@ def test_demonstrations_their_own_grader_refuses_are_counted(tokenizer):
     assert "refuses 1 of 1 demonstrations" in task.notes[0]
 
 
+def test_a_solution_without_a_readable_answer_is_counted_and_an_eos_of_its_own_is_not_doubled(tmp_path, tokenizer):
+    rows = [{"question": "1+2", "solution": "1+2=3;"}, {"question": "1+3", "solution": "\\boxed{4}<eos>"}]
+    task = small_task(demonstrations=tasks._demonstrations(write(tmp_path / "a.jsonl", rows), []))
+    encoded = tasks.prepare(task, tokenizer, 20, 64, True)
+    assert "refuses 1 of 2 demonstrations" in task.notes[0]
+    assert [ids.count(tokenizer.eos_token_id) for _, ids in encoded] == [1, 1]
+
+
+def test_gsm8k_demonstrations_without_an_answer_are_dropped_and_counted(tmp_path):
+    notes = []
+    assert tasks._demonstrations(write(tmp_path / "a.jsonl", [{"question": "q", "answer": "steps ####"}]), notes) == []
+    assert "1 rows" in notes[0]
+
+
 def test_empty_sets_are_refused(tokenizer):
     with pytest.raises(DataError, match="rl_data: no usable row"):
         tasks.prepare(small_task(problems=[]), tokenizer, 20, 64, True)
+    with pytest.raises(DataError, match="max_new_tokens=64 leaves no room"):
+        tasks.prepare(small_task(), tokenizer, 64, 64, True)
     with pytest.raises(DataError, match="eval_data: no usable row"):
         tasks.prepare(small_task(evaluation=[]), tokenizer, 20, 64, True)
 
