@@ -79,8 +79,8 @@ def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int) 
     unique = list({p.question: p for p in task.problems}.values())
     if 2 * eval_problems >= len(unique):
         raise DataError(
-            f"rl_data: {rl_data} has {len(unique)} questions; holding out eval_problems={eval_problems} of them leaves too few. "
-            "Lower eval_problems or give eval_data"
+            f"rl_data: {rl_data} has {len(unique)} questions; holding out eval_problems={eval_problems} of them leaves "
+            "too few: lower eval_problems or give eval_data"
         )
     task.evaluation = unique[-eval_problems:]
     held_out, before = {p.question for p in task.evaluation}, len(task.demonstrations)
