@@ -454,19 +454,17 @@ def describe(run: Run) -> str:
     """What the run is about to do."""
     s, m = run.s, run.m
     sizes = ", ".join(f"{name} {sum(p.numel() for p in ps):,}" for name, ps in m.parameters.items())
-    plan = updates(s, total_steps(s) - 1)
-    batch = [f"{s.sft_batch} demonstrations"] if any(sft for sft, _ in plan) or s.method == "sft_rl" else []
-    if any(rl for _, rl in plan):
-        sequences = s.prompts_per_step * s.group_size
-        batch.insert(0, f"{s.prompts_per_step} prompts x {s.group_size} samples = {sequences} sequences")
+    sequences = f"{s.prompts_per_step} prompts x {s.group_size} samples = {s.prompts_per_step * s.group_size} sequences"
+    plan = [*updates(s, 0), *(updates(s, s.sft_steps) if s.method == "sft_rl" else [])]
+    takes = [" and ".join([sequences] * (rl > 0) + [f"{s.sft_batch} demonstrations"] * (sft > 0)) for sft, rl in plan]
     wrapped = [name.removesuffix(".lora_A.weight") for name in m.w if name.endswith(".lora_A.weight")]
     lines = [
         f"trainable {sizes}, on {pick_device()} with {torch.get_num_threads()} threads",
         f"data      {len(run.task.problems)} prompts, {len(run.demonstrations)} demonstrations, "
         f"{len(run.task.evaluation)} evaluation problems",
         *(f"          {note}" for note in run.task.notes),
-        f"batch     {' and '.join(batch)} per step, {len(plan) * s.updates_per_rollout} updates of each set of "
-        f"parameters on them, {total_steps(s)} steps; at most {s.tokens_per_micro_batch} tokens in memory at a time",
+        f"batch     an update takes {', the next '.join(takes)}; {s.updates_per_rollout} on the same rollouts, "
+        f"{total_steps(s)} steps; at most {s.tokens_per_micro_batch} tokens in memory at a time",
         f"stop      at {', '.join(repr(run.tokenizer.decode([i])) for i in run.sampler.stop)}",
         f"files     {run.out}/",
     ]

@@ -65,7 +65,7 @@ def assert_identical(a, b):
 def test_every_method_runs_and_leaves_a_complete_folder(tmp_path, method, capsys):
     run(tmp_path / "run", "--method", method, "--sft-steps", "2", steps=3)
     out, folder = capsys.readouterr().out, tmp_path / "run"
-    for said in ("trainable theta", "files     ", str(folder), "greedy accuracy"):
+    for said in ("trainable theta", "an update takes", str(folder), "greedy accuracy"):
         assert said in out
     metrics = lines(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, 4 if method != "sft_rl" else 6))
