@@ -34,8 +34,10 @@ def run(settings: dict[str, str], keep: Path | None) -> dict:
         if keep:
             folder = keep / "-".join(settings.values())
             folder.mkdir(parents=True, exist_ok=True)
-            for name in ("config.json", "evals.jsonl", "metrics.jsonl"):
+            for name in ("evals.jsonl", "metrics.jsonl"):
                 shutil.copy(out / name, folder)
+            config = json.loads((out / "config.json").read_text()) | {"command": ["bridge.py", *flags]}
+            (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return dict(
         settings=settings,
         average={e["step"]: e["policy"]["average"] for e in evals},

@@ -27,7 +27,7 @@ def test_every_flag_named_in_the_readme_exists():
     from settings import Settings
 
     known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
-    known |= {"--method", "--resume", "--help", "--out", "--preset", "--seeds", "--keep"}
+    known |= {"--method", "--resume", "--help", "--out", "--preset", "--seeds", "--keep", "--table"}
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
 
@@ -44,6 +44,14 @@ def test_every_metric_is_explained():
     for metric in (*bridge.METRICS, "lora_norm", "tokens_per_second", "seconds", "skipped_in_a_row"):
         prefix = next((p for p in ("grad_norm_", "ratio_hat_", "logp_gap_") if metric.startswith(p)), None)
         assert f"`{metric}`" in README or (prefix and f"`_{metric.removeprefix(prefix)}`" in README), metric
+
+
+def test_the_results_table_is_what_the_logged_runs_say():
+    finished = subprocess.run(
+        [sys.executable, ROOT / "bench" / "sweep.py", "--out", ROOT / "bench" / "results" / "laptop.jsonl", "--table"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert finished.stdout.strip() in README
 
 
 def commands():
