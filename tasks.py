@@ -175,8 +175,10 @@ def read_rows(source: str, setting: str) -> list[tuple[str, dict]]:
 
 
 def _read_with_datasets(source: str, setting: str) -> list[tuple[str, dict]]:
-    import datasets  # slow to import, and absent on some machines
-
+    try:
+        import datasets  # here, since it is slow to import and .jsonl files do not need it
+    except ImportError as error:
+        raise DataError(f"{setting}: reading {source!r} needs the package datasets; .jsonl files do not") from error
     kind = Path(source).suffix[1:]
     try:
         if kind in ("parquet", "json", "csv"):
