@@ -424,8 +424,8 @@ class Diverged(RuntimeError):
     def __init__(self, run: Run, log: dict):
         if run.skipped >= MAX_SKIPPED:
             text = (
-                f"{run.skipped} updates had a loss or gradient that is not finite, with no clean step between: look into "
-                f"{run.out}/skipped-*.json, or start again with a lower alpha or beta and another --out"
+                f"{run.skipped} updates had a loss or gradient that is not finite, with no clean step between: look "
+                f"into {run.out}/skipped-*.json, or start again with a lower alpha or beta and another --out"
             )
         else:
             text = (
