@@ -71,7 +71,7 @@ def main() -> None:
     print(f"{prompts * group} sequences x {tokens} tokens, {name}, {torch.get_num_threads()} threads, best of 3")
     print("| path | tokens/s | x generate |\n|---|---|---|")
     for title, speed in best.items():
-        print(f"| {title} | {speed:,.0f} | {speed / best['transformers generate']:.1f} |")
+        print(f"| {title} | {speed:,.0f} | {speed / best['transformers generate']:.2f} |")
         row = dict(path=title, tokens_per_second=round(speed), sequences=prompts * group, tokens=tokens, model=name,
                    threads=torch.get_num_threads(), cores=os.cpu_count(), torch=torch.__version__,
                    transformers=transformers.__version__, commit=commit.stdout.strip())  # fmt: skip
