@@ -94,7 +94,10 @@ def main() -> None:
     print(table({args.source: accuracy}))
     print(f"{len(records)} problems, greedy, at most {limit} tokens, {100 * cut:.1f} % cut off")
     if args.answers:
-        Path(args.answers).write_text("".join(json.dumps(r) + "\n" for r in records))
+        try:
+            Path(args.answers).write_text("".join(json.dumps(r) + "\n" for r in records))
+        except OSError as error:
+            sys.exit(f"evaluate.py: --answers: {error}")
 
 
 if __name__ == "__main__":
