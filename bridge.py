@@ -356,6 +356,7 @@ class Run:
     sampler: Sampler
     prompts: tasks.Stream
     demos: tasks.Stream
+    data: str  # fingerprint of prompts, demonstrations and evaluation problems
     skipped: int = 0  # updates that were skipped since the last step without one
 
 
@@ -447,7 +448,9 @@ def set_up(s: Settings, out: Path) -> Run:
     )
     sampler = Sampler(model, stop_tokens(model, tokenizer), s.sampler_slots, getattr(torch, s.dtype))
     streams = [tasks.Stream(len(rows), (s.seed, i)) for i, rows in enumerate((task.problems, demonstrations))]
-    return Run(s, out, make_policies(model, s), task, demonstrations, tokenizer, sampler, *streams)
+    data = repr((task.problems, task.evaluation, demonstrations)).encode(errors="replace")
+    data_hash = hashlib.sha256(data).hexdigest()  # resuming on other data would be another run
+    return Run(s, out, make_policies(model, s), task, demonstrations, tokenizer, sampler, *streams, data_hash)
 
 
 def describe(run: Run) -> str:
@@ -523,18 +526,12 @@ def dump_skipped(run: Run, name: str, rollouts: Rollouts | None, demonstrations:
     tqdm.write(f"update {name}: a loss or gradient is not finite; no parameter was changed, the batch is in {path}")
 
 
-def data_hash(run: Run) -> str:
-    """A fingerprint of prompts, demonstrations and evaluation problems: resuming on others would be another run."""
-    data = repr((run.task.problems, run.task.evaluation, run.demonstrations)).encode(errors="replace")
-    return hashlib.sha256(data).hexdigest()
-
-
 def state_of(run: Run, step: int) -> dict:
     """All there is to resume from. Every random draw is a function of (seed, step, draw): positions suffice."""
     return {
         "step": step,
         "skipped": run.skipped,
-        "data": data_hash(run),
+        "data": run.data,
         "settings": asdict(run.s),
         "parameters": {name: [p.detach() for p in ps] for name, ps in run.m.parameters.items()},
         "optimizers": {name: optimizer.state_dict() for name, optimizer in run.m.optimizers.items()},
@@ -549,7 +546,7 @@ def restore(run: Run, state: dict) -> int:
         old = state["settings"].get(name)
         if value != old and name not in MAY_CHANGE_ON_RESUME:
             raise SettingError(f"{name} is {value!r}, the run in {run.out} has {old!r}: use that, or another --out")
-    if state["data"] != data_hash(run):
+    if state["data"] != run.data:
         raise SettingError(
             f"rl_data, sft_data or eval_data has changed since the run in {run.out} began: use another --out"
         )
@@ -577,7 +574,7 @@ def finish(run: Run) -> None:
     run.tokenizer.save_pretrained(out / "model")
     if run.m.w:
         lora.save(out / "adapter", run.m.w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
-    evals = [json.loads(line) for line in (out / "evals.jsonl").read_text().splitlines()]
+    evals = plot.read(out / "evals.jsonl")
     columns = {"before": evals[0]["policy"], f"{s.method}, step {evals[-1]['step']}": evals[-1]["policy"]}
     if "shadow" in evals[-1]:
         columns["its shadow (θ̂, w)"] = evals[-1]["shadow"]

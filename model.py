@@ -85,7 +85,7 @@ class Segments:
 class Packed:
     ids: Tensor  # [1, T]
     positions: Tensor  # [1, T], restarting at 0 with each sequence
-    segments: Segments
+    segments: Segments | None = None  # None while decoding, where each token is a sequence's next
 
 
 def pack(sequences: list[list[int]], device: torch.device) -> Packed:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 import lora
-from model import hidden_states, pack, packed_attention, refuse_other_attention
+from model import Packed, hidden_states, pack, packed_attention, refuse_other_attention
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Slots:
     values: Tensor  # [layers, S, h_kv, L, d]
     slot: Tensor  # [T] slot of each token fed
     position: Tensor  # [T] its position
-    mask: Tensor | None = None  # [n, 1, 1, L'] additive, while decoding; None while prefilling
+    mask: Tensor | None = None  # [n, 1, 1, L'] bool, True where a key is seen, while decoding; None while prefilling
 
 
 def slot_attention(module, query, key, value, attention_mask, scaling, slots: Slots | None = None, **kwargs):
@@ -191,10 +191,7 @@ class Sampler:
         n, L = len(tokens), int(position.max()) + 1
         seen = torch.arange(L, device=tokens.device) <= position[:, None]  # [n, L]
         slots = Slots(*pool, slot=torch.arange(n, device=tokens.device), position=position, mask=seen[:, None, None])
-        out = self.model.model(
-            input_ids=tokens[None], position_ids=position[None], use_cache=False, slots=slots
-        ).last_hidden_state
-        return self._logits(out[0])
+        return self._logits(hidden_states(self.model, Packed(tokens[None], position[None]), slots=slots))
 
     def _logits(self, hidden: Tensor) -> Tensor:  # [n, H] -> [n, V]
         return hidden.float() @ self.model.get_output_embeddings().weight.float().T

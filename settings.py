@@ -47,7 +47,7 @@ class Settings:
     resync_every: int = opt(0, "set θ̂ back to θ every n steps; 0: never (paper: never)")
     # learning rates
     alpha: float = opt(3e-4, "α, learning rate of θ and θ̂ (paper: 5e-7)")
-    beta: float = opt(2e-3, "β, learning rate of w; 10-200 times α, else B·A hardly moves (paper: not stated)")
+    beta: float = opt(2e-3, "β, learning rate of w; well above α, else B·A hardly moves (paper: not stated)")
     grad_clip: float = opt(1.0, "largest gradient norm, of θ, θ̂ and w each (paper: unknown)")
     # adapter
     lora_rank: int = opt(8, "rank r of w (paper: 16)")

@@ -224,21 +224,20 @@ def read_problems(source: str, setting: str, notes: list[str]) -> list[Problem]:
 
 
 def _demonstrations(source: str, notes: list[str]) -> list[Demonstration]:
-    demonstrations, bad = [], 0
+    demonstrations = []
     for where, row in read_rows(source, "sft_data"):
         question = _field(row, QUESTION, where, "sft_data")
         answer = _field(row, ANSWER, where, "sft_data", may_be_empty=True) if "answer" in row else None
         if answer is not None and "####" in answer:  # GSM8K: the worked solution is the answer's first part
             steps, _, gold = (part.strip() for part in answer.rpartition("####"))
-            response = f"{steps}\nThe answer is \\boxed{{{gold}}}."
-            demonstrations.append(Demonstration(question, response, gold))
-            bad += not rewards.is_gold(gold)
+            demonstrations.append(Demonstration(question, f"{steps}\nThe answer is \\boxed{{{gold}}}.", gold))
         else:
             response = _field(row, SOLUTION, where, "sft_data")
             demonstrations.append(Demonstration(question, response, answer or rewards.extract(response)))
-    if bad:
+    kept = [d for d in demonstrations if d.answer is None or rewards.is_gold(d.answer)]
+    if bad := len(demonstrations) - len(kept):
         notes.append(f"sft_data: {bad} rows of {source} have no gold answer the grader can read: dropped")
-    return [d for d in demonstrations if d.answer is None or rewards.is_gold(d.answer)]
+    return kept
 
 
 class Stream:

@@ -43,7 +43,7 @@ def chain(rng: random.Random, length: int, start: int | None = None) -> tuple[st
     """A random problem of `length` operands: (question, worked steps, answer).
 
     >>> chain(random.Random(1), 3)
-    ('2+9*4', '2+9=11;11*4=44;', '44')
+    ('2*1-1', '2*1=2;2-1=1;', '1')
     """
     value = rng.randrange(10) if start is None else start
     question, steps = str(value), ""

@@ -1,6 +1,8 @@
 """The README is true: its commands run, and what it points to exists."""
 
 import ast
+import doctest
+import importlib
 import os
 import re
 import shlex
@@ -21,6 +23,12 @@ def test_every_function_and_test_named_in_the_readme_exists():
         path = ROOT / "tests" / file if file.startswith("test_") else ROOT / file
         defined = {n.name for n in ast.walk(ast.parse(path.read_text())) if hasattr(n, "name") and n.name}
         assert name in defined, f"{file}:{name}"
+
+
+@pytest.mark.parametrize("module", ["grpo", "logprob", "model", "rewards", "toy"])
+def test_the_examples_in_the_docstrings_are_true(module):
+    failed, tried = doctest.testmod(importlib.import_module(module))
+    assert tried > 0 == failed
 
 
 def test_every_flag_named_in_the_readme_exists():

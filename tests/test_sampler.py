@@ -119,23 +119,26 @@ def test_refresh_takes_over_theta_plus_the_adapter():
     assert all(torch.equal(p, before[n]) for n, p in policy.named_parameters())
 
 
-def test_each_prompt_is_run_once_however_many_samples_it_gets(monkeypatch):
-    sampler, fed = Sampler(tiny_model(), STOP), []
-    forward = sampler.model.model.forward
+def tokens_fed(sampler, monkeypatch):
+    """A list that grows by the number of tokens of each forward pass."""
+    fed, forward = [], sampler.model.model.forward
     monkeypatch.setattr(
         sampler.model.model, "forward", lambda **kw: fed.append(kw["input_ids"].shape[1]) or forward(**kw)
     )
+    return fed
+
+
+def test_each_prompt_is_run_once_however_many_samples_it_gets(monkeypatch):
+    sampler = Sampler(tiny_model(), STOP)
+    fed = tokens_fed(sampler, monkeypatch)
     sampler.generate(PROMPTS, KEYS, 8, 2, 1.0)
     assert fed[0] == sum(map(len, PROMPTS))
     assert fed[1] <= 8 * len(PROMPTS)
 
 
 def test_finished_rows_leave_the_batch_and_waiting_prompts_take_their_place(monkeypatch):
-    sampler, fed = Sampler(tiny_model(), STOP, slots=4), []
-    forward = sampler.model.model.forward
-    monkeypatch.setattr(
-        sampler.model.model, "forward", lambda **kw: fed.append(kw["input_ids"].shape[1]) or forward(**kw)
-    )
+    sampler = Sampler(tiny_model(), STOP, slots=4)
+    fed = tokens_fed(sampler, monkeypatch)
     groups = sampler.generate(PROMPTS * 4, [(i,) for i in range(20)], 1, 16, 1.0)
     decoded = sum(len(c.ids) - 1 for g in groups for c in g)
     assert sum(fed) == decoded + 4 * sum(map(len, PROMPTS)), "no row is computed after its end"

@@ -196,6 +196,12 @@ def test_gsm8k_demonstrations_without_an_answer_are_dropped_and_counted(tmp_path
     assert "1 rows" in notes[0]
 
 
+def test_demonstrations_with_an_unreadable_gold_are_counted_in_any_format(tmp_path):
+    notes, rows = [], [{"question": "q", "solution": "\\boxed{1}", "answer": "1" * 300}]
+    assert tasks._demonstrations(write(tmp_path / "a.jsonl", rows), notes) == []
+    assert "1 rows" in notes[0]
+
+
 def test_empty_sets_are_refused(tokenizer):
     with pytest.raises(DataError, match="rl_data: no usable row"):
         tasks.prepare(small_task(problems=[]), tokenizer, 20, 64, True)
