@@ -41,9 +41,10 @@ import plot
 import rewards
 import tasks
 import toy
-from evaluate import evaluate, table
+from evaluate import evaluate
 from model import ModelError, Row, load, micro_batches, offsets, pick_device, response_logprobs, stop_tokens
 from sampler import Sampler
+from scores import table
 from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse
 
 MAX_SKIPPED = 5  # updates with a non-finite loss or gradient, no clean step between them, before the run stops
@@ -149,7 +150,7 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
         sampled = run.sampler.generate(prompt_ids, keys, s.group_size, s.max_new_tokens, s.temperature)
         for problem, prompt, group in zip(problems, prompt_ids, sampled, strict=True):
             responses = [run.tokenizer.decode(c.ids, skip_special_tokens=True) for c in group]
-            reward = [float(rewards.is_correct(r, problem.answer).correct) for r in responses]
+            reward = [rewards.score(rewards.is_correct(r, problem.answer)) for r in responses]
             groups.append((problem, prompt, group, responses, reward))
         if sum(map(is_live, groups)) >= s.prompts_per_step:
             break

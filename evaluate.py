@@ -1,25 +1,93 @@
-"""Greedy accuracy of a model or a finished run, by group of problems.
+"""Benchmarks: answers of a model, their grades, and numbers with their uncertainty.
 
-    python evaluate.py RUN_OR_MODEL [--data FILE] [--problems N] [--answers FILE]
+    python evaluate.py RUN_OR_MODEL [--benchmarks paper] [--protocol sampled] [--out FILE]
+    torchrun --nproc-per-node 4 evaluate.py MODEL --benchmarks math500,aime24
+    python evaluate.py --regrade FILE            grade the answers of a result file again, without generating
+    python evaluate.py --table FILE FILE ...     compare result files; differences are against the first
 
-A run is evaluated on the evaluation problems it was configured with, a model folder on the built-in
-arithmetic or on --data. Every answer can be written to a JSON-lines file, so that a number can be looked into.
+Without --benchmarks or --data a run is evaluated on the problems it was configured with, a model on the built-in
+arithmetic. A result file has a header line (model, prompt, sampling, seed, grader, data) and then one line per answer,
+so every number can be looked into and computed again. An interrupted evaluation continues where it stopped.
 """
 
 import argparse
+import hashlib
 import json
+import os
 import sys
+import zlib
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
+import checkpoint
 import rewards
 import tasks
 import toy
+from benchmarks import BENCHMARKS, PAPER, read_benchmark
 from model import ModelError, load, stop_tokens
 from sampler import Sampler
+from scores import by_group, compare, report, summarise
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How answers are sampled. `samples` None: as many as the benchmark's entry says."""
+
+    temperature: float
+    top_p: float
+    samples: int | None
+    max_new_tokens: int
+
+
+PROTOCOLS = {"paper": Protocol(0.0, 1.0, 1, 5000), "sampled": Protocol(0.6, 0.95, None, 8192)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+
+
+def answer(
+    sampler: Sampler,
+    tokenizer,
+    problems: list[tasks.Problem],
+    instruction: str,
+    max_new_tokens: int,
+    keys: list[tuple[int, ...]] | None = None,
+    samples: int = 1,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+) -> list[dict]:
+    """One graded record per problem and sample; sample i of a problem draws from (*key, i), whatever else there is."""
+    texts = [tasks.prompt_text(tokenizer, p.question, instruction) for p in problems]
+    prompts = [tasks.encode_prompt(tokenizer, p.question, instruction) for p in problems]
+    keys = keys or [(0, i) for i in range(len(problems))]
+    quiet = int(os.environ.get("RANK", "0")) > 0
+    with tqdm(total=samples * len(prompts), desc="answering", leave=False, disable=quiet) as bar:
+        groups = sampler.generate(prompts, keys, samples, max_new_tokens, temperature, top_p, progress=bar.update)
+    records = []
+    for problem, text, completions in zip(problems, texts, groups, strict=True):
+        for i, completion in enumerate(completions):
+            record = dict(
+                group=problem.group, labels=problem.labels, sample=i, question=problem.question, prompt=text,
+                answer=problem.answer, tolerance=problem.tolerance, unit=problem.unit,
+                response=tokenizer.decode(completion.ids, skip_special_tokens=True), tokens=len(completion.ids),
+                finish_reason=completion.finish_reason,
+            )  # fmt: skip
+            records.append(record | grade(record))
+    return records
+
+
+def grade(record: dict) -> dict:
+    """correct, extracted and reason of a record's response. A response that was cut off may still hold its answer."""
+    verdict = rewards.is_correct(
+        record["response"], record["answer"], tolerance=record["tolerance"], unit=record["unit"]
+    )
+    return dict(correct=verdict.correct, extracted=verdict.extracted, reason=verdict.reason)
 
 
 def evaluate(
@@ -29,75 +97,230 @@ def evaluate(
 
     "average" is the plain mean over the groups, as the paper averages over benchmarks.
     """
-    prompts = [tasks.encode_prompt(tokenizer, p.question, instruction) for p in problems]
-    keys = [(0, i) for i in range(len(prompts))]  # greedy draws nothing from them
-    with tqdm(total=len(prompts), desc="evaluating", leave=False) as bar:
-        groups = sampler.generate(prompts, keys, 1, max_new_tokens, temperature=0, progress=bar.update)
-    records, by_group = [], defaultdict(list)
-    for problem, (completion,) in zip(problems, groups, strict=True):
-        response = tokenizer.decode(completion.ids, skip_special_tokens=True)
-        verdict = rewards.is_correct(response, problem.answer)
-        by_group[problem.group].append(verdict.correct)
-        records.append(
-            dict(group=problem.group, question=problem.question, answer=problem.answer, response=response,
-                 extracted=verdict.extracted, reason=verdict.reason, finish_reason=completion.finish_reason)
-        )  # fmt: skip
-    accuracy = {g: sum(v) / len(v) for g, v in sorted(by_group.items())}
+    records = answer(sampler, tokenizer, problems, instruction, max_new_tokens)
+    accuracy = {group: float(correct.mean()) for group, correct in by_group(records).items()}
     return {**accuracy, "average": sum(accuracy.values()) / len(accuracy)}, records
 
 
-def table(columns: dict[str, dict[str, float]]) -> str:
-    """A Markdown table of {column title: {group: accuracy}}, in percent."""
-    groups = list(next(iter(columns.values())))
-    lines = [f"| {' | '.join(['', *groups])} |", "|---" * (len(groups) + 1) + "|"]
-    for title, accuracy in columns.items():
-        lines.append(f"| {title} | {' | '.join(f'{100 * accuracy[g]:.1f}' for g in groups)} |")
-    return "\n".join(lines)
+# ---------------------------------------------------------------------------------------------------------------------
+# Result files
+
+
+def read_results(path: Path) -> tuple[dict, list[dict]]:
+    """(header, records) of a result file, up to a torn last line. Raises tasks.DataError if it is none."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+        rows = [json.loads(line) for line in lines if line.endswith("\n")]
+        return rows[0]["header"], rows[1:]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError) as error:
+        raise tasks.DataError(f"{path} is no result file of evaluate.py: {error!r}") from error
+
+
+def write_results(path: Path, header: dict, records: list[dict]) -> None:
+    """The whole file at once, under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("".join(json.dumps(r) + "\n" for r in ({"header": header}, *records)), encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def regrade(path: Path) -> str:
+    """Grades the answers of a result file again and writes them to NAME.regraded.jsonl beside it."""
+    header, records = read_results(path)
+    graded = [record | grade(record) for record in records]
+    changed = [(old, new) for old, new in zip(records, graded, strict=True) if old["correct"] != new["correct"]]
+    header |= dict(grader=rewards.VERSION)
+    out = path.with_suffix(".regraded.jsonl")
+    write_results(out, header, graded)
+    shown = [f"  {new['correct']!s:5} now: {new['extracted']!r} for {new['answer']!r}" for _, new in changed[:20]]
+    return "\n".join(
+        [
+            report(header, summarise(graded)),
+            f"{len(changed)} of {len(records)} verdicts changed",
+            *shown,
+            f"wrote {out}",
+        ]
+    )
+
+
+def data_hash(problems: list[tasks.Problem]) -> str:
+    text = json.dumps([(p.question, p.answer, p.tolerance, p.unit) for p in problems])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def weights_hash(folder: str) -> str:
+    """Which weights: the hub's commit if transformers knows it is a hub model, else a hash of the weight files."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:16]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Command line
+
+
+def start_ranks() -> tuple[int, int]:
+    """(rank, number of ranks): torchrun's, or (0, 1)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("gloo")  # only texts travel
+    return dist.get_rank(), dist.get_world_size()
+
+
+def gather(records: list[dict], world: int) -> list[dict]:
+    """The records of all ranks, in the order of problems and samples."""
+    parts = [records]
+    if world > 1:
+        parts = [None] * world
+        dist.all_gather_object(parts, records)
+    return sorted((r for part in parts for r in part), key=lambda r: (r["group"], r["id"], r["sample"]))
+
+
+def find_problems(args: argparse.Namespace, settings: dict) -> tuple[list[tasks.Problem], str]:
+    """(problems, instruction): benchmarks, a file, what the run was configured with, or the built-in arithmetic."""
+    if args.benchmarks:
+        names = PAPER if args.benchmarks == "paper" else args.benchmarks.split(",")
+        if unknown := [n for n in names if n not in BENCHMARKS]:
+            raise tasks.DataError(f"--benchmarks: no {unknown[0]!r}; there are paper, {', '.join(BENCHMARKS)}")
+        problems = [p for n in names for p in read_benchmark(n, args.benchmark_dir, args.seed)[: args.problems or None]]
+        return problems, tasks.INSTRUCTION
+    if args.data:
+        return tasks.read_problems(args.data, "--data", [])[: args.problems or None], tasks.INSTRUCTION
+    if rl_data := settings.get("rl_data", ""):
+        task = tasks.from_files(rl_data, "", settings.get("eval_data", ""), settings["eval_problems"])
+        return task.evaluation[: args.problems or None], tasks.INSTRUCTION
+    return toy.evaluation(args.problems or settings.get("eval_problems", 100)), ""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answers what is still unanswered, appends it to the result file, and prints the report."""
+    rank, world = start_ranks()
+    folder, settings = Path(args.source), {}
+    if (folder / "evals.jsonl").exists():  # a run of bridge.py
+        if not (folder / "model").is_dir():
+            raise tasks.DataError(f"{folder} has no model/ yet: the run has not finished, --resume continues it")
+        settings = json.loads((folder / "config.json").read_text())["settings"]
+    problems, instruction = find_problems(args, settings)
+    protocol = PROTOCOLS[args.protocol]
+    own = not (args.benchmarks or args.data)
+    limit = args.max_new_tokens or (settings.get("max_new_tokens", 96) if own else protocol.max_new_tokens)
+    temperature = protocol.temperature if args.temperature is None else args.temperature
+    top_p = protocol.top_p if args.top_p is None else args.top_p
+
+    if rank == 0:
+        toy.resolve(args.source)  # builds the built-in base model, once
+    if world > 1:
+        dist.barrier()
+    source = str(folder / "model") if settings else toy.resolve(args.source)
+    model, tokenizer = load(source)
+    tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings)
+
+    groups = {g: [p for p in problems if p.group == g] for g in dict.fromkeys(p.group for p in problems)}
+    samples = {g: args.samples or protocol.samples or (BENCHMARKS[g].samples if g in BENCHMARKS else 4) for g in groups}
+    header = dict(
+        model=args.source, weights=getattr(model.config, "_commit_hash", None) or weights_hash(source),
+        prompt=tasks.prompt_text(tokenizer, "{question}", instruction),
+        sampling=dict(temperature=temperature, top_p=top_p, max_new_tokens=limit, samples=samples), seed=args.seed,
+        grader=rewards.VERSION, data={g: dict(problems=len(p), sha256=data_hash(p)) for g, p in groups.items()},
+        torch=torch.__version__,
+    )  # fmt: skip
+    what = "" if own else "-" + (args.benchmarks or Path(args.data).stem).replace(",", "+")
+    name = f"answers{what}-{args.protocol}.jsonl"
+    out = Path(args.out or (folder / name if settings else Path("evals") / folder.name / name))
+    records = open_results(out, header, rank) if world == 1 or rank == 0 else []
+    if world > 1:
+        shared = [records]
+        dist.broadcast_object_list(shared, 0)
+        records = shared[0]
+
+    done = {(r["group"], r["id"]) for r in records}
+    sampler = Sampler(model, stop_tokens(model, tokenizer), slots=args.slots)
+    del model
+    for group, of_group in groups.items():
+        todo = [i for i in range(len(of_group)) if (group, i) not in done]
+        size = world * max(1, 4 * args.slots // samples[group])  # problems between two writes
+        for start in range(0, len(todo), size):
+            mine = todo[start : start + size][rank::world]
+            keys = [(args.seed, zlib.crc32(group.encode()), i) for i in mine]
+            chosen = [of_group[i] for i in mine]
+            fresh = answer(sampler, tokenizer, chosen, instruction, limit, keys, samples[group], temperature, top_p)
+            for i, record in enumerate(fresh):
+                record["id"] = mine[i // samples[group]]
+            fresh = gather(fresh, world)
+            if rank == 0:
+                for record in fresh:
+                    checkpoint.append(out, record)
+            records += fresh
+    if rank == 0:
+        summary = summarise(records)
+        print(report(header, summary))
+        out.with_suffix(".summary.json").write_text(json.dumps(header | summary, indent=1))
+        print(f"\n{header['sampling']} · seed {args.seed} · grader {rewards.VERSION} · answers in {out}")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+def open_results(out: Path, header: dict, rank: int) -> list[dict]:
+    """The records that are already there, for problems all of whose samples are; or a new file. Rank 0 only.
+
+    Raises tasks.DataError when the file was made in another way.
+    """
+    if not out.exists():
+        write_results(out, header, [])
+        return []
+    before, records = read_results(out)
+    if changed := [key for key in header if before.get(key) != header[key]]:
+        raise tasks.DataError(f"{out} exists and was made with another {', '.join(changed)}: choose another --out")
+    count = defaultdict(int)
+    for record in records:
+        count[record["group"], record["id"]] += 1
+    records = [r for r in records if count[r["group"], r["id"]] == header["sampling"]["samples"][r["group"]]]
+    write_results(out, header, records)
+    return records
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "source", metavar="RUN_OR_MODEL", help="a run folder of bridge.py, a model folder or a hub name"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--data", default="", help="problems to evaluate on, .jsonl with question and answer")
-    parser.add_argument("--problems", type=int, default=0, help="how many (per length for the built-in task)")
-    parser.add_argument("--max-new-tokens", type=int, default=0, help="tokens per answer (default: the run's, else 96)")
-    parser.add_argument("--answers", default="", help="write every answer with its verdict to this .jsonl file")
+    add = parser.add_argument
+    add("source", nargs="?", metavar="RUN_OR_MODEL", help="a run folder of bridge.py, a model folder or a hub name")
+    add("--benchmarks", default="", help=f"paper (the first five) or a list of {','.join(BENCHMARKS)}")
+    add("--benchmark-dir", default="benchmarks", help="where NAME.jsonl is looked for before the hub is asked")
+    add("--data", default="", help="problems to evaluate on, .jsonl with question and answer")
+    add("--problems", type=int, default=0, help="only the first N of each (for the built-in task: N per length)")
+    add("--protocol", choices=PROTOCOLS, default="paper", help="paper: greedy, one answer; sampled: T 0.6, top-p 0.95")
+    add("--samples", type=int, default=0, help="answers per problem (default: the protocol's, by benchmark)")
+    add("--temperature", type=float, help="0 is greedy (default: the protocol's)")
+    add("--top-p", type=float, help="sample from the likeliest tokens that reach this mass (default: the protocol's)")
+    add("--max-new-tokens", type=int, default=0, help="tokens per answer (default: the protocol's; a run's own)")
+    add("--seed", type=int, default=0, help="of the samples, and of the order of options")
+    add("--slots", type=int, default=256, help="answers decoded at once per process; lower it when memory runs out")
+    add("--out", default="", help="the result file; an existing one is continued (default: beside the run, or evals/)")
+    add("--regrade", metavar="FILE", help="grade a result file's answers again")
+    add("--table", nargs="+", metavar="FILE", help="compare result files")
     args = parser.parse_args()
-
-    folder, settings = args.source, {}
-    if (Path(folder) / "evals.jsonl").exists():  # a run of bridge.py
-        if not (Path(folder) / "model").is_dir():
-            sys.exit(f"evaluate.py: {folder} has no model/ yet: the run has not finished, --resume continues it")
-        settings = json.loads((Path(folder) / "config.json").read_text())["settings"]
-        folder = str(Path(folder) / "model")
-    eval_data, rl_data = settings.get("eval_data", ""), settings.get("rl_data", "")
-    limit = args.max_new_tokens or settings.get("max_new_tokens", 96)
+    if sum(map(bool, (args.source, args.regrade, args.table))) != 1:
+        parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
+    if args.samples < 0 or args.problems < 0 or args.slots < 1:
+        parser.error("--samples, --problems and --slots count things: they cannot be negative")
+    if (args.samples or 1) > 1 and args.temperature == 0:
+        parser.error("--samples above 1 with --temperature 0 would repeat the same answer")
     try:
-        if args.data:
-            problems, instruction = tasks.read_problems(args.data, "--data", []), tasks.INSTRUCTION
-        elif rl_data:
-            problems = tasks.from_files(rl_data, "", eval_data, settings["eval_problems"]).evaluation
-            instruction = tasks.INSTRUCTION
+        if args.table:
+            print(compare([("/".join(Path(f).with_suffix("").parts[-2:]), *read_results(Path(f))) for f in args.table]))
+        elif args.regrade:
+            print(regrade(Path(args.regrade)))
         else:
-            problems, instruction = toy.evaluation(args.problems or settings.get("eval_problems", 100)), ""
-        if args.data or rl_data:
-            problems = problems[: args.problems or None]
-        model, tokenizer = load(toy.resolve(folder))
-        tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings)
-        sampler = Sampler(model, stop_tokens(model, tokenizer))
-        accuracy, records = evaluate(sampler, tokenizer, problems, instruction, limit)
+            run(args)
     except (tasks.DataError, ModelError) as error:
-        sys.exit(f"evaluate.py: {error}")
-    cut = sum(r["finish_reason"] == "length" for r in records) / len(records)
-    print(table({args.source: accuracy}))
-    print(f"{len(records)} problems, greedy, at most {limit} tokens, {100 * cut:.1f} % cut off")
-    if args.answers:
-        try:
-            Path(args.answers).write_text("".join(json.dumps(r) + "\n" for r in records))
-        except OSError as error:
-            sys.exit(f"evaluate.py: --answers: {error}")
+        sys.exit(f"evaluate.py: {error}" if int(os.environ.get("RANK", "0")) == 0 else 1)
+    except OSError as error:
+        sys.exit(f"evaluate.py: --out: {error}; what was answered before is kept")
 
 
 if __name__ == "__main__":

@@ -1,103 +1,120 @@
-"""Answer extraction and equivalence: untrusted text in, verdict out.
+r"""Answer extraction and equivalence: untrusted text in, verdict out.
 
-RL pays for whatever this file accepts, so it accepts little: the last \\boxed{…}, compared as an exact
-rational number, or as a plain string. Model text is never evaluated, and no string raises or hangs: every
-pattern is anchored and every number bounded.
+RL pays for whatever this file accepts, so it accepts an answer, not a task: the last complete \boxed{…} must say what
+the gold says. Nothing is paid for one of several candidates, for an unfinished box, or when the gold cannot be read.
+No string raises, hangs or runs: `notation.py` finds one spelling, `answers.py` the structure, `expression.py` values.
+
+Any form of the same value counts (factored or expanded, fraction or exact decimal: the grader cannot see what was asked
+for), except where the form is the answer:
+- a plain number must be worked out: 2+2, 3·4 or x+1=3 restate a task whose answer is 4, 12 or 2;
+- a rounded decimal is another number than the fraction it comes from, unless a tolerance is given;
+- digits in a base are those digits in that base: 132_5 is neither 132_7 nor 42;
+- brackets are part of tuples and intervals: [1,4) is not (1,4), (1,500) is not 1500; the order within them counts;
+- two stated units must agree, and 7 % is 7 % or 0.07, while 0.07 and 700 are not 7.
 """
 
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 
-MAX_RESPONSE = 200_000  # characters searched for a box, from the end
-MAX_ANSWER = 200  # characters of an answer that is still compared
-BOX = "\\boxed{"
+from answers import MAX_ANSWER, MAX_ITEMS, by_letters, matches, read
+from expression import TooComplex, Unreadable
+from notation import canonical_unit, normalise
 
-_DECIMAL = r"\d+(?:\.\d+)?|\.\d+"
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_NUMBER = re.compile(rf"([+-]?)({_DECIMAL})(?:/({_DECIMAL}))?")
-_FRACTION = re.compile(rf"([+-]?)\\[dt]?frac\{{([+-]?(?:{_DECIMAL}))\}}\{{([+-]?(?:{_DECIMAL}))\}}")
+VERSION = "2"  # of the grader; raise it whenever a verdict may change, results name it
+MAX_RESPONSE = 50_000  # characters searched for a box, from the end
 
 
 @dataclass(frozen=True)
 class Verdict:
     correct: bool
     extracted: str | None  # what stood in the box
-    reason: str  # equal, different, no_answer, too_long or bad_gold
+    reason: str  # equal, different, no_answer, unparseable, too_long, too_complex or bad_gold
 
 
-def is_correct(response: str, answer: str) -> Verdict:
-    """Whether the response's boxed answer equals the gold answer. Never raises."""
-    if not is_gold(answer):
+def is_correct(response: str, answer: str, *, tolerance: float | None = None, unit: str | None = None) -> Verdict:
+    """Whether the response's boxed answer equals the gold `answer`. Never raises.
+
+    tolerance: how far a number may be from the gold, relative to it (1e-2 is one percent); by default not at all.
+    unit: the gold's unit where the data keep it apart; an answer may leave it out, but not state another.
+    """
+    gold, _ = read(answer)
+    if gold is None:
         return Verdict(False, None, "bad_gold")
     extracted = extract(response)
     if extracted is None:
         return Verdict(False, None, "no_answer")
-    if len(extracted) > MAX_ANSWER:
-        return Verdict(False, extracted[:MAX_ANSWER], "too_long")
-    correct = equivalent(extracted, answer)
+    value, reason = read(extracted)
+    if value is None:
+        return Verdict(False, extracted[:MAX_ANSWER], reason)
+    correct = by_letters(extracted, answer)
+    if correct is None:
+        try:
+            correct = matches(value, gold, tolerance or 0.0, canonical_unit(normalise(unit or "")))
+        except (Unreadable, TooComplex):  # comparing computes too
+            return Verdict(False, extracted, "too_complex")
     return Verdict(correct, extracted, "equal" if correct else "different")
 
 
 def is_gold(answer: str) -> bool:
-    """A gold answer that can be compared: something between 1 and MAX_ANSWER characters."""
-    return bool(normalise(answer)) and len(answer) <= MAX_ANSWER
-
-
-def extract(response: str) -> str | None:
-    """What stands in the last \\boxed{…}, found by counting braces.
-
-    None without a box, and also when the last box is unfinished: an answer cut off is no answer, and
-    falling back to an earlier box would pay for hedging.
-
-    >>> extract(r"so \\boxed{\\frac{1}{2}}.")
-    '\\\\frac{1}{2}'
-    """
-    response = response[-MAX_RESPONSE:]
-    start = response.rfind(BOX)
-    if start < 0:
-        return None
-    depth = 0
-    for i in range(start + len(BOX) - 1, len(response)):
-        depth += {"{": 1, "}": -1}.get(response[i], 0)
-        if depth == 0:
-            return response[start + len(BOX) : i]
-    return None
+    """A gold answer that can be compared."""
+    return read(answer)[0] is not None
 
 
 def equivalent(a: str, b: str) -> bool:
-    """Equal as exact rational numbers if both are numbers, else equal as normalised, non-empty strings."""
-    x, y = to_number(a), to_number(b)
-    if x is not None and y is not None:
-        return x == y
-    return normalise(a) == normalise(b) != ""
+    """Whether `a` is an answer for the gold `b`, both without a box."""
+    return is_correct("\\boxed{" + a + "}", b).correct
 
 
-def normalise(text: str) -> str:
-    """Without dollar signs, TeX spacing, an outer \\text{…}, a final full stop, and blanks except between digits."""
-    text = re.sub(r"\\[,;! ]|\\left|\\right|\$", "", text).strip()
-    text = re.sub(r"(?<!\d)\s+|\s+(?!\d)", "", text).rstrip(".")  # "1 1/2" is not 11/2
-    if match := re.fullmatch(r"\\text\{([^{}]*)\}", text):
-        text = match[1]
-    return text
+def score(verdict: Verdict, response: str = "", *, wrong: float = 0.0, format_weight: float = 0.0) -> float:
+    """The reward of a verdict: 1 or `wrong` (0 or −1, eq. (2) and section 4.1 of the paper print one each).
 
-
-def to_number(text: str) -> Fraction | None:
-    """The exact value of an integer, decimal, a/b or \\frac{a}{b}; None for anything else.
-
-    >>> to_number("1,234.5"), to_number("-\\\\frac{3}{4}"), to_number("2+2")
-    (Fraction(2469, 2), Fraction(-3, 4), None)
+    With a format weight w < 1/2 it is (1−w) of that and w for a response that is well formed: a box outside of at most
+    one, closed, thought. A right answer always earns more than a wrong one. Raises ValueError for other weights.
     """
-    text = normalise(text)
-    if len(text) > MAX_ANSWER or not text.isascii():
+    if not 0 <= format_weight < 0.5:
+        raise ValueError(f"format_weight={format_weight} must be at least 0 and below 0.5")
+    reward = 1.0 if verdict.correct else float(wrong)
+    opened, closed = response.count("<think>"), response.count("</think>")
+    formed = verdict.extracted is not None and closed <= 1 and opened <= closed
+    return (1 - format_weight) * reward + format_weight * formed if format_weight else reward
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Extraction
+
+_BOX = re.compile(r"\\(?:boxed|fbox) *\{|\\(?:boxed|fbox) +(?P<bare>[^\s{}$\\]+)|\\.|[{}]", re.DOTALL)
+_BETWEEN = re.compile(r"(?:[\s$,;.]|\\[,;: ]|\\q?quad|\\\(|\\\)|and|or|\\text *\{ *(?:and|or) *\})*")
+
+
+def extract(response: str) -> str | None:
+    r"""What stands in the last \boxed{…} after the thought, found by counting braces.
+
+    None without a box, and also when the last box is unfinished: an answer cut off is no answer, and falling back to an
+    earlier box would pay for hedging. Boxes with nothing but a comma, "and" or "or" between them are one list.
+
+    >>> extract(r"so \boxed{\frac{1}{2}}."), extract(r"\boxed{1}, no: \boxed{2}"), extract(r"\boxed{7} or \boxed{8}")
+    ('\\frac{1}{2}', '2', '7 or 8')
+    """
+    thought, _, text = response.rpartition("</think>")
+    text = (text if text.strip() else thought)[-MAX_RESPONSE:]
+    open_braces, boxes, unfinished = [], [], -1  # boxes: (start, start of content, end of content, end)
+    for match in _BOX.finditer(text, max(text.find("box") - 2, 0)):
+        if match["bare"] is not None:
+            boxes.append((match.start(), match.start("bare"), match.end(), match.end()))
+        elif match[0][-1] == "{" and match[0] != "\\{":
+            open_braces.append((match.start(), match.end(), len(match[0]) > 1))
+        elif match[0] == "}" and open_braces:
+            start, content, is_box = open_braces.pop()
+            if is_box:
+                boxes = [b for b in boxes[-MAX_ITEMS:] if b[0] < start]  # what it encloses is part of it
+                boxes.append((start, content, match.start(), match.end()))
+    unfinished = max((start for start, _, is_box in open_braces if is_box), default=-1)
+    boxes = [(text[b[1] : b[2]].strip(), b[0], b[3]) for b in boxes]
+    boxes = [b for b in boxes if b[0]]
+    if not boxes or unfinished > boxes[-1][1]:
         return None
-    if _THOUSANDS.fullmatch(text):
-        text = text.replace(",", "")
-    match = _NUMBER.fullmatch(text) or _FRACTION.fullmatch(text)
-    if not match:
-        return None
-    sign, above, below = match.groups()
-    divisor = Fraction(below or 1)
-    if divisor == 0:
-        return None
-    return (-1 if sign == "-" else 1) * Fraction(above) / divisor
+    glued = [boxes.pop()]
+    while boxes and _BETWEEN.fullmatch(text, boxes[-1][2], glued[0][1]):
+        glued.insert(0, boxes.pop())
+    joint = " or " if "or" in text[glued[0][2] : glued[-1][1]] else ", "
+    return joint.join(dict.fromkeys(content for content, _, _ in glued))  # an answer said twice is one answer

@@ -68,11 +68,13 @@ def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
     return np.random.default_rng(key).random(count)
 
 
-def choose(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Next tokens and their log-probs. logits [n, V], u [n] in [0, 1) -> tokens [n], logp [n].
 
     Inverse CDF: the first token at which the cumulative probability exceeds u. The sum runs in fp64, since in
-    fp32 the tail of a 150k vocabulary would drown in rounding. Temperature 0 takes the largest logit. Raises
+    fp32 the tail of a 150k vocabulary would drown in rounding. Temperature 0 takes the largest logit. With
+    top_p < 1 only the nucleus is sampled from (Holtzman et al. 2020): the likeliest tokens that together reach top_p,
+    and whatever ties with the last of them; logp stays that of the whole distribution. Raises
     FloatingPointError if a row holds NaN or +inf: no distribution, so nothing to sample.
     """
     if not logits.amax(-1).isfinite().all():
@@ -80,7 +82,13 @@ def choose(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tenso
     if temperature == 0:
         tokens, temperature = logits.argmax(-1), 1.0
     else:
-        cdf = (logits.double() / temperature).softmax(-1).cumsum(-1)  # [n, V]
+        p = (logits.double() / temperature).softmax(-1)  # [n, V]
+        if top_p < 1:
+            ranked = p.sort(-1, descending=True).values
+            before = ranked.cumsum(-1) - ranked  # mass of the likelier tokens
+            least = ranked.masked_fill(before >= top_p, 1.0).amin(-1, keepdim=True)  # [n, 1] of those in the nucleus
+            p = p.masked_fill(p < least, 0.0)
+        cdf = p.cumsum(-1)
         tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
     logp = (logits.float() / temperature).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     return tokens, logp
@@ -107,6 +115,7 @@ class Sampler:
         group_size: int,
         max_new_tokens: int,
         temperature: float,
+        top_p: float = 1.0,
         progress=None,
     ) -> list[list[Completion]]:
         """`group_size` completions of every prompt.
@@ -146,7 +155,7 @@ class Sampler:
                 logits = self._decode(pool, ids[owner[:n], length[owner[:n]] - 1], position[:n])
                 position[:n] += 1
             samples = owner[new]
-            tokens, logp = choose(logits, u[samples, length[samples]], temperature)
+            tokens, logp = choose(logits, u[samples, length[samples]], temperature, top_p)
             ids[samples, length[samples]], logps[samples, length[samples]] = tokens, logp
             length[samples] += 1
 

@@ -28,7 +28,10 @@ class DataError(ValueError):
 class Problem:
     question: str
     answer: str  # gold
-    group: str = "all"  # evaluation reports accuracy by group: chain length, level, subject
+    group: str = "all"  # evaluation reports accuracy by group: benchmark, chain length, level
+    labels: tuple[str, ...] = ()  # and breaks it down by these
+    tolerance: float | None = None  # see rewards.is_correct
+    unit: str | None = None
 
 
 @dataclass(frozen=True)
@@ -47,13 +50,18 @@ class Task:
     notes: list[str] = field(default_factory=list)  # what was dropped or looks odd, to be printed
 
 
-def encode_prompt(tokenizer, question: str, instruction: str) -> list[int]:
-    """Token ids of a question up to where the answer begins: the model's chat template, or a plain one."""
+def prompt_text(tokenizer, question: str, instruction: str) -> str:
+    """A question up to where the answer begins: the model's chat template, or a plain one."""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": question + instruction}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer.encode(text, add_special_tokens=False)  # the template has written BOS if there is one
-    return tokenizer.encode(PLAIN_TEMPLATE.format(question + instruction))
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return PLAIN_TEMPLATE.format(question + instruction)
+
+
+def encode_prompt(tokenizer, question: str, instruction: str) -> list[int]:
+    """The token ids of `prompt_text`. A chat template has written BOS if there is one, else the tokenizer adds it."""
+    text = prompt_text(tokenizer, question, instruction)
+    return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
 
 
 def encode_demonstration(tokenizer, demonstration: Demonstration, instruction: str) -> tuple[list[int], list[int]]:
@@ -148,10 +156,10 @@ def prepare(
     return kept
 
 
-def read_rows(source: str, setting: str) -> list[tuple[str, dict]]:
-    """[(where it stands, row)] of a .jsonl file, of another data file, or of a hub data set's train split."""
+def read_rows(source: str, setting: str, config: str | None = None, split: str = "train") -> list[tuple[str, dict]]:
+    """[(where it stands, row)] of a .jsonl file, of another data file, or of a split of a hub data set."""
     if Path(source).suffix != ".jsonl":
-        return _read_with_datasets(source, setting)
+        return _read_with_datasets(source, setting, config, split)
     rows = []
     try:
         with open(source, encoding="utf-8") as file:
@@ -174,7 +182,7 @@ def read_rows(source: str, setting: str) -> list[tuple[str, dict]]:
     return rows
 
 
-def _read_with_datasets(source: str, setting: str) -> list[tuple[str, dict]]:
+def _read_with_datasets(source: str, setting: str, config: str | None, split: str) -> list[tuple[str, dict]]:
     try:
         import datasets  # here, since it is slow to import and .jsonl files do not need it
     except ImportError as error:
@@ -184,7 +192,7 @@ def _read_with_datasets(source: str, setting: str) -> list[tuple[str, dict]]:
         if kind in ("parquet", "json", "csv"):
             rows = datasets.load_dataset(kind, data_files=source, split="train")
         else:
-            rows = datasets.load_dataset(source, split="train")
+            rows = datasets.load_dataset(source, config, split=split)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
         raise DataError(f"{setting}: cannot read {source!r}: {str(error).splitlines()[0]}") from error
     return [(f"{source}, row {i}", dict(row)) for i, row in enumerate(rows)]

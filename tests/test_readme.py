@@ -25,7 +25,7 @@ def test_every_function_and_test_named_in_the_readme_exists():
         assert name in defined, f"{file}:{name}"
 
 
-@pytest.mark.parametrize("module", ["grpo", "logprob", "model", "rewards", "toy"])
+@pytest.mark.parametrize("module", ["expression", "grpo", "logprob", "model", "rewards", "scores", "toy"])
 def test_the_examples_in_the_docstrings_are_true(module):
     failed, tried = doctest.testmod(importlib.import_module(module))
     assert tried > 0 == failed
@@ -35,7 +35,8 @@ def test_every_flag_named_in_the_readme_exists():
     from settings import Settings
 
     known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
-    known |= {"--method", "--resume", "--help", "--out", "--preset", "--seeds", "--keep", "--table"}
+    known |= set(re.findall(r'add\("(--[a-z-]+)"', (ROOT / "evaluate.py").read_text()))
+    known |= {"--nproc-per-node", "--method", "--resume", "--help", "--out", "--preset", "--seeds", "--keep", "--table"}
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
 

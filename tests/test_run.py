@@ -320,11 +320,11 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path, monke
 def test_evaluate_and_plot_work_on_their_own(tmp_path, capsys, monkeypatch):
     run(tmp_path / "run", steps=2)
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run"), "--answers", str(tmp_path / "a.jsonl")])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run")])
     evaluate.main()
-    assert "| average |" in capsys.readouterr().out
+    assert "| average of 6 |" in capsys.readouterr().out
     final = lines(tmp_path / "run" / "evals.jsonl")[-1]["policy"]
-    answers = lines(tmp_path / "a.jsonl")
+    answers = lines(tmp_path / "run" / "answers-paper.jsonl")[1:]
     assert len(answers) == 24
     assert sum(a["reason"] == "equal" for a in answers) / 24 == pytest.approx(final["average"])
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "run"), "--out", str(tmp_path / "f.png")])

@@ -99,6 +99,21 @@ def test_sampled_frequencies_follow_the_distribution():
     torch.testing.assert_close(logp, p[tokens].log())
 
 
+@pytest.mark.parametrize(("top_p", "kept"), [(0.05, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.9, 3), (0.999, 5), (1.0, 5)])
+def test_top_p_samples_the_smallest_set_that_reaches_it_in_proportion(top_p, kept):
+    p = torch.tensor([0.05, 0.5, 0.1, 0.3, 0.05, 0.0])  # 0.05 twice: what ties with the last one stays
+    n = 20_000
+    u = torch.from_numpy(uniforms((4, 5, 6), n))
+    tokens, logp = choose(p.log().expand(n, -1), u, 1.0, top_p)
+    observed = tokens.bincount(minlength=6)
+    live = p >= p.sort(descending=True).values[kept - 1]
+    live &= p > 0
+    assert int(live.sum()) == kept and observed[~live].sum() == 0  # noqa: PT018
+    expected = n * p[live] / p[live].sum()
+    assert ((observed[live] - expected) ** 2 / expected).sum() < 18.5  # 99.9 % point of 4 degrees of freedom
+    torch.testing.assert_close(logp, p[tokens].log())  # of the whole distribution
+
+
 def test_extreme_uniforms_pick_the_ends_of_the_vocabulary():
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]]).expand(2, -1)
     tokens, _ = choose(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)

@@ -197,7 +197,7 @@ def test_gsm8k_demonstrations_without_an_answer_are_dropped_and_counted(tmp_path
 
 
 def test_demonstrations_with_an_unreadable_gold_are_counted_in_any_format(tmp_path):
-    notes, rows = [], [{"question": "q", "solution": "\\boxed{1}", "answer": "1" * 300}]
+    notes, rows = [], [{"question": "q", "solution": "\\boxed{1}", "answer": "1" * 3000}]
     assert tasks._demonstrations(write(tmp_path / "a.jsonl", rows), notes) == []
     assert "1 rows" in notes[0]
 

@@ -1,0 +1,107 @@
+"""Verdicts per second of the grader beside math-verify's, and how long hostile strings can hold it up.
+
+    python bench/grader.py [--quick] [--data MATH500.jsonl] [--out FILE.jsonl]
+
+Rows of --data have `solution` (with a box) and `answer`; without it the cases of tests/grader_cases.py are used. Half
+of the responses are right, half hold another problem's answer; each is graded once, with nothing cached from before.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import hostile  # noqa: E402
+from grader_cases import CASES  # noqa: E402
+
+import expression  # noqa: E402
+import rewards  # noqa: E402
+
+
+def responses(rows: list[tuple[str, str]], length: int) -> list[tuple[str, str]]:
+    """(response of about `length` characters, gold); every second answer is the next problem's."""
+    pairs = []
+    for i, (text, gold) in enumerate(rows):
+        answer = rows[(i + i % 2) % len(rows)][1]
+        body = (text.replace("boxed", "mbox") + "\n") * (1 + length // (len(text) + 1))
+        pairs.append((f"{body[:length]}\nThe answer is $\\boxed{{{answer}}}$.", gold))
+    return pairs
+
+
+def forget() -> None:
+    for cached in (rewards.read, rewards.normalise, expression.letter):
+        cached.cache_clear()
+
+
+def per_second(grade, pairs: list[tuple[str, str]]) -> float:
+    start = time.perf_counter()
+    for response, gold in pairs:
+        grade(response, gold)
+    return len(pairs) / (time.perf_counter() - start)
+
+
+def fuzz(count: int, answers: list[str]) -> dict:
+    """Every hostile string as a response and, without its box, as a gold."""
+    slowest, text_of, paid = 0.0, "", 0
+    start = time.perf_counter()
+    for i, text in enumerate(hostile.strings(0, count, answers)):
+        gold = answers[i % len(answers)]
+        for response, answer in ((text, gold), (f"\\boxed{{{gold}}}", text.removeprefix("\\boxed{")[:-1])):
+            before = time.perf_counter()
+            verdict = rewards.is_correct(response, answer)
+            seconds = time.perf_counter() - before
+            paid += verdict.correct
+            if seconds > slowest:
+                slowest, text_of = seconds, text
+    return dict(
+        what="fuzz", strings=count, seconds=round(time.perf_counter() - start, 1), slowest_ms=round(1e3 * slowest, 1),
+        slowest_starts=text_of[:60], paid_by_chance=paid,
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer responses and strings")
+    parser.add_argument("--data", type=Path, help="a .jsonl file with solution and answer")
+    parser.add_argument("--out", type=Path, help="append the rows to this file")
+    args = parser.parse_args()
+    rows = [(f"We find {answer} after some work. " * 20, gold) for gold, answer, right, _ in CASES if right]
+    if args.data:
+        rows = [(r["solution"], r["answer"]) for r in map(json.loads, args.data.open(encoding="utf-8"))]
+    rows = rows[:60] if args.quick else rows
+
+    results = []
+    for length in (1_000, 8_000, 32_000):
+        pairs = responses(rows, length)
+        forget()
+        cold = per_second(rewards.is_correct, pairs)
+        warm = per_second(rewards.is_correct, [(" " + response, gold) for response, gold in pairs])
+        row = dict(what="speed", characters=length, responses=len(pairs), cold=round(cold), golds_cached=round(warm))
+        try:
+            from math_verify import parse, verify
+        except ImportError:
+            print("math-verify is not installed: pip install -r tests/requirements.txt")
+        else:
+            few = pairs[: 50 if args.quick else 250]
+            oracle = per_second(lambda r, g: verify(parse(f"\\boxed{{{g}}}"), parse(r)), few)
+            row |= dict(math_verify=round(oracle))
+        results.append(row)
+        print(row)
+    forget()
+    results.append(fuzz(2_000 if args.quick else 200_000, [gold for _, gold in rows]))
+    print(results[-1])
+    if args.out:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT)
+        where = dict(commit=commit.stdout.strip(), python=platform.python_version(), machine=platform.machine())
+        with args.out.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row | where) + "\n" for row in results)
+
+
+if __name__ == "__main__":
+    main()
