@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FAST = ["test_grpo.py", "test_logprob.py", "test_lora.py", "test_update.py", "test_sampler.py", "test_rewards.py",
-        "test_loop.py"]  # fmt: skip
+        "test_loop.py", "test_evaluate.py"]  # fmt: skip
 
 MUTANTS = [  # file, line as it is, line as it should not be
     ("grpo.py", "centred = rewards - rewards.mean(-1, keepdim=True)", "centred = rewards - rewards.mean()"),
@@ -53,7 +53,26 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("sampler.py", "owner[hole], position[hole] = owner[last], position[last]", "owner[hole] = owner[last]"),
     ("sampler.py", "group[:, :, :, 1:] = group[:, :, :, :1]", "pass"),
     ("sampler.py", "right=True", "right=False"),
-    ("rewards.py", "if start < 0:\n        return None", "if start < 0:\n        return response"),
+    ("rewards.py", "if not boxes or unfinished > boxes[-1][1]:", "if not boxes:"),
+    ("rewards.py", "(text if text.strip() else thought)", "response"),
+    ("rewards.py", "boxes = [b for b in boxes if b[0]]", "pass"),
+    ("answers.py", "if depth < 0:", "if False:"),
+    ("answers.py", "left.pop(found)", "pass"),
+    ("answers.py", 'if g.value.exact is not None and "task" in a.value.flags - g.value.flags:', "if False:"),
+    ("answers.py", "if len(units) == 2:", "if False:"),
+    ("answers.py", "return a == g if a.isalpha() and g.isalpha() else None", "return None"),
+    ("expression.py", "return a.exact == b.exact", "return close(a.points[0], b.points[0])"),
+    ("expression.py", "all(close(r, ratios[0]) for r in ratios)", "True"),
+    ("expression.py", "enough = 1 if a.constant and b.constant else 2", "enough = 0"),
+    ("expression.py", "if self.depth > MAX_DEPTH:", "if False:"),
+    ("expression.py", "if self.work > BUDGET:", "if False:"),
+    ("expression.py", "if bits > MAX_BITS:", "if False:"),
+    ("notation.py", "if 0 < above < below else match[0]", "if True else match[0]"),
+    ("sampler.py", "before >= top_p", "before > top_p + 0.05"),
+    ("scores.py", "np.clip(s - c - i, 0, None) / (s - i)", "(s - c) / s"),
+    ("scores.py", "np.abs(null / len(differences)) >= abs(observed)", "null / len(differences) >= observed"),
+    ("evaluate.py", "mine = todo[start : start + size][rank::world]", "mine = todo[start : start + size]"),
+    ("evaluate.py", "zlib.crc32(group.encode()), i) for i in mine]", "0, n) for n, i in enumerate(mine)]"),
 ]  # fmt: skip
 
 

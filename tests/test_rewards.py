@@ -132,8 +132,8 @@ def test_every_benchmark_answer_is_readable_and_equal_to_itself_but_for_two():
     unreadable = [gold for answers in golds().values() for gold in answers if not is_gold(gold)]
     assert "where $b$ is an arbitrary integer" in unreadable[0]
     assert unreadable[1:] == ["$t(0,4]$"]
-    for answers in golds().values():
-        for gold in set(answers) - set(unreadable):
+    for texts in golds().values():
+        for gold in set(texts) - set(unreadable):
             assert is_correct(boxed(gold), gold).correct, gold
 
 
