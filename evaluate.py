@@ -63,6 +63,8 @@ def answer(
     top_p: float = 1.0,
 ) -> list[dict]:
     """One graded record per problem and sample; sample i of a problem draws from (*key, i), whatever else there is."""
+    if not problems:  # a rank may have none
+        return []
     texts = [tasks.prompt_text(tokenizer, p.question, instruction) for p in problems]
     prompts = [tasks.encode_prompt(tokenizer, p.question, instruction) for p in problems]
     keys = keys or [(0, i) for i in range(len(problems))]
@@ -108,6 +110,8 @@ def evaluate(
 
 def read_results(path: Path) -> tuple[dict, list[dict]]:
     """(header, records) of a result file, up to a torn last line. Raises tasks.DataError if it is none."""
+    if not path.is_file():
+        raise tasks.DataError(f"there is no result file {path}")
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
@@ -180,6 +184,14 @@ def gather(records: list[dict], world: int) -> list[dict]:
     return sorted((r for part in parts for r in part), key=lambda r: (r["group"], r["id"], r["sample"]))
 
 
+def share(value, world: int):
+    """Rank 0's value, on every rank."""
+    shared = [value]
+    if world > 1:
+        dist.broadcast_object_list(shared, 0)
+    return shared[0]
+
+
 def find_problems(args: argparse.Namespace, settings: dict) -> tuple[list[tasks.Problem], str]:
     """(problems, instruction): benchmarks, a file, what the run was configured with, or the built-in arithmetic."""
     if args.benchmarks:
@@ -205,66 +217,70 @@ def run(args: argparse.Namespace) -> None:
             raise tasks.DataError(f"{folder} has no model/ yet: the run has not finished, --resume continues it")
         settings = json.loads((folder / "config.json").read_text())["settings"]
     problems, instruction = find_problems(args, settings)
-    protocol = PROTOCOLS[args.protocol]
-    own = not (args.benchmarks or args.data)
-    limit = args.max_new_tokens or (settings.get("max_new_tokens", 96) if own else protocol.max_new_tokens)
-    temperature = protocol.temperature if args.temperature is None else args.temperature
-    top_p = protocol.top_p if args.top_p is None else args.top_p
-
+    groups = {g: [p for p in problems if p.group == g] for g in dict.fromkeys(p.group for p in problems)}
     if rank == 0:
         toy.resolve(args.source)  # builds the built-in base model, once
     if world > 1:
         dist.barrier()
     source = str(folder / "model") if settings else toy.resolve(args.source)
     model, tokenizer = load(source)
-    tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings)
+    model.to(torch.bfloat16 if model.device.type == "cuda" else torch.float32)
 
-    groups = {g: [p for p in problems if p.group == g] for g in dict.fromkeys(p.group for p in problems)}
-    samples = {g: args.samples or protocol.samples or (BENCHMARKS[g].samples if g in BENCHMARKS else 4) for g in groups}
+    own = not (args.benchmarks or args.data)
+    sampling = choose_sampling(args, list(groups), settings.get("max_new_tokens", 96) if own else None)
+    limit = sampling["max_new_tokens"]
+    tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings)
     header = dict(
         model=args.source, weights=getattr(model.config, "_commit_hash", None) or weights_hash(source),
-        prompt=tasks.prompt_text(tokenizer, "{question}", instruction),
-        sampling=dict(temperature=temperature, top_p=top_p, max_new_tokens=limit, samples=samples), seed=args.seed,
-        grader=rewards.VERSION, data={g: dict(problems=len(p), sha256=data_hash(p)) for g, p in groups.items()},
-        torch=torch.__version__,
+        dtype=str(model.dtype), prompt=tasks.prompt_text(tokenizer, "{question}", instruction), sampling=sampling,
+        seed=args.seed, grader=rewards.VERSION, torch=torch.__version__,
+        data={g: dict(problems=len(p), sha256=data_hash(p)) for g, p in groups.items()},
     )  # fmt: skip
     what = "" if own else "-" + (args.benchmarks or Path(args.data).stem).replace(",", "+")
     name = f"answers{what}-{args.protocol}.jsonl"
     out = Path(args.out or (folder / name if settings else Path("evals") / folder.name / name))
-    records = open_results(out, header, rank) if world == 1 or rank == 0 else []
-    if world > 1:
-        shared = [records]
-        dist.broadcast_object_list(shared, 0)
-        records = shared[0]
+    records = open_results(out, header) if rank == 0 else []
 
-    done = {(r["group"], r["id"]) for r in records}
-    sampler = Sampler(model, stop_tokens(model, tokenizer), slots=args.slots)
+    sampler = Sampler(model, stop_tokens(model, tokenizer), slots=args.slots, dtype=model.dtype)
     del model
+    done = share({(r["group"], r["id"]) for r in records}, world)
     for group, of_group in groups.items():
+        samples = sampling["samples"][group]
         todo = [i for i in range(len(of_group)) if (group, i) not in done]
-        size = world * max(1, 4 * args.slots // samples[group])  # problems between two writes
+        size = world * max(1, 4 * args.slots // samples)  # problems between two writes
         for start in range(0, len(todo), size):
             mine = todo[start : start + size][rank::world]
             keys = [(args.seed, zlib.crc32(group.encode()), i) for i in mine]
-            chosen = [of_group[i] for i in mine]
-            fresh = answer(sampler, tokenizer, chosen, instruction, limit, keys, samples[group], temperature, top_p)
-            for i, record in enumerate(fresh):
-                record["id"] = mine[i // samples[group]]
-            fresh = gather(fresh, world)
-            if rank == 0:
-                for record in fresh:
-                    checkpoint.append(out, record)
+            fresh = answer(
+                sampler, tokenizer, [of_group[i] for i in mine], instruction, limit, keys, samples,
+                sampling["temperature"], sampling["top_p"],
+            )  # fmt: skip
+            fresh = gather([record | {"id": mine[n // samples]} for n, record in enumerate(fresh)], world)
+            for record in fresh if rank == 0 else []:
+                checkpoint.append(out, record)
             records += fresh
     if rank == 0:
         summary = summarise(records)
-        print(report(header, summary))
         out.with_suffix(".summary.json").write_text(json.dumps(header | summary, indent=1))
-        print(f"\n{header['sampling']} · seed {args.seed} · grader {rewards.VERSION} · answers in {out}")
+        print(report(header, summary))
+        print(f"\n{sampling} · seed {args.seed} · grader {rewards.VERSION} · answers in {out}")
     if world > 1:
         dist.destroy_process_group()
 
 
-def open_results(out: Path, header: dict, rank: int) -> list[dict]:
+def choose_sampling(args: argparse.Namespace, groups: list[str], own_limit: int | None) -> dict:
+    """temperature, top_p, max_new_tokens and {group: samples}: the flags', else the protocol's."""
+    protocol = PROTOCOLS[args.protocol]
+    samples = {g: protocol.samples or (BENCHMARKS[g].samples if g in BENCHMARKS else 4) for g in groups}
+    return dict(
+        temperature=protocol.temperature if args.temperature is None else args.temperature,
+        top_p=protocol.top_p if args.top_p is None else args.top_p,
+        max_new_tokens=args.max_new_tokens or own_limit or protocol.max_new_tokens,
+        samples={g: args.samples or n for g, n in samples.items()},
+    )
+
+
+def open_results(out: Path, header: dict) -> list[dict]:
     """The records that are already there, for problems all of whose samples are; or a new file. Rank 0 only.
 
     Raises tasks.DataError when the file was made in another way.
@@ -306,8 +322,10 @@ def main() -> None:
     args = parser.parse_args()
     if sum(map(bool, (args.source, args.regrade, args.table))) != 1:
         parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
-    if args.samples < 0 or args.problems < 0 or args.slots < 1:
-        parser.error("--samples, --problems and --slots count things: they cannot be negative")
+    if min(args.samples, args.problems, args.max_new_tokens) < 0 or args.slots < 1:
+        parser.error("--samples, --problems, --max-new-tokens and --slots count things: they cannot be negative")
+    if not (0 <= (args.temperature or 0) < float("inf") and 0 < (1 if args.top_p is None else args.top_p) <= 1):
+        parser.error("--temperature must be at least 0, --top-p above 0 and at most 1")
     if (args.samples or 1) > 1 and args.temperature == 0:
         parser.error("--samples above 1 with --temperature 0 would repeat the same answer")
     try:

@@ -222,19 +222,8 @@ def test_an_interrupted_evaluation_continues_and_ends_with_the_same_file(model, 
 
 
 def test_two_ranks_write_what_one_writes(model, tmp_path):
-    flags = [
-        model,
-        "--problems",
-        "3",
-        "--protocol",
-        "sampled",
-        "--samples",
-        "2",
-        "--max-new-tokens",
-        "16",
-        "--slots",
-        "4",
-    ]
+    flags = [model, "--problems", "3", "--protocol", "sampled", "--samples", "4", "--max-new-tokens", "16"]
+    flags += ["--slots", "1"]  # one problem per rank at a time, so that for the third one rank has none
     call(*flags, "--out", tmp_path / "one.jsonl")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617",
@@ -278,7 +267,9 @@ def test_the_table_compares_runs_problem_by_problem(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("flags", [[], ["m", "--regrade", "x"], ["m", "--samples", "4", "--temperature", "0"],
-                                   ["m", "--slots", "0"], ["m", "--problems", "-1"]])  # fmt: skip
+                                   ["m", "--slots", "0"],
+                                   ["m", "--problems", "-1"], ["m", "--top-p", "0"],
+                                   ["m", "--top-p", "1.1"], ["m", "--temperature", "-1"], ["m", "--temperature", "nan"]])  # fmt: skip
 def test_a_command_that_makes_no_sense_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
         call(*flags)
