@@ -7,7 +7,7 @@ expressions are equal when they agree at every point where either is defined. No
 operation pays into; there is no clock. Sums, integrals and limits are not in the grammar: a restated task is no value.
 
     sum      = ["-"] product {("+" | "-") product}
-    product  = power {["*" | "/"] power}                  nothing between two factors multiplies
+    product  = power {["*" | "/" | "÷"] power}                  nothing between two factors multiplies
     power    = primary {"!" | "°" | "^" exponent}
     primary  = number | letter | f argument | \frac | \sqrt | \binom | "|" sum "|" | ⌊ sum ⌋ | "(" sum ")"
 """
@@ -25,7 +25,7 @@ import mpmath  # the numeric engine of sympy, installed with it
 MAX_TOKENS = 400
 MAX_DEPTH = 30
 MAX_BITS = 20_000  # of an exact number; 1000! has 8,530
-BUDGET = 4_000  # units of work, each about 3 µs
+BUDGET, BUDGET_PER_CHARACTER = 200, 8  # units of work that an expression may cost, each about 3 µs
 
 mp = mpmath.mp.clone()  # a context of our own: nobody else's precision changes
 mp.dps = 50
@@ -48,7 +48,7 @@ class TooComplex(ValueError):
 class Scalar:
     """The value of an expression.
 
-    flags: "task" when something is still to be added or multiplied (2+2), "steps" when ⌊ ⌋ was taken of letters (an
+    flags: "task" when something is still to be computed (2+2, 5!, √16), "steps" when ⌊ ⌋ was taken of letters (an
     identity between two of these holds at the integers only), "sign" when |…| was (then the negative point counts:
     elsewhere letters stand for positive numbers, and √x² is x), "infinite" for ∞, which does not compute.
     """
@@ -134,7 +134,7 @@ _TOKEN = re.compile(
     r"|\\(?:dot|ddot|hat|bar|vec|tilde|overline|widehat) *(?:\{[^{}]*\}|[A-Za-z]|\\[a-z]+)"
     r"|\\text *\{ *[A-Za-z] *\}|[A-Z]{4,}|[A-Za-z]|\\(?:" + GREEK + r")(?![A-Za-z]))"
     r"(?: *_ *(?:\{[^{}]*\}|[A-Za-z0-9]|\\[a-z]+)| *')*)"
-    r"|\\(?P<command>[A-Za-z]+)|(?P<sign>[-+*/^_!|()\[\]{}°]))"
+    r"|\\(?P<command>[A-Za-z]+)|(?P<sign>[-+*/÷^_!|()\[\]{}°]))"
 )
 _ARGUMENT = re.compile(r" *\( *(?:(?P<letter>[A-Za-z]|\\[a-z]+)|(?P<number>[0-9]+)) *\)")
 _LONG_WORD = re.compile(r"[A-Za-z]*[a-z][A-Za-z]*")
@@ -175,8 +175,9 @@ _CHEAP = (operator.add, operator.sub, operator.mul, operator.truediv, operator.n
 
 
 class Parser:
-    def __init__(self, tokens: list[tuple[str, str]]):
-        self.tokens, self.i, self.depth, self.work = [*tokens, ("end", "")], 0, 0, 0
+    def __init__(self, text: str = ""):
+        self.tokens, self.i, self.depth = [*tokenize(text), ("end", "")], 0, 0
+        self.work, self.budget = 0, BUDGET + BUDGET_PER_CHARACTER * len(text)
         self.in_bars = self.in_angle = False  # inside |…|, inside the argument of a trigonometric function
 
     @property
@@ -222,6 +223,8 @@ class Parser:
         while True:
             if self.accept("/"):
                 value = self.apply(operator.truediv, value, self.signed(self.power))
+            elif self.accept("÷"):
+                value = self.apply(operator.truediv, value, self.signed(self.power), flags=TASK)
             elif self.accept("*"):
                 value = self.times(value, self.signed(self.power))
             elif self.starts_factor():
@@ -246,7 +249,7 @@ class Parser:
         value = self.primary()
         while True:
             if self.accept("!"):
-                value = self.factorial(value)
+                value = replace(self.factorial(value), flags=value.flags | TASK)
             elif self.accept("°"):
                 value = self.apply(mp.radians, value) if self.in_angle else value
             elif self.accept("^"):
@@ -279,7 +282,7 @@ class Parser:
 
     def primary(self) -> Scalar:
         self.depth += 1
-        self.work += 1
+        self.spend(1)
         if self.depth > MAX_DEPTH:
             raise TooComplex("too deeply nested")
         kind, text = self.next()
@@ -293,10 +296,10 @@ class Parser:
             before, self.in_bars = self.in_bars, True
             value, self.in_bars = self.apply(abs, self.sum(), flags=SIGN), before
             self.expect("|")
-        elif kind == "command" and text in FUNCTIONS:
-            value = self.call(text)
         elif kind == "command":
-            value = self.command(text)
+            value = self.call(text) if text in FUNCTIONS else self.command(text)
+            if text not in ("pi", "infty", "frac"):
+                value = replace(value, flags=value.flags | TASK)
         else:
             raise Unreadable(f"unexpected {kind} {text}")
         self.depth -= 1
@@ -334,8 +337,10 @@ class Parser:
             base = self.argument(self.primary)
         if self.accept("^"):
             power = self.argument(self.exponent)
-            if power.exact == -1 and name in INVERSE:
-                power, f = None, INVERSE[name]
+            if power.exact == -1 and name in TRIGONOMETRIC:
+                power, f = None, INVERSE.get(name)
+                if f is None:
+                    raise Unreadable(f"\\{name}^{{-1}}")
         before, self.in_angle = self.in_angle, self.in_angle or name in TRIGONOMETRIC
         bracketed = self.kind in ("(", "[", "{", "|")
         value = self.primary() if bracketed else self.power()
@@ -357,7 +362,7 @@ class Parser:
         if f in _CHEAP[:6] and all(a.exact is not None for a in args):
             return self.rational(f(*(a.exact for a in args)), flags)
         count = max(len(a.points) for a in args)
-        self.spend(count * (1 if f in _CHEAP else 8))
+        self.spend(count * (1 if f in _CHEAP else 15 if f in (_factorial, _binomial) else 6))
         columns = zip(*(a.points * count if a.constant else a.points for a in args), strict=True)
         points = tuple(None if None in column else _at_point(f, column) for column in columns)
         if all(p is None for p in points):
@@ -366,14 +371,14 @@ class Parser:
 
     def spend(self, work: int) -> None:
         self.work += work
-        if self.work > BUDGET:
+        if self.work > self.budget:
             raise TooComplex("too many operations")
 
     def rational(self, value: Fraction, flags: frozenset) -> Scalar:
         bits = value.numerator.bit_length() + value.denominator.bit_length()
         if bits > MAX_BITS:
             raise TooComplex("too many digits")
-        self.spend(1 + (bits // 1000) ** 2)
+        self.spend(1 + (bits // 1000) ** 2 // 4)
         return number(value, flags)
 
     def raised(self, a: Scalar, b: Scalar) -> Scalar:
@@ -382,14 +387,14 @@ class Parser:
             if abs(n) * max(a.exact.numerator.bit_length(), a.exact.denominator.bit_length()) > MAX_BITS:
                 raise TooComplex("too many digits")
             return self.rational(a.exact**n, a.flags | b.flags)
-        return self.apply(_power, a, b)
+        return self.apply(_power, a, b, flags=TASK)
 
     def factorial(self, a: Scalar) -> Scalar:
         if a.exact is None:
             return self.apply(_factorial, a)
         if a.exact.denominator != 1 or a.exact < 0:
             raise Unreadable("factorial of something else than a natural number")
-        if a.exact > 1500:
+        if a.exact > 2100:
             raise TooComplex("too many digits")
         return self.rational(Fraction(math.factorial(int(a.exact))), a.flags)
 
@@ -400,6 +405,7 @@ class Parser:
             raise Unreadable("binomial of something else than natural numbers")
         if n.exact > 5000:
             raise TooComplex("too many digits")
+        self.spend(int(n.exact) // 10)
         return self.rational(Fraction(math.comb(int(n.exact), int(k.exact))), n.flags | k.flags)
 
 
@@ -424,13 +430,13 @@ def _power(x, y):
 
 
 def _factorial(x):
-    if abs(x) > 10**4:
+    if isinstance(x, mp.mpc) or abs(x) > 10**4:
         raise OverflowError
     return mp.gamma(x + 1)
 
 
 def _binomial(n, k):
-    if max(abs(n), abs(k)) > 10**4:
+    if isinstance(n + k, mp.mpc) or max(abs(n), abs(k)) > 10**4:
         raise OverflowError
     return mp.gamma(n + 1) * mp.rgamma(k + 1) * mp.rgamma(n - k + 1)
 
@@ -458,7 +464,7 @@ def _decimal(text: str) -> Fraction:
 
 def apply(f, *args: Scalar) -> Scalar:
     """f of values that have been read. Raises Unreadable or TooComplex."""
-    return Parser([]).apply(f, *args)
+    return Parser().apply(f, *args)
 
 
 def parse(text: str) -> Scalar:
@@ -468,7 +474,7 @@ def parse(text: str) -> Scalar:
     (Fraction(3, 4), True)
     """
     try:
-        return Parser(tokenize(text)).expression()
+        return Parser(text).expression()
     except ZeroDivisionError as error:
         raise Unreadable("division by zero") from error
     except RecursionError as error:  # only if the caller has used up the stack

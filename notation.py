@@ -8,7 +8,7 @@ import re
 import unicodedata
 
 _SIGNS = {  # Unicode look-alikes
-    **dict.fromkeys("−–—‐‑﹣", "-"), **dict.fromkeys("×·⋅∙∗", "*"), **dict.fromkeys("÷⁄∕", "/"), "∶": ":", "∣": "|",
+    **dict.fromkeys("−–—‐‑﹣", "-"), **dict.fromkeys("×·⋅∙∗", "*"), **dict.fromkeys("⁄∕", "/"), "∶": ":", "∣": "|",
     **dict.fromkeys("′’", "'"), **dict.fromkeys("⟨〈", "("), **dict.fromkeys("⟩〉", ")"), "⩽": "≤", "⩾": "≥", "º": "°",
     "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "∅": r"\{\}", "ℝ": r"\R ", "∠": r"\angle ",
     "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
@@ -23,36 +23,40 @@ _WIDE = re.compile("[\uff01-\uff5e\U0001d400-\U0001d7ff½¼¾⅓⅔⅕⅖⅗⅘�
 _COMMANDS = {  # TeX commands: what another spelling stands for, and what only changes the looks
     command: sign
     for commands, sign in (
-        ("boxed fbox left right displaystyle textstyle limits", ""),
+        ("boxed fbox left right displaystyle textstyle limits underline", ""),
+        ("mathbf boldsymbol bm mathit mathcal bf it rm", ""),
         ("big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr", ""), ("quad qquad", " "),
         ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("circ degree degrees", "°"), ("prime", "'"),
         ("leqslant leq le", "≤"), ("geqslant geq ge", "≥"), ("lt", "<"), ("gt", ">"), ("neq ne", "≠"),
         ("approx simeq", "≈"), ("in", "∈"), ("cup", "∪"), ("pm", "±"), ("mp", "∓"), ("times cdot ast", "*"),
-        ("div", "/"), ("vert lvert rvert mid", "|"), ("langle", "("), ("rangle", ")"),
+        ("div", "÷"), ("vert lvert rvert mid", "|"), ("langle", "("), ("rangle", ")"),
         ("lbrace", r"\{"), ("rbrace", r"\}"),
         ("colon", ":"), ("emptyset varnothing", r"\{\}"), ("R", r"(-\infty ,\infty )"), ("varepsilon", r"\epsilon "),
         ("varphi", r"\phi "), ("vartheta", r"\theta "), ("varrho", r"\rho "), ("varsigma", r"\sigma "),
-        ("textbf textrm textit textnormal textsf texttt mbox operatorname boldsymbol bm emph", r"\text"),
-        ("mathrm mathbf mathit mathsf mathcal mathtt mathnormal", r"\text"),
+        ("textbf textrm textit textnormal textsf texttt mbox operatorname emph", r"\text"),
+        ("mathrm mathsf mathtt mathnormal", r"\text"),
     )
     for command in commands.split()
 }  # fmt: skip
 _COMMAND = re.compile(rf"\\({'|'.join(sorted(_COMMANDS, key=len, reverse=True))})(?![A-Za-z])")
 _WORDLESS = r"[^{}A-Za-z]|\b(?:and|or|[A-Z])\b"  # what mathematics may be set as text: separators, choices
 _REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"\\(?:mathbf|boldsymbol|bm|mathcal|mathit) *\{ *([A-Za-z]) *\}", r"\1 "),
+    (r"\\(?:text)?color *\{[^{}]*\}|\bm *(?=\\angle)", ""),
     (r"\\phantom(?:\{[^{}]*\})?|\\hspace\{[^{}]*\}|np\.|(?<=\\\\)\[[-0-9. a-z]*\]", ""),  # \\[4pt] ends a row
     (r"(?<=[0-9])(?:,\\! ?|\{,\})(?=[0-9]{3})|(?<!\\)\\!", ""),  # 10,\!080 and 10{,}080
     (r"(?<!\\)(?:\\[()\[\]]|\$)", ""),  # \( \) \[ \] and $ delimit
-    (r"(?<!\\)\\[,;:> \n]|~|[\s\u200b]+", " "), (r"\\%", "%"), (r"\*\*", "^"),
+    (r"(?<!\\)((?:\\\\)*)\\[,;:> \n]", r"\1 "), (r"~|[\s\u200b]+", " "), (r"\\%", "%"), (r"\*\*", "^"),
     (r"\\mathbb *(?:\{ *R *\}|R)", r"\\R "),
 )]  # fmt: skip
 _REWRITES_AFTER = [(re.compile(pattern), new) for pattern, new in (
+    *[(r"(\\text *\{[^{}]*)\^ *\{ *(-?[0-9]) *\}", r"\1^\2")] * 3, (r"^ *\\text *\{([^{}]*[0-9][^{}]*)\} *$", r"\1"),
     (r"\\text\*? *\{ *(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp) *\}", r"\\\1 "),
     (rf"\\text *\{{((?:{_WORDLESS})*(?:[^{{}}A-Za-z]|\b(?:and|or)\b)(?:{_WORDLESS})*)\}}", r" \1 "),  # \text{(C)}
     (r"(?<![0-9])(?<![0-9] )\\text *\{ *([A-Z]{2,}) *\}", r"\1 "),
     (r"\\text *\{ *([0-9A-F]+) *\}(?= *_)", r"\1"), (r"_ *\{ *\\text *\{([^{}]*)\} *\}", r"_{\1}"),
     (r"\\text *\{ *\(? *base[ -]*(\w+) *\)? *\}", r"_{\1}"),
-    (r"\^ *\{ *(°|'+) *\}|\^ *(°|')", r"\1\2"),
+    (r"\\text *\{ *([ie]) *\}", r"\1 "), (r"\^ *\{ *(°|'+) *\}|\^ *(°|')", r"\1\2"),
     (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     (r"<=", "≤"), (r">=", "≥"), (r"(?<= )!=", "≠"), (r"\+/?-(?=[ 0-9.\\(])", "±"), (r"(?<![\\A-Za-z])\{ *\}", ""),
@@ -62,6 +66,7 @@ _THOUSANDS = re.compile(
 )
 _REPEATING = re.compile(r"([0-9]*)\.([0-9]*) *\\overline *\{ *([0-9]{1,50}) *\}")
 _MIXED = re.compile(
+    r"\\[A-Za-z]+ *[0-9]*|"  # \sqrt2\frac12 and \frac12\frac34 are products
     r"(?<![0-9.^_])([0-9]{1,50}) *"
     r"(?:\\frac *(?:\{ *([0-9]+) *\}|([0-9])) *(?:\{ *([0-9]+) *\}|([0-9]))| ([0-9]+)/([0-9]+))"
 )
@@ -87,6 +92,8 @@ def normalise(text: str) -> str:
 
 def _fraction_of_mixed(match: re.Match) -> str:
     r"""1\frac{4}{5} and 1 4/5 as \frac{9}{5}; only a proper fraction can follow a whole number."""
+    if match[1] is None:
+        return match[0]
     whole, above, below = (int(digits) for digits in match.groups() if digits)
     return rf"\frac{{{whole * below + above}}}{{{below}}}" if 0 < above < below else match[0]
 
@@ -101,7 +108,7 @@ def _fraction_of_period(match: re.Match) -> str:
 UNITS = {  # spelling -> unit; any other word after a number is allowed, but says nothing
     word: unit
     for unit, words in {
-        "$": "dollar dollars usd", "cent": "cent cents", "%": "percent", "°": "degree degrees deg", "rad": "radians",
+        "$": "dollar dollars usd", "cent": "cent cents ¢", "%": "percent", "°": "degree degrees deg", "rad": "radians",
         "mm": "mm millimeters", "cm": "cm centimeter centimeters", "m": "m meter meters",
         "km": "km kilometer kilometers", "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yards",
         "mi": "mi mile miles", "g": "g gram grams", "kg": "kg kilogram kilograms",
@@ -116,11 +123,13 @@ UNITS = {  # spelling -> unit; any other word after a number is allowed, but say
 
 
 def canonical_unit(text: str) -> str:
-    """One name for one unit: "square cm" and "centimeters^{2}" are "cm^2"; "" for none and for unknown words."""
+    """One name for one unit: "square cm" and "centimeters^{2}" are "cm^2". Unknown words are marked: "?apple"."""
     text = re.sub(r"\\text|[{}() ]|\\(?=\$)", " ", text).strip().lower()
     text = re.sub(r"\bsq(?:uare)? +([a-z]+)", r"\1^2", re.sub(r"\bcu(?:bic)? +([a-z]+)", r"\1^3", text))
     names, known = "", True
     for part in re.findall(r"[a-z]+|[^a-z ]", re.sub(r"\bper\b", "/", text)):
         known &= not part.isalpha() or part in UNITS
         names += UNITS.get(part, part)
-    return names if known else ""
+    if not known:
+        return "" if "unit" in text else "?" + text.rstrip("s.")
+    return names

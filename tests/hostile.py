@@ -3,6 +3,7 @@
 import random
 
 ATOMS = [
+    "answer ", "wait ", "cm ", r"\text{a} ",
     "1", "7", "23", "0", ".5", "x", "n", "e", "i", "9" * 5000, "e99999", "1e9999", "1e4999", "10^{10^{10}}",
     "9^9^9^9", "(10^{9})!", "9!!!!", "1000!", "2^{1000}", r"\binom{5000}{2500}", r"\pi", r"\theta", r"\infty",
     r"\frac", r"\sqrt", r"\sqrt[3]", r"\log_", r"\sin", r"\cos^{-1}", r"\binom", r"\lfloor", r"\rfloor", r"\left",
@@ -14,6 +15,7 @@ ATOMS = [
     "½", "√", "²", "−", "π", "２", "٣", "𝟙", "{0!r}", "%s", "__class__", "__import__('os').system('x')", "lambda: 5",
     "(y:=5)", "eval(1)", "exit()", "open('x','w')", r"\input{x}",
 ]  # fmt: skip
+TAILS = ["", "1", "?", "}", "\\", ")", "=5"]
 LEAVES = ["1", "2", "3.5", "x", "n", r"\pi", "e", "i", "10", "99", "a_1", r"\infty"]
 BRANCHES = [
     r"\frac{@}{@}", r"\sqrt[@]{@}", "{@}^{@}", "@+@", r"@ \cdot @", "(@)", "(@)!", r"\sin(@)", r"\exp(@)", r"\log_2(@)",
@@ -54,5 +56,6 @@ def strings(seed: int, count: int, answers: list[str]):
         elif n % 4 == 2:
             text = grow(rng)
         else:
-            text = mutate(rng, grow(rng)) if rng.random() < 0.5 else rng.choice(ATOMS) * rng.choice([3, 30, 300, 3000])
+            many = rng.choice(ATOMS) * rng.choice([3, 20, 50, 300, 3000])  # what a policy stuck in a loop writes
+            text = mutate(rng, grow(rng)) if rng.random() < 0.5 else rng.choice(["", "x = "]) + many + rng.choice(TAILS)
         yield text if rng.random() < 0.1 else "\\boxed{" + text + "}"

@@ -266,11 +266,12 @@ def test_the_table_compares_runs_problem_by_problem(tmp_path, capsys):
         call("--table", ROOT / "README.md")
 
 
-@pytest.mark.parametrize("flags", [[], ["m", "--regrade", "x"], ["m", "--samples", "4", "--temperature", "0"],
-                                   ["m", "--slots", "0"],
-                                   ["m", "--problems", "-1"], ["m", "--top-p", "0"],
-                                   ["m", "--top-p", "1.1"], ["m", "--temperature", "-1"], ["m", "--temperature", "nan"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    ["", "m --regrade x", "m --samples 4 --temperature 0", "m --slots 0", "m --problems -1", "m --top-p 0",
+     "m --top-p 1.1", "m --temperature -1", "m --temperature nan"],
+)  # fmt: skip
 def test_a_command_that_makes_no_sense_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
-        call(*flags)
+        call(*flags.split())
     assert "error: " in capsys.readouterr().err

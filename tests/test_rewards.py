@@ -174,7 +174,7 @@ def test_no_hostile_string_raises_or_is_paid_beyond_chance():
         if is_correct(text, gold).correct:
             paid.append((text, gold))
         assert not is_correct(boxed("123456789.25"), text.removeprefix("\\boxed{")[:-1]).correct
-    assert all(len(extract(text)) < 40 for text, _ in paid), paid
+    assert all(len(normalise(extract(text))) < 40 for text, _ in paid), paid
     assert len(paid) < 60  # "1" is 1 now and then
 
 
@@ -195,11 +195,11 @@ def test_megabytes_and_deep_nesting_are_cut_short():
 
 
 def test_work_is_bounded_by_a_budget_not_by_a_clock():
-    for text in ("+".join(["1000!"] * 40), "+".join(["1e4999"] * 90), r"\sin(x)^x" * 40, "x!" * 90):
-        parser = expression.Parser(expression.tokenize(text))
+    for text in ("+".join(["1e4999"] * 90), r"\sin(x)^x" * 40, "x!" * 90):
+        parser = expression.Parser(text)
         with pytest.raises(TooComplex):
             parser.expression()
-        assert expression.BUDGET < parser.work <= 2 * expression.BUDGET, text
+        assert parser.budget < parser.work <= parser.budget + 500, text
 
 
 def test_text_of_a_model_is_never_run(tmp_path, monkeypatch):
@@ -225,7 +225,7 @@ SPELLINGS = [  # of a fraction n/d
     lambda n, d: rf"{'-' * (n < 0)}\frac{{{abs(n)}}}{{{d}}}", lambda n, d: rf"-\frac{{{-n}}}{{{d}}}",
     lambda n, d: rf"\frac{{{-n}}}{{{-d}}}", lambda n, d: rf" $ \left( \tfrac{{{n}}} {{{d}}} \right) $ ",
     lambda n, d: rf"\frac{{{3 * n}}}{{{3 * d}}}", lambda n, d: rf"x = \frac{{{n}}}{{{d}}}.",
-    lambda n, d: rf"{n} \div {d}", lambda n, d: rf"{n}/{d} \text{{ units}}",
+    lambda n, d: rf"\mathbf{{{n}/{d}}}", lambda n, d: rf"{n}/{d} \text{{ units}}",
 ]  # fmt: skip
 
 
