@@ -45,13 +45,9 @@ class Relation:
 
 
 @dataclass(frozen=True)
-class Numeral:
-    digits: str
-    base: int
-
-
-@dataclass(frozen=True)
 class Words:
+    """What is compared as text: words, a time of day, digits in a base ("132_5")."""
+
     text: str
 
 
@@ -176,28 +172,23 @@ def _equation(sides: list, signs: list[str]):
 
 def _inequality(sides: list, signs: list[str]):
     """A condition on one name as the interval or union that it describes, else a Relation."""
-    if not all(isinstance(s, Quantity) for s in sides) or len(signs) > 2:
+    if not all(isinstance(s, Quantity) for s in sides):
         raise Unreadable("an inequality of other things than numbers")
     if signs[0] in ">≥":  # turned round, to read < or ≤
         sides, signs = sides[::-1], [{">": "<", "≥": "≤"}.get(s, "?") for s in signs[::-1]]
-    if not set(signs) <= ({"<", "≤"} if len(signs) > 1 else {"<", "≤", "≠"}):
-        raise Unreadable("relations that do not chain")
+    names, constant = [_name(s) for s in sides], [s.value.constant for s in sides]
     minus, plus = Quantity(parse("-\\infty")), Quantity(INFINITY)
-    left, right = ("(["[signs[0] == "≤"], ")]"[signs[-1] == "≤"])
-    if len(signs) == 2:
-        if not _name(sides[1]):
-            raise Unreadable("an inequality about more than a name")
-        return Group(left + right, (sides[0], sides[2]), _name(sides[1]))
-    a, b = sides
-    if _name(b) and a.value.constant:
-        a, b, left, right, low = b, a, left, right, True
-    else:
-        low = False
-    if not (_name(a) and b.value.constant):
-        return Relation(signs[0], *sides)
-    if signs == ["≠"]:
-        return Group("union", (Group("()", (minus, b)), Group("()", (b, plus))), _name(a))
-    return Group(left + ")", (b, plus), _name(a)) if low else Group("(" + right, (minus, b), _name(a))
+    if len(signs) == 2 and names[1] and set(signs) <= {"<", "≤"}:  # 2 < x ≤ 5
+        return Group("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], (sides[0], sides[2]), names[1])
+    if len(signs) > 1 or signs[0] not in "<≤≠":
+        raise Unreadable("relations that do not chain")
+    if signs == ["≠"] and names[0] and constant[1]:
+        return Group("union", (Group("()", (minus, sides[1])), Group("()", (sides[1], plus))), names[0])
+    if signs != ["≠"] and names[0] and constant[1]:
+        return Group("(" + ")]"[signs == ["≤"]], (minus, sides[1]), names[0])
+    if signs != ["≠"] and names[1] and constant[0]:
+        return Group("(["[signs == ["≤"]] + ")", (sides[0], plus), names[1])
+    return Relation(signs[0], *sides)
 
 
 def _operand(text: str):
@@ -258,20 +249,18 @@ def _ratio(parts: list) -> Group:
     return Group("ratio", tuple(parts))
 
 
-def _numeral(digits: str, base: str) -> Numeral:
+def _numeral(digits: str, base: str) -> Words:
     if base in SPELLED:
         base = str(SPELLED.index(base))
     if not base.isdigit() or not 2 <= int(base) <= 16 or any(int(d, 16) >= int(base) for d in digits[1:]):
         raise Unreadable("digits that the base does not have")
-    return Numeral(digits, int(base))
+    return Words(f"{digits}_{base}")
 
 
 def _quantity(text: str) -> Quantity:
     """A scalar with its unit: 5.4 \text{ cents}, \\$18.90, 62.5%, 36°, 3 \text{ million dollars}."""
-    if text.casefold() in SPELLED or (
-        (match := re.fullmatch(r"\\text *\{([^{}]*)\}", text)) and match[1].strip().casefold() in SPELLED
-    ):
-        return Quantity(number(SPELLED.index(re.sub(r"\\text|[{} ]", "", text).casefold())))
+    if plain(text) in SPELLED:
+        return Quantity(number(SPELLED.index(plain(text))))
     unit, scale = "", None
     if match := re.fullmatch(r"(-?) *(\\\$|[€£]) *(.+)", text):
         text, unit = match[1] + match[3], canonical_unit(match[2])
@@ -333,11 +322,12 @@ def matches(a, g, tolerance: float = 0.0, unit: str = "") -> bool:
         return matches(a.right, g, tolerance, unit)  # x = 5 for 5
     if isinstance(g, Relation):
         return _matches_relation(a, g, tolerance, unit)
-    if isinstance(g, Numeral) and isinstance(a, Quantity):  # the base may go without saying
-        return a.value.exact is not None and not a.value.flags and g.digits.isdigit() and a.value.exact == int(g.digits)
-    if isinstance(g, Quantity) and isinstance(a, Group) and a.kind == "list" and len(a.items) == 1:
+    if isinstance(g, Words) and isinstance(a, Quantity) and a.value.exact is not None:
+        digits, _, base = g.text.partition("_")  # which base may go without saying
+        return bool(base) and digits.isdigit() and not a.value.flags and a.value.exact == int(digits)
+    if isinstance(a, Group) and a.kind == "list" and len(a.items) == 1 and isinstance(g, Quantity):  # {5} for 5
         return matches(a.items[0], g, tolerance, unit)
-    if isinstance(g, Group) and isinstance(a, Quantity) and g.kind == "list" and len(g.items) == 1:
+    if isinstance(g, Group) and g.kind == "list" and len(g.items) == 1 and isinstance(a, Quantity):
         return matches(a, g.items[0], tolerance, unit)
     if type(a) is not type(g):
         return False
