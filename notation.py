@@ -43,7 +43,7 @@ _WORDLESS = r"[^{}A-Za-z]|\b(?:and|or|[A-Z])\b"  # what mathematics may be set a
 _REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:mathbf|boldsymbol|bm|mathcal|mathit) *\{ *([A-Za-z]) *\}", r"\1 "),
     (r"\\(?:text)?color *\{[^{}]*\}|\bm *(?=\\angle)", ""),
-    (r"\\phantom(?:\{[^{}]*\})?|\\hspace\{[^{}]*\}|np\.|(?<=\\\\)\[[-0-9. a-z]*\]", ""),  # \\[4pt] ends a row
+    (r"\\phantom *(?:\{[^{}]*\}|[^{}\\ ])|\\hspace\{[^{}]*\}|np\.|(?<=\\\\)\[[-0-9. a-z]*\]", ""),  # \\[4pt] ends a row
     (r"(?<=[0-9])(?:,\\! ?|\{,\})(?=[0-9]{3})|(?<!\\)\\!", ""),  # 10,\!080 and 10{,}080
     (r"(?<!\\)(?:\\[()\[\]]|\$)", ""),  # \( \) \[ \] and $ delimit
     (r"(?<!\\)((?:\\\\)*)\\[,;:> \n]", r"\1 "), (r"~|[\s\u200b]+", " "), (r"\\%", "%"), (r"\*\*", "^"),

@@ -10,6 +10,7 @@ import hostile
 import pytest
 from grader_cases import CASES, RESPONSES, WITH_OPTIONS
 from grader_heldout import CASES as HELD_OUT
+from grader_heldout import STILL_REFUSED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,6 +74,11 @@ def test_the_table_written_without_seeing_the_grader(case):
     gold, response, correct, why, *options = case
     verdict = is_correct(response, gold, **(options[0] if options else {}))
     assert verdict.correct == correct, (verdict, why)
+
+
+def test_an_equation_multiplied_by_letters_is_refused_wrongly():
+    for gold, response, correct, _ in STILL_REFUSED:
+        assert correct and not is_correct(response, gold).correct  # noqa: PT018
 
 
 def test_the_table_is_large_and_half_of_it_is_wrong_answers():
