@@ -31,7 +31,7 @@ import toy
 from benchmarks import BENCHMARKS, PAPER, read_benchmark
 from model import ModelError, load, stop_tokens
 from sampler import Sampler
-from scores import by_group, compare, report, summarise
+from scores import by_problem, compare, report, right, summarise
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def evaluate(
     "average" is the plain mean over the groups, as the paper averages over benchmarks.
     """
     records = answer(sampler, tokenizer, problems, instruction, max_new_tokens)
-    accuracy = {group: float(correct.mean()) for group, correct in by_group(records).items()}
+    accuracy = {group: float(right(rows).mean()) for group, rows in sorted(by_problem(records).items())}
     return {**accuracy, "average": sum(accuracy.values()) / len(accuracy)}, records
 
 

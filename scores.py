@@ -4,7 +4,6 @@ A record is one answer: group (the benchmark), id (the problem), sample, correct
 tokens, labels. n problems, s samples of each.
 """
 
-import json
 from collections import defaultdict
 
 import numpy as np
@@ -14,12 +13,16 @@ from benchmarks import PAPER
 from tasks import DataError
 
 
-def by_group(records: list[dict]) -> dict[str, np.ndarray]:
-    """{group: [problems, samples] of 0 and 1}, groups sorted by name; problems keep their order."""
-    rows = defaultdict(lambda: defaultdict(list))
+def by_problem(records: list[dict]) -> dict[str, list[list[dict]]]:
+    """{group: [the records of each problem]}, groups in order of appearance, problems in order of their id."""
+    groups = defaultdict(lambda: defaultdict(list))
     for i, record in enumerate(records):
-        rows[record["group"]][record.get("id", i)].append(float(record["correct"]))
-    return {group: np.array(list(problems.values())) for group, problems in sorted(rows.items())}
+        groups[record["group"]][record.get("id", i)].append(record)
+    return {group: [problems[i] for i in sorted(problems)] for group, problems in groups.items()}
+
+
+def right(problems: list[list[dict]]) -> np.ndarray:  # [n, s] of 0 and 1
+    return np.array([[record["correct"] for record in problem] for problem in problems], float)
 
 
 def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
@@ -61,18 +64,21 @@ def majority(extracted: list[str | None], correct: list[bool]) -> float:
     return sum(winners) / len(winners) if winners else 0.0
 
 
-def interval(columns: list[np.ndarray], draws: int = 10_000) -> tuple[float, float]:
+def interval(columns: list[np.ndarray], draws: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
     """95 % bootstrap interval of the mean over columns of each column's mean, in which problems are drawn.
 
-    columns: one array [n] of per-problem values for each benchmark. Drawing problems with all their samples covers both
-    the luck of sampling and that of which problems a benchmark happens to hold. The seed is fixed.
+    columns: for each benchmark one array [n] of per-problem values, or [n, m] of m numbers, then drawn together.
+    Drawing problems with all their samples covers both the luck of sampling and that of which problems a benchmark
+    happens to hold. The seed is fixed.
     """
     rng = np.random.default_rng(0)
-    means = np.zeros(draws)
+    means = 0.0
     for values in columns:
-        means += rng.multinomial(len(values), np.full(len(values), 1 / len(values)), draws) @ values / len(values)
-    low, high = np.percentile(means / len(columns), [2.5, 97.5])
-    return float(low), float(high)
+        n = len(values)
+        blocks = np.diff([*range(0, draws, 1 + 10**7 // n), draws])  # a block of counts has about 80 MB
+        counts = (rng.multinomial(n, np.full(n, 1 / n), block) for block in blocks)
+        means = means + np.concatenate([c @ values / n for c in counts])
+    return tuple(np.percentile(means / len(columns), [2.5, 97.5], axis=0))
 
 
 def paired_test(a: list[np.ndarray], b: list[np.ndarray], draws: int = 10_000) -> tuple[float, float, float, float]:
@@ -82,55 +88,61 @@ def paired_test(a: list[np.ndarray], b: list[np.ndarray], draws: int = 10_000) -
     hypothesis each problem's difference is as likely to have the other sign.
     """
     differences = [y - x for x, y in zip(a, b, strict=True)]
-    observed = float(np.mean([d.mean() for d in differences]))
+    observed = np.mean([d.mean() for d in differences])
     rng = np.random.default_rng(1)
     null = np.zeros(draws)
     for d in differences:
-        null += rng.choice([-1.0, 1.0], (draws, len(d))) @ d / len(d)
+        null += [rng.choice([-1.0, 1.0], len(d)) @ d / len(d) for _ in range(draws)]
     p = (1 + np.sum(np.abs(null / len(differences)) >= abs(observed) - 1e-12)) / (1 + draws)
-    return observed, *interval(differences), float(p)
+    return float(observed), *map(float, interval(differences)), float(p)
+
+
+def per_problem(problems: list[list[dict]]) -> dict[str, np.ndarray]:
+    """{number: [n] its value for each problem}."""
+    correct = right(problems)
+
+    def mean(value) -> np.ndarray:
+        return np.array([np.mean([value(record) for record in problem]) for problem in problems])
+
+    votes = [majority([r["extracted"] for r in p], [r["correct"] for r in p]) for p in problems]
+    return {
+        "accuracy": correct.mean(1), **{f"pass@{k + 1}": pass_at_k(correct, k + 1) for k in range(correct.shape[1])},
+        "majority": np.array(votes), "cut off": mean(lambda r: r["finish_reason"] == "length"),
+        "no box": mean(lambda r: r["reason"] == "no_answer"), "tokens": mean(lambda r: r["tokens"]),
+    }  # fmt: skip
+
+
+def with_intervals(values: dict[str, np.ndarray]) -> dict[str, list[float]]:
+    """{number: [mean, low, high]}."""
+    matrix = np.stack(list(values.values()), 1)  # [n, m]
+    rows = np.stack([matrix.mean(0), *interval([matrix])], 1)  # [m, 3]
+    return dict(zip(values, rows.tolist(), strict=True))
 
 
 def summarise(records: list[dict]) -> dict:
-    """{group or "average": its numbers}. "average" is over the paper's five if all are there, else over all groups."""
-    groups = by_group(records)
-    of_group = defaultdict(list)
-    for record in records:
-        of_group[record["group"]].append(record)
-    summary = {}
-    for group, correct in groups.items():
-        rows, samples = of_group[group], correct.shape[1]
-        by_problem = defaultdict(list)
-        for record in rows:
-            by_problem[record["id"]].append(record)
-        votes = [majority([r["extracted"] for r in p], [r["correct"] for r in p]) for p in by_problem.values()]
-        summary[group] = dict(
-            problems=len(correct), samples=samples, accuracy=correct.mean(), interval=interval([correct.mean(1)]),
-            pass_at={k: pass_at_k(correct, k).mean() for k in range(1, samples + 1)}, majority=float(np.mean(votes)),
-            truncated=np.mean([r["finish_reason"] == "length" for r in rows]),
-            no_answer=np.mean([r["reason"] == "no_answer" for r in rows]), tokens=np.mean([r["tokens"] for r in rows]),
-            labels=by_label(rows),
-        )  # fmt: skip
-    chosen = averaged(list(groups))
-    summary["average"] = dict(
-        accuracy=np.mean([summary[g]["accuracy"] for g in chosen]), of=chosen,
-        interval=interval([groups[g].mean(1) for g in chosen]),
-    )  # fmt: skip
-    return json.loads(json.dumps(summary, default=float))
+    """{group: its numbers, each as [mean, low, high], also by label; "average": …} (see `averaged`)."""
+    summary, accuracy = {}, {}
+    for group, problems in by_problem(records).items():
+        values = per_problem(problems)
+        accuracy[group] = values["accuracy"]
+        of_label = defaultdict(list)
+        for i, problem in enumerate(problems):
+            for label in problem[0]["labels"]:
+                of_label[label].append(i)
+        labels = {
+            label: dict(problems=len(i), **with_intervals({"accuracy": values["accuracy"][i]}))
+            for label, i in sorted(of_label.items())
+        }
+        summary[group] = dict(problems=len(problems), samples=len(problems[0]), **with_intervals(values), labels=labels)
+    chosen = averaged(list(accuracy))
+    columns = [accuracy[g] for g in chosen]
+    average = [np.mean([c.mean() for c in columns]).item(), *map(float, interval(columns))]
+    return summary | {"average": dict(of=chosen, accuracy=average)}
 
 
 def averaged(groups: list[str]) -> list[str]:
+    """What the average is over: the paper's five benchmarks if all of them are there, else all groups."""
     return list(PAPER) if set(PAPER) <= set(groups) else groups
-
-
-def by_label(records: list[dict]) -> dict[str, dict]:
-    """Accuracy by level, subject and so on, with the interval over the problems that carry the label."""
-    correct = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        for label in record["labels"]:
-            correct[label][record["id"]].append(float(record["correct"]))
-    rows = {label: np.array([np.mean(c) for c in problems.values()]) for label, problems in sorted(correct.items())}
-    return {label: dict(problems=len(v), accuracy=v.mean(), interval=interval([v])) for label, v in rows.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -141,8 +153,9 @@ def percent(x: float) -> str:
     return f"{100 * x:.1f}"
 
 
-def with_interval(numbers: dict) -> str:
-    return f"{percent(numbers['accuracy'])} [{', '.join(map(percent, numbers['interval']))}]"
+def bracketed(number: list[float]) -> str:
+    """Percent, with the interval."""
+    return f"{percent(number[0])} [{percent(number[1])}, {percent(number[2])}]"
 
 
 def markdown(head: list[str], rows: list[list]) -> str:
@@ -157,25 +170,23 @@ def table(columns: dict[str, dict[str, float]]) -> str:
 
 def report(header: dict, summary: dict) -> str:
     """The table of one result file: a line per benchmark, then the accuracy by level, subject, …"""
-    greedy = header["sampling"]["temperature"] == 0
-    most = max(s["samples"] for g, s in summary.items() if g != "average")
-    ks = [] if most == 1 else [k for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= most]
-    name = "pass@1, greedy" if greedy else "avg@n"
-    head = ["", "problems", "n", f"{name} [95 %]", *(f"pass@{k}" for k in ks), *(["maj@n"] if most > 1 else []),
-            "cut off", "no box", "tokens"]  # fmt: skip
-    rows = []
-    for group, s in summary.items():
-        if group == "average":
-            rows.append([f"average of {len(s['of'])}", "", "", with_interval(s), *[""] * (len(head) - 4)])
-            continue
-        passes = [percent(s["pass_at"][str(k)]) if k <= s["samples"] else "" for k in ks]
-        rows.append([group, s["problems"], s["samples"], with_interval(s), *passes,
-                     *([percent(s["majority"])] if most > 1 else []), percent(s["truncated"]), percent(s["no_answer"]),
-                     round(s["tokens"])])  # fmt: skip
-    labels = [[g, label, n["problems"], with_interval(n)] for g, s in summary.items() if g != "average"
+    groups = {g: s for g, s in summary.items() if g != "average"}
+    most = max(s["samples"] for s in groups.values())
+    shown = ["accuracy"]  # all k are in the summary file
+    if most > 1:
+        shown += [*(f"pass@{k}" for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= most), "majority"]
+    name = "pass@1, greedy" if header["sampling"]["temperature"] == 0 else "avg@n"
+    rows = [
+        [g, s["problems"], s["samples"], *(bracketed(s[k]) if k in s else "" for k in shown),
+         percent(s["cut off"][0]), percent(s["no box"][0]), round(s["tokens"][0])]
+        for g, s in groups.items()
+    ]  # fmt: skip
+    average = summary["average"]
+    rows.append([f"average of {len(average['of'])}", "", "", bracketed(average["accuracy"]), *[""] * (len(shown) + 2)])
+    text = markdown(["", "problems", "n", name, *shown[1:], "cut off", "no box", "tokens"], rows)
+    labels = [[g, label, n["problems"], bracketed(n["accuracy"])] for g, s in groups.items()
               for label, n in s["labels"].items()]  # fmt: skip
-    text = markdown(head, rows)
-    return text + ("\n\n" + markdown(["", "label", "problems", "accuracy [95 %]"], labels) if labels else "")
+    return text + ("\n\n" + markdown(["", "label", "problems", name], labels) if labels else "")
 
 
 def compare(runs: list[tuple[str, dict, list[dict]]]) -> str:
@@ -183,23 +194,23 @@ def compare(runs: list[tuple[str, dict, list[dict]]]) -> str:
 
     Raises DataError when two of them are not about the same problems.
     """
-    columns = [by_group(records) for _, _, records in runs]
-    for (name, header, _), groups in zip(runs[1:], columns[1:], strict=True):
-        if header["data"] != runs[0][1]["data"]:
-            raise DataError(f"--table: {name} and {runs[0][0]} were evaluated on different data: {header['data']}")
-        if groups.keys() != columns[0].keys() or any(len(groups[g]) != len(columns[0][g]) for g in groups):
-            raise DataError(f"--table: {name} and {runs[0][0]} hold different problems; is one unfinished?")
+    first = runs[0]
+    columns = [{g: right(p).mean(1) for g, p in by_problem(records).items()} for _, _, records in runs]
+    for (name, header, _), column in zip(runs[1:], columns[1:], strict=True):
+        if header["data"] != first[1]["data"]:
+            raise DataError(f"--table: {name} and {first[0]} were evaluated on different data: {header['data']}")
+        if {g: len(c) for g, c in column.items()} != {g: len(c) for g, c in columns[0].items()}:
+            raise DataError(f"--table: {name} and {first[0]} hold different problems; is one unfinished?")
     groups = list(columns[0])
+    choices = [*([g] for g in groups), averaged(groups)]  # each benchmark, and the average
     head = ["", *groups, f"average of {len(averaged(groups))}"]
-    rows = [[name, *(with_interval(s[g]) for g in (*groups, "average"))]
-            for (name, _, records) in runs for s in [summarise(records)]]  # fmt: skip
-    text = markdown(head, rows)
-    differences = []
-    for (name, *_), column in zip(runs[1:], columns[1:], strict=True):
-        cells = []
-        for chosen in (*([g] for g in groups), averaged(groups)):
-            first, other = ([c[g].mean(1) for g in chosen] for c in (columns[0], column))
-            difference, low, high, p = paired_test(first, other)
-            cells.append(f"{100 * difference:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] p={p:.3f}")
-        differences.append([f"{name} − {runs[0][0]}", *cells])
-    return text + ("\n\n" + markdown(head, differences) if differences else "")
+    rows, differences = [], []
+    for i, (name, *_) in enumerate(runs):
+        rows.append([name])
+        differences.append([f"{name} − {first[0]}"])
+        for chosen in choices:
+            ours, theirs = ([column[g] for g in chosen] for column in (columns[i], columns[0]))
+            rows[-1].append(bracketed([np.mean([c.mean() for c in ours]), *interval(ours)]))
+            d, low, high, p = paired_test(theirs, ours)
+            differences[-1].append(f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] p={p:.3f}")
+    return markdown(head, rows) + ("\n\n" + markdown(head, differences[1:]) if len(runs) > 1 else "")

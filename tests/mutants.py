@@ -69,6 +69,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("notation.py", "if 0 < above < below else match[0]", "if True else match[0]"),
     ("sampler.py", "before >= top_p", "before > top_p + 0.05"),
     ("scores.py", "np.clip(s - c - i, 0, None) / (s - i)", "(s - c) / s"),
+    ("scores.py", "sorted(problems)]", "problems]"),
     ("scores.py", "np.abs(null / len(differences)) >= abs(observed)", "null / len(differences) >= observed"),
     ("evaluate.py", "mine = todo[start : start + size][rank::world]", "mine = todo[start : start + size]"),
     ("evaluate.py", "zlib.crc32(group.encode()), i) for i in mine]", "0, n) for n, i in enumerate(mine)]"),

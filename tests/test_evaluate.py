@@ -112,10 +112,10 @@ def test_the_paired_test_sees_a_small_steady_difference_and_not_noise():
 def test_the_average_is_the_plain_mean_of_the_paper_s_five_where_all_five_are_there():
     records = [record(g, i, correct=i < n) for n, g in enumerate(PAPER) for i in range(4)]
     records += [record("gsm8k", i) for i in range(4)]
-    assert summarise(records)["average"]["accuracy"] == pytest.approx((0 + 1 + 2 + 3 + 4) / 4 / 5)
+    assert summarise(records)["average"]["accuracy"][0] == pytest.approx((0 + 1 + 2 + 3 + 4) / 4 / 5)
     assert summarise(records)["average"]["of"] == list(PAPER)
     fewer = [r for r in records if r["group"] in ("math500", "gsm8k")]
-    assert summarise(fewer)["average"]["accuracy"] == pytest.approx(0.5)
+    assert summarise(fewer)["average"]["accuracy"][0] == pytest.approx(0.5)
 
 
 def test_the_summary_counts_samples_truncation_and_labels():
@@ -123,14 +123,20 @@ def test_the_summary_counts_samples_truncation_and_labels():
                       finish_reason="length" if p else "stop") for p in range(2) for s in range(2)]  # fmt: skip
     records.append(record("h", reason="no_answer", correct=False, extracted=None))
     s = summarise(records)
-    assert (s["g"]["problems"], s["g"]["samples"], s["g"]["accuracy"], s["g"]["pass_at"]) == (
-        2,
-        2,
-        0.5,
-        {"1": 0.5, "2": 1},
-    )
-    assert (s["g"]["truncated"], s["g"]["tokens"], s["h"]["no_answer"]) == (0.5, 5, 1)
-    assert [(n, v["accuracy"]) for n, v in s["g"]["labels"].items()] == [("level 0", 0.5), ("level 1", 0.5)]
+    assert (s["g"]["problems"], s["g"]["samples"]) == (2, 2)
+    means = {name: number[0] for name, number in s["g"].items() if isinstance(number, list)}
+    expected = {"accuracy": 0.5, "pass@1": 0.5, "pass@2": 1, "majority": 0.5, "cut off": 0.5, "no box": 0, "tokens": 5}
+    assert means == expected
+    assert s["g"]["tokens"] == [5, 0, 10]  # of two problems; every number has its interval
+    assert s["h"]["no box"][0] == 1
+    assert [(n, v["accuracy"]) for n, v in s["g"]["labels"].items()] == [("level 0", [0.5] * 3), ("level 1", [0.5] * 3)]
+
+
+def test_problems_are_paired_by_their_id_whatever_order_they_were_answered_in():
+    records = [record(problem=i, correct=i % 3 == 0) for i in range(30)]
+    shuffled = random.Random(0).sample(records, 30)
+    table = evaluate.compare([("a", {"data": 0}, records), ("b", {"data": 0}, shuffled)])
+    assert "+0.0 [+0.0, +0.0] p=1.000" in table
 
 
 # Benchmarks
@@ -205,7 +211,7 @@ def test_a_result_file_names_all_that_its_numbers_depend_on_and_holds_every_answ
         verdict = rewards.is_correct(r["response"], r["answer"])
         assert (verdict.correct, verdict.extracted, verdict.reason) == (r["correct"], r["extracted"], r["reason"])
     summary = json.loads(out.with_suffix(".summary.json").read_text())
-    assert summary["n=3"]["accuracy"] == np.mean([r["correct"] for r in records if r["group"] == "n=3"])
+    assert summary["n=3"]["accuracy"][0] == np.mean([r["correct"] for r in records if r["group"] == "n=3"])
 
 
 def test_an_interrupted_evaluation_continues_and_ends_with_the_same_file(model, tmp_path, capsys):
