@@ -86,6 +86,7 @@ def score(verdict: Verdict, response: str = "", *, wrong: float = 0.0, format_we
 _BOX = re.compile(
     r"\\(?:boxed|fbox) *\{|\\(?:boxed|fbox) +(?P<bare>[-+]?[0-9.][^\s{}$\\]*|[A-Za-z](?![A-Za-z]))|\\.|[{}]", re.DOTALL
 )
+_FIRST_BOX = re.compile(r"\\(?:boxed|fbox)")
 _BETWEEN = re.compile(r"(?:[\s$,;.]|\\[,;: ]|\\q?quad|\\\(|\\\)|and|or|\\text *\{ *(?:and|or) *\})*")
 
 
@@ -100,8 +101,9 @@ def extract(response: str) -> str | None:
     """
     thought, _, text = response.rpartition("</think>")
     text = (text if text.strip() else thought)[-MAX_RESPONSE:]
-    open_braces, boxes, unfinished = [], [], -1  # boxes: (start, start of content, end of content, end)
-    for match in _BOX.finditer(text, max(text.find("box") - 2, 0)):
+    open_braces, boxes = [], []  # boxes: (start, start of content, end of content, end)
+    first = _FIRST_BOX.search(text)
+    for match in _BOX.finditer(text, first.start()) if first else ():
         if match["bare"] is not None:
             boxes.append((match.start(), match.start("bare"), match.end(), match.end()))
         elif match[0][-1] == "{" and match[0] != "\\{":

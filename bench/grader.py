@@ -20,7 +20,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import hostile  # noqa: E402
 from grader_cases import CASES  # noqa: E402
 
+import answers  # noqa: E402
 import expression  # noqa: E402
+import notation  # noqa: E402
 import rewards  # noqa: E402
 
 
@@ -29,13 +31,13 @@ def responses(rows: list[tuple[str, str]], length: int) -> list[tuple[str, str]]
     pairs = []
     for i, (text, gold) in enumerate(rows):
         answer = rows[(i + i % 2) % len(rows)][1]
-        body = (text.replace("boxed", "mbox") + "\n") * (1 + length // (len(text) + 1))
+        body = (text.replace("\\boxed", "") + "\n") * (1 + length // (len(text) + 1))
         pairs.append((f"{body[:length]}\nThe answer is $\\boxed{{{answer}}}$.", gold))
     return pairs
 
 
 def forget() -> None:
-    for cached in (rewards.read, rewards.normalise, expression.letter):
+    for cached in (answers._read, notation.normalise, expression.letter):
         cached.cache_clear()
 
 
@@ -46,12 +48,12 @@ def per_second(grade, pairs: list[tuple[str, str]]) -> float:
     return len(pairs) / (time.perf_counter() - start)
 
 
-def fuzz(count: int, answers: list[str]) -> dict:
+def fuzz(count: int, golds: list[str]) -> dict:
     """Every hostile string as a response and, without its box, as a gold."""
     slowest, text_of, paid = 0.0, "", 0
     start = time.perf_counter()
-    for i, text in enumerate(hostile.strings(0, count, answers)):
-        gold = answers[i % len(answers)]
+    for i, text in enumerate(hostile.strings(0, count, golds)):
+        gold = golds[i % len(golds)]
         for response, answer in ((text, gold), (f"\\boxed{{{gold}}}", text.removeprefix("\\boxed{")[:-1])):
             before = time.perf_counter()
             verdict = rewards.is_correct(response, answer)
