@@ -3,6 +3,7 @@
 Rows are read from FOLDER/NAME.jsonl if there is such a file, else from the hub. Answers are graded by `rewards.py`.
 """
 
+import string
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,8 @@ class Benchmark:
 BENCHMARKS = {
     "math500": Benchmark(("HuggingFaceH4/MATH-500", None, "test"), 4, labels=("level", "subject")),
     "minerva_math": Benchmark(  # golds are boxed in the solutions; many are rounded measurements
-        ("math-ai/minervamath", None, "test"), 4, lambda row: rewards.extract(row["solution"]) or "", labels=("type",),
+        ("math-ai/minervamath", None, "test"), 4, lambda row: row.get("answer") or rewards.extract(row["solution"]),
+        labels=("type",),
         tolerance=1e-4,  # what the evaluation harness that the paper follows allows
     ),
     "olympiadbench": Benchmark(
@@ -53,14 +55,15 @@ BENCHMARKS = {
         + [o for i, o in enumerate(row["options"]) if i != row["answer_index"]],
     ),
 }  # fmt: skip
+OPTIONS_SEED = 0  # not the sampling seed: the questions stay the same ones
 PAPER = ("math500", "minerva_math", "olympiadbench", "aime24", "amc23")  # whose plain mean the paper calls average
 
 
-def read_benchmark(name: str, folder: str, seed: int) -> list[tasks.Problem]:
+def read_benchmark(name: str, folder: str) -> list[tasks.Problem]:
     """The problems of a benchmark, from FOLDER/NAME.jsonl or else from the hub.
 
-    Rows without a readable gold stay in and count as wrong: the denominator is the benchmark's. Options are shuffled by
-    (seed, position). Raises tasks.DataError for a row that lacks a field, and when there is no file and no network.
+    Rows without a readable gold stay in and count as wrong: the denominator is the benchmark's. Options are shuffled
+    by (OPTIONS_SEED, position). Raises tasks.DataError for a row that lacks a field, and without file and network.
     """
     entry, local = BENCHMARKS[name], Path(folder) / f"{name}.jsonl"
     try:
@@ -74,7 +77,7 @@ def read_benchmark(name: str, folder: str, seed: int) -> list[tasks.Problem]:
             question = next(row[field] for field in entry.question if field in row)
             labels = tuple(f"{field} {row[field]}" for field in entry.labels if row.get(field) is not None)
             if entry.options:
-                text, gold = lettered(entry.options(row), np.random.default_rng((seed, i)))
+                text, gold = lettered(entry.options(row), np.random.default_rng((OPTIONS_SEED, i)))
                 question += text
             else:
                 gold = str(entry.gold(row)).strip()
@@ -90,7 +93,7 @@ def read_benchmark(name: str, folder: str, seed: int) -> list[tasks.Problem]:
 def lettered(options: list[str], rng: np.random.Generator) -> tuple[str, str]:
     """(the shuffled options as text, the letter of the one that was first)."""
     order = rng.permutation(len(options))
-    letters = "ABCDEFGHIJ"
+    letters = string.ascii_uppercase
     text = "".join(f"\n({letters[i]}) {options[j]}" for i, j in enumerate(order))
     return f"\n{text}\n\nAnswer with the letter of the right option.", letters[int(np.argmin(order))]
 

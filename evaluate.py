@@ -16,19 +16,21 @@ import json
 import os
 import sys
 import zlib
-from collections import defaultdict
+from collections import Counter
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import transformers
 from tqdm import tqdm
 
 import checkpoint
 import rewards
 import tasks
 import toy
-from benchmarks import BENCHMARKS, PAPER, read_benchmark
+from benchmarks import BENCHMARKS, OPTIONS_SEED, PAPER, read_benchmark
 from model import ModelError, load, stop_tokens
 from sampler import Sampler
 from scores import by_problem, compare, report, right, summarise
@@ -115,36 +117,56 @@ def read_results(path: Path) -> tuple[dict, list[dict]]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        return rows[0]["header"], rows[1:]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError) as error:
+        header, records = rows[0]["header"], rows[1:]
+        return header, list({(r["group"], r["id"], r["sample"]): r for r in records}.values())
+    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError) as error:
         raise tasks.DataError(f"{path} is no result file of evaluate.py: {error!r}") from error
+
+
+def whole(header: dict, records: list[dict]) -> list[dict]:
+    """The records of the problems of which every sample is there."""
+    count = Counter((r["group"], r["id"]) for r in records)
+    return [r for r in records if count[r["group"], r["id"]] == header["sampling"]["samples"][r["group"]]]
+
+
+def read_finished(path: Path) -> tuple[dict, list[dict]]:
+    """As `read_results`. Raises tasks.DataError if answers are missing."""
+    header, records = read_results(path)
+    asked = sum(header["sampling"]["samples"][g] * data["problems"] for g, data in header["data"].items())
+    if len(whole(header, records)) < asked:
+        raise tasks.DataError(
+            f"{path} holds {len(records)} of {asked} answers: the command that made it will finish it"
+        )
+    return header, records
 
 
 def write_results(path: Path, header: dict, records: list[dict]) -> None:
     """The whole file at once, under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
+    scratch = path.with_name(path.name + ".tmp")
     scratch.write_text("".join(json.dumps(r) + "\n" for r in ({"header": header}, *records)), encoding="utf-8")
     os.replace(scratch, path)
 
 
-def regrade(path: Path) -> str:
-    """Grades the answers of a result file again and writes them to NAME.regraded.jsonl beside it."""
-    header, records = read_results(path)
+def write_summary(path: Path, header: dict, records: list[dict]) -> str:
+    """Writes all numbers beside a result file, as NAME.summary.json; returns the printed report."""
+    summary = summarise(records)
+    named = path.with_name(path.name.removesuffix(".jsonl") + ".summary.json")
+    named.write_text(json.dumps(header | summary, indent=1), encoding="utf-8")
+    return report(header, summary)
+
+
+def regrade(path: Path, out: str) -> str:
+    """Grades the answers of a result file again and writes them to `out`, by default NAME.regraded.jsonl beside it."""
+    header, records = read_finished(path)
     graded = [record | grade(record) for record in records]
     changed = [(old, new) for old, new in zip(records, graded, strict=True) if old["correct"] != new["correct"]]
     header |= dict(grader=rewards.VERSION)
-    out = path.with_suffix(".regraded.jsonl")
-    write_results(out, header, graded)
+    target = Path(out or path.with_name(path.name.removesuffix(".jsonl") + ".regraded.jsonl"))
+    write_results(target, header, graded)
     shown = [f"  {new['correct']!s:5} now: {new['extracted']!r} for {new['answer']!r}" for _, new in changed[:20]]
-    return "\n".join(
-        [
-            report(header, summarise(graded)),
-            f"{len(changed)} of {len(records)} verdicts changed",
-            *shown,
-            f"wrote {out}",
-        ]
-    )
+    counted = f"{len(changed)} of {len(records)} verdicts changed, written to {target}"
+    return "\n".join([write_summary(target, header, graded), counted, *shown])
 
 
 def data_hash(problems: list[tasks.Problem]) -> str:
@@ -153,11 +175,12 @@ def data_hash(problems: list[tasks.Problem]) -> str:
 
 
 def weights_hash(folder: str) -> str:
-    """Which weights: the hub's commit if transformers knows it is a hub model, else a hash of the weight files."""
+    """A hash of a folder's weight files and configuration."""
     digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+    for path in sorted(Path(folder).glob("*")):
+        if path.suffix in (".safetensors", ".bin") or path.name == "config.json":
+            with open(path, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()[:16]
 
 
@@ -171,7 +194,7 @@ def start_ranks() -> tuple[int, int]:
         return 0, 1
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo")  # only texts travel
+    dist.init_process_group("gloo", timeout=timedelta(days=1))  # only texts travel; a rank may have the long answers
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -195,13 +218,15 @@ def share(value, world: int):
 def find_problems(args: argparse.Namespace, settings: dict) -> tuple[list[tasks.Problem], str]:
     """(problems, instruction): benchmarks, a file, what the run was configured with, or the built-in arithmetic."""
     if args.benchmarks:
-        names = PAPER if args.benchmarks == "paper" else args.benchmarks.split(",")
+        names = list(dict.fromkeys(args.benchmarks.replace("paper", ",".join(PAPER)).split(",")))
         if unknown := [n for n in names if n not in BENCHMARKS]:
             raise tasks.DataError(f"--benchmarks: no {unknown[0]!r}; there are paper, {', '.join(BENCHMARKS)}")
-        problems = [p for n in names for p in read_benchmark(n, args.benchmark_dir, args.seed)[: args.problems or None]]
+        problems = [p for n in names for p in read_benchmark(n, args.benchmark_dir)[: args.problems or None]]
         return problems, tasks.INSTRUCTION
     if args.data:
-        return tasks.read_problems(args.data, "--data", [])[: args.problems or None], tasks.INSTRUCTION
+        problems = tasks.read_problems(args.data, "--data", notes := [])
+        print(*notes, sep="\n", end="\n" * bool(notes))
+        return problems[: args.problems or None], tasks.INSTRUCTION
     if rl_data := settings.get("rl_data", ""):
         task = tasks.from_files(rl_data, "", settings.get("eval_data", ""), settings["eval_problems"])
         return task.evaluation[: args.problems or None], tasks.INSTRUCTION
@@ -215,7 +240,7 @@ def run(args: argparse.Namespace) -> None:
     if (folder / "evals.jsonl").exists():  # a run of bridge.py
         if not (folder / "model").is_dir():
             raise tasks.DataError(f"{folder} has no model/ yet: the run has not finished, --resume continues it")
-        settings = json.loads((folder / "config.json").read_text())["settings"]
+        settings = json.loads((folder / "config.json").read_text()).get("settings", {})
     problems, instruction = find_problems(args, settings)
     groups = {g: [p for p in problems if p.group == g] for g in dict.fromkeys(p.group for p in problems)}
     if rank == 0:
@@ -231,9 +256,10 @@ def run(args: argparse.Namespace) -> None:
     limit = sampling["max_new_tokens"]
     tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings)
     header = dict(
-        model=args.source, weights=getattr(model.config, "_commit_hash", None) or weights_hash(source),
-        dtype=str(model.dtype), prompt=tasks.prompt_text(tokenizer, "{question}", instruction), sampling=sampling,
-        seed=args.seed, grader=rewards.VERSION, torch=torch.__version__,
+        model=os.path.normpath(args.source), dtype=str(model.dtype),
+        weights=getattr(model.config, "_commit_hash", None) or weights_hash(source), prompt=tasks.prompt_text(tokenizer, "{question}", instruction), sampling=sampling,
+        seed=args.seed, options_seed=OPTIONS_SEED, grader=rewards.VERSION, torch=torch.__version__,
+        transformers=transformers.__version__,
         data={g: dict(problems=len(p), sha256=data_hash(p)) for g, p in groups.items()},
     )  # fmt: skip
     what = "" if own else "-" + (args.benchmarks or Path(args.data).stem).replace(",", "+")
@@ -247,7 +273,7 @@ def run(args: argparse.Namespace) -> None:
     for group, of_group in groups.items():
         samples = sampling["samples"][group]
         todo = [i for i in range(len(of_group)) if (group, i) not in done]
-        size = world * max(1, 4 * args.slots // samples)  # problems between two writes
+        size = world * max(1, 2 * args.slots // samples)  # problems between two writes
         for start in range(0, len(todo), size):
             mine = todo[start : start + size][rank::world]
             keys = [(args.seed, zlib.crc32(group.encode()), i) for i in mine]
@@ -260,9 +286,7 @@ def run(args: argparse.Namespace) -> None:
                 checkpoint.append(out, record)
             records += fresh
     if rank == 0:
-        summary = summarise(records)
-        out.with_suffix(".summary.json").write_text(json.dumps(header | summary, indent=1))
-        print(report(header, summary))
+        print(write_summary(out, header, records))
         print(f"\n{sampling} · seed {args.seed} · grader {rewards.VERSION} · answers in {out}")
     if world > 1:
         dist.destroy_process_group()
@@ -271,12 +295,15 @@ def run(args: argparse.Namespace) -> None:
 def choose_sampling(args: argparse.Namespace, groups: list[str], own_limit: int | None) -> dict:
     """temperature, top_p, max_new_tokens and {group: samples}: the flags', else the protocol's."""
     protocol = PROTOCOLS[args.protocol]
+    temperature = protocol.temperature if args.temperature is None else args.temperature
+    if temperature == 0 and args.samples > 1:
+        raise tasks.DataError(f"--samples {args.samples} greedy answers would be the same: set --temperature too")
     samples = {g: protocol.samples or (BENCHMARKS[g].samples if g in BENCHMARKS else 4) for g in groups}
     return dict(
-        temperature=protocol.temperature if args.temperature is None else args.temperature,
+        temperature=temperature,
         top_p=protocol.top_p if args.top_p is None else args.top_p,
         max_new_tokens=args.max_new_tokens or own_limit or protocol.max_new_tokens,
-        samples={g: args.samples or n for g, n in samples.items()},
+        samples={g: args.samples or (n if temperature else 1) for g, n in samples.items()},
     )
 
 
@@ -291,10 +318,7 @@ def open_results(out: Path, header: dict) -> list[dict]:
     before, records = read_results(out)
     if changed := [key for key in header if before.get(key) != header[key]]:
         raise tasks.DataError(f"{out} exists and was made with another {', '.join(changed)}: choose another --out")
-    count = defaultdict(int)
-    for record in records:
-        count[record["group"], record["id"]] += 1
-    records = [r for r in records if count[r["group"], r["id"]] == header["sampling"]["samples"][r["group"]]]
+    records = whole(header, records)
     write_results(out, header, records)
     return records
 
@@ -315,30 +339,38 @@ def main() -> None:
     add("--top-p", type=float, help="sample from the likeliest tokens that reach this mass (default: the protocol's)")
     add("--max-new-tokens", type=int, default=0, help="tokens per answer (default: the protocol's; a run's own)")
     add("--seed", type=int, default=0, help="of the samples, and of the order of options")
-    add("--slots", type=int, default=256, help="answers decoded at once per process; lower it when memory runs out")
+    add("--slots", type=int, default=64, help="answers decoded at once per process; lower it when memory runs out")
     add("--out", default="", help="the result file; an existing one is continued (default: beside the run, or evals/)")
     add("--regrade", metavar="FILE", help="grade a result file's answers again")
     add("--table", nargs="+", metavar="FILE", help="compare result files")
     args = parser.parse_args()
     if sum(map(bool, (args.source, args.regrade, args.table))) != 1:
         parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
-    if min(args.samples, args.problems, args.max_new_tokens) < 0 or args.slots < 1:
-        parser.error("--samples, --problems, --max-new-tokens and --slots count things: they cannot be negative")
-    if not (0 <= (args.temperature or 0) < float("inf") and 0 < (1 if args.top_p is None else args.top_p) <= 1):
-        parser.error("--temperature must be at least 0, --top-p above 0 and at most 1")
-    if (args.samples or 1) > 1 and args.temperature == 0:
-        parser.error("--samples above 1 with --temperature 0 would repeat the same answer")
+    if min(args.samples, args.problems, args.max_new_tokens, args.seed) < 0 or args.slots < 1:
+        parser.error("--samples, --problems, --max-new-tokens, --seed and --slots cannot be negative")
+    if not (args.temperature in (None, 0) or 1e-3 <= args.temperature < float("inf")) or not (
+        0 < (1 if args.top_p is None else args.top_p) <= 1
+    ):
+        parser.error("--temperature must be 0 or at least 0.001, --top-p above 0 and at most 1")
+    if args.benchmarks and args.data:
+        parser.error("--benchmarks and --data are two kinds of problems: give one")
     try:
         if args.table:
-            print(compare([("/".join(Path(f).with_suffix("").parts[-2:]), *read_results(Path(f))) for f in args.table]))
+            print(
+                compare([("/".join(Path(f).with_suffix("").parts[-2:]), *read_finished(Path(f))) for f in args.table])
+            )
         elif args.regrade:
-            print(regrade(Path(args.regrade)))
+            print(regrade(Path(args.regrade), args.out))
         else:
             run(args)
     except (tasks.DataError, ModelError) as error:
-        sys.exit(f"evaluate.py: {error}" if int(os.environ.get("RANK", "0")) == 0 else 1)
+        sys.exit(f"evaluate.py: {error}")
+    except torch.cuda.OutOfMemoryError as error:
+        sys.exit(
+            f"evaluate.py: out of memory, lower --slots {args.slots} (but not below the samples per problem): {error}"
+        )
     except OSError as error:
-        sys.exit(f"evaluate.py: --out: {error}; what was answered before is kept")
+        sys.exit(f"evaluate.py: {error}; what was answered before is kept")
 
 
 if __name__ == "__main__":

@@ -75,8 +75,9 @@ def interval(columns: list[np.ndarray], draws: int = 10_000) -> tuple[np.ndarray
     means = 0.0
     for values in columns:
         n = len(values)
-        blocks = np.diff([*range(0, draws, 1 + 10**7 // n), draws])  # a block of counts has about 80 MB
-        counts = (rng.multinomial(n, np.full(n, 1 / n), block) for block in blocks)
+        values, times = np.unique(values, axis=0, return_counts=True)  # problems with the same numbers are drawn as one
+        blocks = np.diff([*range(0, draws, 1 + 10**7 // len(values)), draws])  # a block of counts has about 80 MB
+        counts = (rng.multinomial(n, times / n, block) for block in blocks)
         means = means + np.concatenate([c @ values / n for c in counts])
     return tuple(np.percentile(means / len(columns), [2.5, 97.5], axis=0))
 
@@ -92,7 +93,8 @@ def paired_test(a: list[np.ndarray], b: list[np.ndarray], draws: int = 10_000) -
     rng = np.random.default_rng(1)
     null = np.zeros(draws)
     for d in differences:
-        null += [rng.choice([-1.0, 1.0], len(d)) @ d / len(d) for _ in range(draws)]
+        nonzero = d[d != 0]
+        null += [rng.choice([-1.0, 1.0], len(nonzero)) @ nonzero / len(d) for _ in range(draws)]
     p = (1 + np.sum(np.abs(null / len(differences)) >= abs(observed) - 1e-12)) / (1 + draws)
     return float(observed), *map(float, interval(differences)), float(p)
 
@@ -196,11 +198,9 @@ def compare(runs: list[tuple[str, dict, list[dict]]]) -> str:
     """
     first = runs[0]
     columns = [{g: right(p).mean(1) for g, p in by_problem(records).items()} for _, _, records in runs]
-    for (name, header, _), column in zip(runs[1:], columns[1:], strict=True):
+    for name, header, _ in runs[1:]:
         if header["data"] != first[1]["data"]:
             raise DataError(f"--table: {name} and {first[0]} were evaluated on different data: {header['data']}")
-        if {g: len(c) for g, c in column.items()} != {g: len(c) for g, c in columns[0].items()}:
-            raise DataError(f"--table: {name} and {first[0]} hold different problems; is one unfinished?")
     groups = list(columns[0])
     choices = [*([g] for g in groups), averaged(groups)]  # each benchmark, and the average
     head = ["", *groups, f"average of {len(averaged(groups))}"]
@@ -212,5 +212,12 @@ def compare(runs: list[tuple[str, dict, list[dict]]]) -> str:
             ours, theirs = ([column[g] for g in chosen] for column in (columns[i], columns[0]))
             rows[-1].append(bracketed([np.mean([c.mean() for c in ours]), *interval(ours)]))
             d, low, high, p = paired_test(theirs, ours)
-            differences[-1].append(f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] p={p:.3f}")
-    return markdown(head, rows) + ("\n\n" + markdown(head, differences[1:]) if len(runs) > 1 else "")
+            significance = f"p={p:.3f}" if p >= 0.001 else "p<0.001"
+            differences[-1].append(f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] {significance}")
+    unlike = [
+        f"{name} and {first[0]} differ in {key}: {header.get(key)} and {first[1].get(key)}"
+        for name, header, _ in runs[1:] for key in ("prompt", "sampling", "seed", "grader", "dtype")
+        if header.get(key) != first[1].get(key)
+    ]  # fmt: skip
+    tables = [markdown(head, rows), *([markdown(head, differences[1:])] if len(runs) > 1 else [])]
+    return "\n\n".join([*tables, *unlike])

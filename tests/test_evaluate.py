@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import benchmarks
 import evaluate
 import rewards
 import tasks
@@ -135,8 +136,9 @@ def test_the_summary_counts_samples_truncation_and_labels():
 def test_problems_are_paired_by_their_id_whatever_order_they_were_answered_in():
     records = [record(problem=i, correct=i % 3 == 0) for i in range(30)]
     shuffled = random.Random(0).sample(records, 30)
-    table = evaluate.compare([("a", {"data": 0}, records), ("b", {"data": 0}, shuffled)])
+    table = evaluate.compare([("a", {"data": 0, "seed": 0}, records), ("b", {"data": 0, "seed": 1}, shuffled)])
     assert "+0.0 [+0.0, +0.0] p=1.000" in table
+    assert "b and a differ in seed: 1 and 0" in table
 
 
 # Benchmarks
@@ -149,7 +151,7 @@ def test_every_row_of_a_benchmark_is_read_and_its_gold_earns_a_reward(name, coun
     if not source.exists():
         pytest.skip(f"shared/data/{source.name} is absent")
     (tmp_path / f"{name}.jsonl").symlink_to(source)
-    problems = read_benchmark(name, str(tmp_path), seed=0)
+    problems = read_benchmark(name, str(tmp_path))
     assert len(problems) == count
     wrong = [
         p.answer
@@ -164,28 +166,30 @@ def test_every_row_of_a_benchmark_is_read_and_its_gold_earns_a_reward(name, coun
         assert not rewards.is_correct(r"\boxed{4.31\%}", p.answer, tolerance=p.tolerance).correct
 
 
-def test_options_are_shuffled_by_the_seed_and_the_gold_is_the_right_option_s_letter(tmp_path):
+def test_options_are_shuffled_by_the_seed_and_the_gold_is_the_right_option_s_letter(tmp_path, monkeypatch):
     gpqa = {"Question": "Which?", "Correct Answer": "right", "High-level domain": "Physics"}
     gpqa |= {f"Incorrect Answer {i}": f"wrong {i}" for i in (1, 2, 3)}
     mmlu = {"question": "Which?", "options": ["w1", "w2", "right", *"bcdefgh"], "answer_index": 2, "category": "law"}
     for name, row, options in (("gpqa", gpqa, 4), ("mmlu_pro", mmlu, 10)):
         (tmp_path / f"{name}.jsonl").write_text((json.dumps(row) + "\n") * 40)
-        problems = read_benchmark(name, str(tmp_path), seed=7)
+        problems = read_benchmark(name, str(tmp_path))
         for p in problems:
             assert f"({p.answer}) right\n" in p.question
             assert p.question.count("\n(") == options
             assert rewards.is_correct(rf"so \boxed{{\text{{({p.answer})}}}}", p.answer).correct
         assert len({p.answer for p in problems}) == options
-        assert problems == read_benchmark(name, str(tmp_path), seed=7)
-        assert problems != read_benchmark(name, str(tmp_path), seed=8)
+        assert problems == read_benchmark(name, str(tmp_path))
+        monkeypatch.setattr(benchmarks, "OPTIONS_SEED", 1)
+        assert problems != read_benchmark(name, str(tmp_path))
+        monkeypatch.undo()
 
 
 def test_a_benchmark_that_is_not_there_says_where_to_put_it(tmp_path, capsys):
     with pytest.raises(tasks.DataError, match=r"or put the rows into .*math500\.jsonl"):
-        read_benchmark("math500", str(tmp_path), 0)
+        read_benchmark("math500", str(tmp_path))
     (tmp_path / "aime24.jsonl").write_text('{"problem": "1+1?"}\n')
     with pytest.raises(tasks.DataError, match=r"aime24\.jsonl, line 1 is no row of aime24: KeyError\('answer'\)"):
-        read_benchmark("aime24", str(tmp_path), 0)
+        read_benchmark("aime24", str(tmp_path))
     with pytest.raises(SystemExit, match="no 'aime25'; there are paper, math500"):
         call("arithmetic-smoke", "--benchmarks", "aime25")
 
@@ -212,6 +216,98 @@ def test_a_result_file_names_all_that_its_numbers_depend_on_and_holds_every_answ
         assert (verdict.correct, verdict.extracted, verdict.reason) == (r["correct"], r["extracted"], r["reason"])
     summary = json.loads(out.with_suffix(".summary.json").read_text())
     assert summary["n=3"]["accuracy"][0] == np.mean([r["correct"] for r in records if r["group"] == "n=3"])
+
+
+def test_settings_reach_the_sampler_and_the_file(model, tmp_path, capsys):
+    def answers(*flags):
+        out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
+        call(model, "--problems", 2, "--max-new-tokens", 12, "--out", out, *flags)
+        header, *records = lines(out)
+        return header["header"], [r["response"] for r in records]
+
+    greedy, sampled = answers(), answers("--temperature", 1)
+    assert answers("--temperature", 1, "--top-p", 1e-9)[1] == greedy[1] != sampled[1]  # a nucleus of one token
+    assert answers("--temperature", 1, "--seed", 1)[1] != sampled[1]
+    assert greedy[0]["grader"] == rewards.VERSION
+    named = "model weights dtype prompt sampling seed options_seed grader torch transformers data"
+    assert set(greedy[0]) == set(named.split())
+    with pytest.raises(SystemExit, match="--samples 4 greedy answers would be the same: set --temperature too"):
+        answers("--samples", 4)
+    assert answers("--protocol", "sampled", "--temperature", 0)[0]["sampling"]["samples"]["n=3"] == 1
+
+
+def test_a_benchmark_runs_from_its_file_to_its_report(model, tmp_path, capsys):
+    rows = [dict(problem="1+1", answer="2", level=n % 2, subject="s") for n in range(3)]
+    (tmp_path / "math500.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    row = dict(question="1+1", final_answer=["2"], unit="km", error="1e-1", subfield="a", answer_type="b")
+    (tmp_path / "olympiadbench.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    out = tmp_path / "a.jsonl"
+    flags = ["--benchmarks", "olympiadbench,math500", "--benchmark-dir", tmp_path, "--max-new-tokens", 4, "--out", out]
+    call(model, *flags, "--problems", 2)
+    records = lines(out)[1:]
+    assert [r["group"] for r in records] == ["olympiadbench"] * 2 + ["math500"] * 2
+    assert (records[0]["tolerance"], records[0]["unit"], records[0]["labels"]) == (
+        0.05,
+        "km",
+        ["subfield a", "answer_type b"],
+    )
+    assert "| math500 | level 1 | 1 |" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="made with another data"):  # the third problem is part of the hash
+        call(model, *flags)
+
+
+def test_the_paper_s_protocol_is_greedy_with_5000_tokens_and_the_sampled_one_as_customary():
+    assert evaluate.PROTOCOLS["paper"] == evaluate.Protocol(0.0, 1.0, 1, 5000)
+    assert evaluate.PROTOCOLS["sampled"] == evaluate.Protocol(0.6, 0.95, None, 8192)
+    assert {n: b.samples for n, b in BENCHMARKS.items()} == dict(
+        math500=4, minerva_math=4, olympiadbench=4, aime24=32, amc23=32, gsm8k=1, gpqa=8, mmlu_pro=1
+    )
+    assert {n for n, b in BENCHMARKS.items() if b.tolerance} == {"minerva_math"}
+
+
+def test_hashes_change_with_any_problem_and_any_weight(tmp_path):
+    problems = [tasks.Problem("q", "1"), tasks.Problem("r", "2")]
+    changed = [tasks.Problem("q", "1"), tasks.Problem("r", "3")]
+    assert evaluate.data_hash(problems) != evaluate.data_hash(changed)
+    hashes = set()
+    for name, content in (
+        ("a.safetensors", "x"),
+        ("a.safetensors", "y"),
+        ("pytorch_model.bin", "x"),
+        ("config.json", "x"),
+    ):
+        (tmp_path / name).write_text(content)
+        hashes.add(evaluate.weights_hash(str(tmp_path)))
+    assert len(hashes) == 4
+
+
+def test_every_cell_of_the_report_is_what_the_records_say():
+    records = [record("g", p, s, correct=(p + s) % 4 == 0, tokens=10 * p + s, reason="no_answer" if p == 3 else "equal",
+                      finish_reason="length" if s else "stop") for p in range(4) for s in range(2)]  # fmt: skip
+    text = evaluate.report({"sampling": {"temperature": 1}}, summarise(records))
+    assert text.splitlines()[0] == "|  | problems | n | avg@n | pass@2 | majority | cut off | no box | tokens |"
+    cells = [c.strip().split(" [")[0] for c in text.splitlines()[2].split("|")[1:-1]]
+    assert cells == ["g", "4", "2", "25.0", "50.0", "25.0", "50.0", "25.0", "16"]
+    assert text.splitlines()[3].startswith("| average of 1 |")
+
+
+def test_the_compared_average_is_over_the_five(tmp_path):
+    a = [record(g, i, correct=True) for g in PAPER for i in range(4)] + [
+        record("gsm8k", i, correct=False) for i in range(4)
+    ]
+    b = [r | dict(correct=not r["correct"]) for r in a]
+    last = evaluate.compare([("a", {"data": 0}, a), ("b", {"data": 0}, b)]).splitlines()[-1]
+    assert "+100.0" in last
+    assert last.rpartition("| -100.0")[0]  # the average, without gsm8k, is the last column
+
+
+def test_answers_written_twice_count_once(model, tmp_path, capsys):
+    flags = (model, "--problems", 2, "--max-new-tokens", 8, "--out", tmp_path / "a.jsonl")
+    call(*flags)
+    header, *records = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "a.jsonl").write_text("".join([header, *records, *records]))
+    call(*flags)
+    assert (tmp_path / "a.jsonl").read_text().splitlines(keepends=True) == [header, *records]
 
 
 def test_an_interrupted_evaluation_continues_and_ends_with_the_same_file(model, tmp_path, capsys):
@@ -254,19 +350,21 @@ def test_regrading_needs_no_model_and_repairs_the_verdicts(model, tmp_path, caps
 
 def test_the_table_compares_runs_problem_by_problem(tmp_path, capsys):
     rng = random.Random(0)
-    header = dict(data={"g": "x"}, sampling=dict(temperature=0.0))
+    header = dict(data={"g": dict(problems=80, sha256="x")}, sampling=dict(temperature=0.0, samples={"g": 1}))
     for name, chance in (("weak", 0.3), ("strong", 0.8)):
         records = [record(problem=i, correct=rng.random() < chance) for i in range(80)]
         evaluate.write_results(tmp_path / f"{name}.jsonl", header, records)
     call("--table", tmp_path / "weak.jsonl", tmp_path / "strong.jsonl")
     printed = capsys.readouterr().out
     assert "/weak |" in printed
-    assert "/strong − " in printed and "p=0.000" in printed  # noqa: PT018
-    evaluate.write_results(tmp_path / "other.jsonl", header | dict(data={"g": "y"}), records)
+    assert "/strong − " in printed and "p<0.001" in printed  # noqa: PT018
+    evaluate.write_results(tmp_path / "other.jsonl", header | dict(data={"g": dict(problems=80, sha256="y")}), records)
     with pytest.raises(SystemExit, match=r"other and .*/weak were evaluated on different data"):
         call("--table", tmp_path / "weak.jsonl", tmp_path / "other.jsonl")
     evaluate.write_results(tmp_path / "short.jsonl", header, records[:-1])
-    with pytest.raises(SystemExit, match="hold different problems; is one unfinished"):
+    with pytest.raises(
+        SystemExit, match=r"short\.jsonl holds 79 of 80 answers: the command that made it will finish it"
+    ):
         call("--table", tmp_path / "weak.jsonl", tmp_path / "short.jsonl")
     with pytest.raises(SystemExit, match=r"is no result file of evaluate\.py"):
         call("--table", ROOT / "README.md")
@@ -274,8 +372,8 @@ def test_the_table_compares_runs_problem_by_problem(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "m --regrade x", "m --samples 4 --temperature 0", "m --slots 0", "m --problems -1", "m --top-p 0",
-     "m --top-p 1.1", "m --temperature -1", "m --temperature nan"],
+    ["", "m --regrade x", "m --seed -1", "m --temperature 1e-300", "m --data x --benchmarks paper",
+     "m --slots 0", "m --problems -1", "m --top-p 0", "m --top-p 1.1", "m --temperature -1", "m --temperature nan"],
 )  # fmt: skip
 def test_a_command_that_makes_no_sense_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
