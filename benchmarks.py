@@ -35,8 +35,7 @@ BENCHMARKS = {
     "math500": Benchmark(("HuggingFaceH4/MATH-500", None, "test"), 4, labels=("level", "subject")),
     "minerva_math": Benchmark(  # golds are boxed in the solutions; many are rounded measurements
         ("math-ai/minervamath", None, "test"), 4, lambda row: row.get("answer") or rewards.extract(row["solution"]),
-        labels=("type",),
-        tolerance=1e-4,  # what the evaluation harness that the paper follows allows
+        labels=("type",), tolerance=1e-4,  # what the evaluation harness that the paper follows allows
     ),
     "olympiadbench": Benchmark(
         ("Hothan/OlympiadBench", "OE_TO_maths_en_COMP", "train"), 4, lambda row: ", ".join(row["final_answer"]),

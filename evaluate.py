@@ -257,7 +257,8 @@ def run(args: argparse.Namespace) -> None:
     tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings)
     header = dict(
         model=os.path.normpath(args.source), dtype=str(model.dtype),
-        weights=getattr(model.config, "_commit_hash", None) or weights_hash(source), prompt=tasks.prompt_text(tokenizer, "{question}", instruction), sampling=sampling,
+        weights=getattr(model.config, "_commit_hash", None) or weights_hash(source),
+        prompt=tasks.prompt_text(tokenizer, "{question}", instruction), sampling=sampling,
         seed=args.seed, options_seed=OPTIONS_SEED, grader=rewards.VERSION, torch=torch.__version__,
         transformers=transformers.__version__,
         data={g: dict(problems=len(p), sha256=data_hash(p)) for g, p in groups.items()},

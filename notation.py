@@ -1,6 +1,7 @@
 r"""One spelling for what looks the same, before an answer is parsed: Unicode signs, TeX commands, spacing, units.
 
-Everything here is a rewriting of short strings by anchored, bounded patterns; what an answer means is for `answers.py`.
+Everything here rewrites strings of at most a thousand characters; what an answer means is for `answers.py`. The order
+matters: delimiters and spacing first, then commands one by one, then what is built of several of them.
 """
 
 import functools
@@ -29,17 +30,17 @@ _COMMANDS = {  # TeX commands: what another spelling stands for, and what only c
         ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("circ degree degrees", "°"), ("prime", "'"),
         ("leqslant leq le", "≤"), ("geqslant geq ge", "≥"), ("lt", "<"), ("gt", ">"), ("neq ne", "≠"),
         ("approx simeq", "≈"), ("in", "∈"), ("cup", "∪"), ("pm", "±"), ("mp", "∓"), ("times cdot ast", "*"),
-        ("div", "÷"), ("vert lvert rvert mid", "|"), ("langle", "("), ("rangle", ")"),
-        ("lbrace", r"\{"), ("rbrace", r"\}"),
-        ("colon", ":"), ("emptyset varnothing", r"\{\}"), ("R", r"(-\infty ,\infty )"), ("varepsilon", r"\epsilon "),
-        ("varphi", r"\phi "), ("vartheta", r"\theta "), ("varrho", r"\rho "), ("varsigma", r"\sigma "),
+        ("div", "÷"), ("vert lvert rvert mid", "|"), ("langle", "("), ("rangle", ")"), ("lbrace", r"\{"),
+        ("rbrace", r"\}"), ("colon", ":"), ("emptyset varnothing", r"\{\}"), ("R", r"(-\infty ,\infty )"),
+        ("varepsilon", r"\epsilon "), ("varphi", r"\phi "), ("vartheta", r"\theta "), ("varrho", r"\rho "), ("varsigma", r"\sigma "),
         ("textbf textrm textit textnormal textsf texttt mbox operatorname emph", r"\text"),
         ("mathrm mathsf mathtt mathnormal", r"\text"),
     )
     for command in commands.split()
 }  # fmt: skip
 _COMMAND = re.compile(rf"\\({'|'.join(sorted(_COMMANDS, key=len, reverse=True))})(?![A-Za-z])")
-_WORDLESS = r"[^{}A-Za-z]|\b(?:and|or|[A-Z])\b"  # what mathematics may be set as text: separators, choices
+_TEXT, _ONE_LETTER = re.compile(r"\\text\*? *\{([^{}]*)\}"), re.compile(" *[A-Za-z] *")
+_WORDLESS = re.compile(r"(?:[^{}A-Za-z]|\b(?:and|or|[A-Z])\b)*")  # separators and choices, which may be set as text
 _REWRITES = [(re.compile(pattern), new) for pattern, new in (
     (r"\\(?:mathbf|boldsymbol|bm|mathcal|mathit) *\{ *([A-Za-z]) *\}", r"\1 "),
     (r"\\(?:text)?color *\{[^{}]*\}|\bm *(?=\\angle)", ""),
@@ -52,7 +53,6 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in (
 _REWRITES_AFTER = [(re.compile(pattern), new) for pattern, new in (
     *[(r"(\\text *\{[^{}]*)\^ *\{ *(-?[0-9]) *\}", r"\1^\2")] * 3, (r"^ *\\text *\{([^{}]*[0-9][^{}]*)\} *$", r"\1"),
     (r"\\text\*? *\{ *(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp) *\}", r"\\\1 "),
-    (rf"\\text *\{{((?:{_WORDLESS})*(?:[^{{}}A-Za-z]|\b(?:and|or)\b)(?:{_WORDLESS})*)\}}", r" \1 "),  # \text{(C)}
     (r"(?<![0-9])(?<![0-9] )\\text *\{ *([A-Z]{2,}) *\}", r"\1 "),
     (r"\\text *\{ *([0-9A-F]+) *\}(?= *_)", r"\1"), (r"_ *\{ *\\text *\{([^{}]*)\} *\}", r"_{\1}"),
     (r"\\text *\{ *\(? *base[ -]*(\w+) *\)? *\}", r"_{\1}"),
@@ -72,7 +72,7 @@ _MIXED = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=16_384)
+@functools.lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
     """One spelling for what looks the same: signs, spacing, TeX commands, thousands separators; no final full stop."""
     if not text.isascii():
@@ -82,12 +82,19 @@ def normalise(text: str) -> str:
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
     text = _COMMAND.sub(lambda m: _COMMANDS[m[1]], text)
+    text = _TEXT.sub(_without_text, text)
     for pattern, new in _REWRITES_AFTER:
         text = pattern.sub(new, text)
     if not re.search(r"[(\[]|\\\{", text):  # within brackets a comma separates
         text = _THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text)
     text = _MIXED.sub(_fraction_of_mixed, _REPEATING.sub(_fraction_of_period, text))
     return re.sub("  +", " ", text).rstrip(" .,;:\\").lstrip(" ,;:")
+
+
+def _without_text(match: re.Match) -> str:
+    r"""\text{ and }, \text{(C)} and \text{B, C} without \text; words keep it."""
+    wordless = _WORDLESS.fullmatch(match[1]) and not _ONE_LETTER.fullmatch(match[1])
+    return f" {match[1]} " if wordless else match[0]
 
 
 def _fraction_of_mixed(match: re.Match) -> str:
@@ -105,7 +112,7 @@ def _fraction_of_period(match: re.Match) -> str:
     return rf"\frac{{{int(whole + fixed + period) - without}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
 
 
-UNITS = {  # spelling -> unit; any other word after a number is allowed, but says nothing
+UNITS = {  # spelling -> unit; other words after a number are kept, to be compared with each other only
     word: unit
     for unit, words in {
         "$": "dollar dollars usd", "cent": "cent cents ¢", "%": "percent", "°": "degree degrees deg", "rad": "radians",
