@@ -32,7 +32,8 @@ _COMMANDS = {  # TeX commands: what another spelling stands for, and what only c
         ("approx simeq", "≈"), ("in", "∈"), ("cup", "∪"), ("pm", "±"), ("mp", "∓"), ("times cdot ast", "*"),
         ("div", "÷"), ("vert lvert rvert mid", "|"), ("langle", "("), ("rangle", ")"), ("lbrace", r"\{"),
         ("rbrace", r"\}"), ("colon", ":"), ("emptyset varnothing", r"\{\}"), ("R", r"(-\infty ,\infty )"),
-        ("varepsilon", r"\epsilon "), ("varphi", r"\phi "), ("vartheta", r"\theta "), ("varrho", r"\rho "), ("varsigma", r"\sigma "),
+        ("varepsilon", r"\epsilon "), ("varphi", r"\phi "), ("vartheta", r"\theta "),
+        ("varrho", r"\rho "), ("varsigma", r"\sigma "),
         ("textbf textrm textit textnormal textsf texttt mbox operatorname emph", r"\text"),
         ("mathrm mathsf mathtt mathnormal", r"\text"),
     )
