@@ -420,7 +420,8 @@ def _at_point(f, column):
         value = f(*column)
     except (ZeroDivisionError, ValueError, OverflowError, TypeError):  # TypeError: order of complex numbers
         return None
-    return value if mp.isfinite(value) and (value == 0 or mp.mag(value) < 10**6) else None
+    parts = (value.real, value.imag)  # each of ordinary size: log(1 + 10^{-10^8} i) would take long
+    return value if mp.isfinite(value) and all(p == 0 or abs(mp.mag(p)) < MAX_BITS for p in parts) else None
 
 
 def _power(x, y):
