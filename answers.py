@@ -11,7 +11,19 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from expression import INFINITY, Scalar, TooComplex, Unreadable, apply, letter, number, parse, proportional, same
+from expression import (
+    INFINITY,
+    MAX_DEPTH,
+    Scalar,
+    TooComplex,
+    Unreadable,
+    apply,
+    letter,
+    number,
+    parse,
+    proportional,
+    same,
+)
 from notation import UNITS, canonical_unit, normalise
 
 MAX_ANSWER = 1_000  # characters of an answer that is still read; the longest gold of the benchmarks has 210
@@ -96,6 +108,8 @@ def _split(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
     for match in pattern.finditer(text):
         if match["separator"] is None:
             depth += (match[0] in _OPENS) - (match[0] in _CLOSES)
+            if depth > MAX_DEPTH:
+                raise TooComplex("too deeply nested")
         elif depth == 0:
             parts.append(text[start : match.start()])
             separators.append(match["separator"].strip(",; ") or ",")
