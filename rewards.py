@@ -7,7 +7,7 @@ No string raises, hangs or runs: `notation.py` finds one spelling, `answers.py` 
 Any form of the same value counts (factored or expanded, fraction or exact decimal: the grader cannot see what was asked
 for), except where the form is the answer:
 - a plain number must be worked out: 2+2, 3·4, 12÷3, 5!, √16 or x+1=3 restate a task; a fraction, a power or a·10ⁿ may
-  stay (copying a formula from the question would otherwise earn the reward of one MATH problem in a hundred);
+  stay. Otherwise "Compute \binom{8}{4}" would be answered by copying it;
 - a rounded decimal is another number than the fraction it comes from, unless a tolerance is given;
 - digits in a base are those digits in that base: 132_5 is neither 132_7 nor 42;
 - brackets are part of tuples and intervals: [1,4) is not (1,4), (1,500) is not 1500; the order within them counts;
