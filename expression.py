@@ -100,8 +100,7 @@ def same(a: Scalar, b: Scalar, tolerance: float = 0.0) -> bool:
     if a.exact is not None and b.exact is not None:
         return a.exact == b.exact
     pairs = _pairs(a, b)
-    enough = 1 if a.constant and b.constant else 2
-    return len(pairs) >= enough and all(None not in pair and close(*pair) for pair in pairs)
+    return bool(pairs) and all(None not in pair and close(*pair) for pair in pairs)
 
 
 def proportional(a: Scalar, b: Scalar, positive: bool = False) -> bool:
@@ -452,7 +451,8 @@ def _ceil(x):
 
 def _is_power_of_ten(value: Fraction) -> bool:
     low, high = sorted((abs(value.numerator), value.denominator))
-    return low == 1 < high and str(high).strip("0") == "1"
+    digits = high.bit_length() * 30103 // 100_000  # log10 2 is 0.30103; str(high) would fail beyond 4,300 digits
+    return low == 1 < high and high in (10**digits, 10 ** (digits + 1))
 
 
 def _decimal(text: str) -> Fraction:

@@ -380,6 +380,8 @@ CASES = [
     ("AB=9, CD=4", "4, 9", False, "bare values in the other order than the names"),
     ("AB=9, CD=4", "9, 4", True, "bare values in the order of the names"),
     (r"\tan x", r"\cot^{-1} x", False, "an inverse function is no reciprocal"),
+    (r"\frac{8}{3}", r"1\frac{5}{3}", False, "an improper fraction after a whole number"),
+    ("5", r"10^{5000}*10^{5000}", False, "a number of ten thousand digits"),
     ("12", r"144\div 12", False, "a division still to be done"),
     ("27", "81^{3/4}", False, "a root written as a power"),
     (r"\frac34", r"\mathbf{\frac{3}{4}}", True, "bold"),

@@ -328,7 +328,7 @@ def test_two_ranks_write_what_one_writes(model, tmp_path):
     flags += ["--slots", "1"]  # one problem per rank at a time, so that for the third one rank has none
     call(*flags, "--out", tmp_path / "one.jsonl")
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29617",
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
                str(ROOT / "evaluate.py"), *flags, "--out", str(tmp_path / "two.jsonl")]  # fmt: skip
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr[-2000:]

@@ -208,6 +208,13 @@ def test_work_is_bounded_by_a_budget_not_by_a_clock():
         assert parser.budget < parser.work <= parser.budget + 500, text
 
 
+def test_numbers_and_nesting_beyond_the_limits_are_refused():
+    for text in ("(" * 31 + "1" + ")" * 31, "10^{5000}*10^{5000}", "2^{30000}", "2101!", r"\binom{5001}{2}", "1e5001"):
+        with pytest.raises(TooComplex):
+            parse(text)
+    assert parse("(" * 29 + "1" + ")" * 29).exact == 1
+
+
 def test_text_of_a_model_is_never_run(tmp_path, monkeypatch):
     sentinel = tmp_path / "ran"
     calls = [f"open('{sentinel}','w')", f"__import__('os').system('touch {sentinel}')", f"eval(open('{sentinel}','w'))",
