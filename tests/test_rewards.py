@@ -184,8 +184,13 @@ def test_no_hostile_string_raises_or_is_paid_beyond_chance():
     assert len(paid) < 60  # "1" is 1 now and then
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, database=None)
-@given(st.text(max_size=60), st.text(max_size=30))
+TEX = st.lists(
+    st.one_of(st.characters(), st.sampled_from([*"0123456789xne^_{}()[]|,.=<+-*/!", *hostile.ATOMS])), max_size=25
+)
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+@given(TEX.map("".join), TEX.map("".join))
 def test_no_text_raises(response, gold):
     is_correct(response, gold)
     verdict = is_correct("\\boxed{" + response + "}", gold)
