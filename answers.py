@@ -63,6 +63,7 @@ class Words:
     text: str
 
 
+_MINUS, _PLUS, _HUNDREDTH = Quantity(parse("-\\infty")), Quantity(INFINITY), number(Fraction(1, 100))
 SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 SPELLED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _NAMES = "|".join(word for word in UNITS if len(word) > 1)
@@ -191,17 +192,16 @@ def _inequality(sides: list, signs: list[str]):
     if signs[0] in ">≥":  # turned round, to read < or ≤
         sides, signs = sides[::-1], [{">": "<", "≥": "≤"}.get(s, "?") for s in signs[::-1]]
     names, constant = [_name(s) for s in sides], [s.value.constant for s in sides]
-    minus, plus = Quantity(parse("-\\infty")), Quantity(INFINITY)
     if len(signs) == 2 and names[1] and set(signs) <= {"<", "≤"}:  # 2 < x ≤ 5
         return Group("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], (sides[0], sides[2]), names[1])
     if len(signs) > 1 or signs[0] not in "<≤≠":
         raise Unreadable("relations that do not chain")
     if signs == ["≠"] and names[0] and constant[1]:
-        return Group("union", (Group("()", (minus, sides[1])), Group("()", (sides[1], plus))), names[0])
+        return Group("union", (Group("()", (_MINUS, sides[1])), Group("()", (sides[1], _PLUS))), names[0])
     if signs != ["≠"] and names[0] and constant[1]:
-        return Group("(" + ")]"[signs == ["≤"]], (minus, sides[1]), names[0])
+        return Group("(" + ")]"[signs == ["≤"]], (_MINUS, sides[1]), names[0])
     if signs != ["≠"] and names[1] and constant[0]:
-        return Group("(["[signs == ["≤"]] + ")", (sides[0], plus), names[1])
+        return Group("(["[signs == ["≤"]] + ")", (sides[0], _PLUS), names[1])
     return Relation(signs[0], *sides)
 
 
@@ -377,9 +377,8 @@ def _matches_quantity(a: Quantity, g: Quantity, tolerance: float, unit: str) -> 
     exact = g.value.exact is not None and (a.value.exact is not None or not tolerance)
     if exact and "task" in a.value.flags - g.value.flags:
         return False
-    hundredth = number(Fraction(1, 100))
     a_number, g_number = (
-        apply(operator.mul, v, hundredth) if u == "%" else v for v, u in ((a.value, a.unit), (g.value, g.unit or unit))
+        apply(operator.mul, v, _HUNDREDTH) if u == "%" else v for v, u in ((a.value, a.unit), (g.value, g.unit or unit))
     )
     # the sign of 62.5 % may go without saying; but 0.5 % for 0.5 is another number
     if same(a.value, g.value, tolerance) and not (a.unit == "%" and not g.unit and abs(g.value.points[0]) < 1):

@@ -77,8 +77,13 @@ def cut_back(path: Path, step: int) -> None:
                 kept.append(line)
         except json.JSONDecodeError:
             break  # torn by a kill: nothing follows it
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("".join(kept), encoding="utf-8")
+    rewrite(path, "".join(kept))
+
+
+def rewrite(path: Path, text: str) -> None:
+    """The whole file at once: under a temporary name, then renamed, so that a kill leaves the old one or the new."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 

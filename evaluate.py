@@ -33,7 +33,7 @@ import toy
 from benchmarks import BENCHMARKS, OPTIONS_SEED, PAPER, read_benchmark
 from model import ModelError, load, stop_tokens
 from sampler import Sampler
-from scores import by_problem, compare, report, right, summarise
+from scores import by_problem, compare, report, summarise, verdicts
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def answer(
     if not problems:  # a rank may have none
         return []
     texts = [tasks.prompt_text(tokenizer, p.question, instruction) for p in problems]
-    prompts = [tasks.encode_prompt(tokenizer, p.question, instruction) for p in problems]
+    prompts = [tasks.encode_text(tokenizer, text) for text in texts]
     keys = keys or [(0, i) for i in range(len(problems))]
     quiet = int(os.environ.get("RANK", "0")) > 0
     with tqdm(total=samples * len(prompts), desc="answering", leave=False, disable=quiet) as bar:
@@ -102,7 +102,7 @@ def evaluate(
     "average" is the plain mean over the groups, as the paper averages over benchmarks.
     """
     records = answer(sampler, tokenizer, problems, instruction, max_new_tokens)
-    accuracy = {group: float(right(rows).mean()) for group, rows in sorted(by_problem(records).items())}
+    accuracy = {group: float(verdicts(rows).mean()) for group, rows in sorted(by_problem(records).items())}
     return {**accuracy, "average": sum(accuracy.values()) / len(accuracy)}, records
 
 
@@ -141,11 +141,8 @@ def read_finished(path: Path) -> tuple[dict, list[dict]]:
 
 
 def write_results(path: Path, header: dict, records: list[dict]) -> None:
-    """The whole file at once, under a temporary name first."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text("".join(json.dumps(r) + "\n" for r in ({"header": header}, *records)), encoding="utf-8")
-    os.replace(scratch, path)
+    checkpoint.rewrite(path, "".join(json.dumps(r) + "\n" for r in ({"header": header}, *records)))
 
 
 def write_summary(path: Path, header: dict, records: list[dict]) -> str:

@@ -205,9 +205,9 @@ class Parser:
 
     def sum(self) -> Scalar:
         minus = self.accept("-")
-        value = self.product(plus=not minus and self.accept("+"))
-        if minus:
-            value = self.apply(operator.neg, value)
+        if not minus:
+            self.accept("+")
+        value = self.apply(operator.neg, self.product()) if minus else self.product()
         while self.kind in ("+", "-"):
             op = operator.add if self.next()[0] == "+" else operator.sub
             value = self.apply(op, value, self.signed(self.product), flags=TASK)
@@ -217,7 +217,7 @@ class Parser:
         """A part that may carry a minus of its own: 3*-2, 2^-1, 1--2."""
         return self.apply(operator.neg, part()) if self.accept("-") else part()
 
-    def product(self, plus: bool = False) -> Scalar:
+    def product(self) -> Scalar:
         value = self.power()
         while True:
             if self.accept("/"):
@@ -266,10 +266,10 @@ class Parser:
             return otherwise()
         return self.closed("}")
 
-    def closed(self, *closing: str) -> Scalar:
+    def closed(self, closing: str) -> Scalar:
         before, self.in_bars = self.in_bars, False
         value, self.in_bars = self.sum(), before
-        self.expect(closing[0], *closing[1:])
+        self.expect(closing)
         return value
 
     def digit(self) -> Scalar:
@@ -413,7 +413,7 @@ _PI, _E, _I = Scalar(None, (+mp.pi,)), Scalar(None, (+mp.e,)), Scalar(None, (mp.
 
 def _at_point(f, column):
     """f there, or None where it is undefined or larger than any answer."""
-    if f not in _CHEAP and any(mp.mag(x) > 50 for x in column[-1:]):
+    if f not in _CHEAP and mp.mag(column[-1]) > 50:
         return None
     try:
         value = f(*column)
@@ -469,7 +469,7 @@ def apply(f, *args: Scalar) -> Scalar:
 
 
 def parse(text: str) -> Scalar:
-    r"""The value of a normalised expression (see `rewards.normalise`). Raises Unreadable or TooComplex.
+    r"""The value of a normalised expression (see `notation.normalise`). Raises Unreadable or TooComplex.
 
     >>> parse(r"\frac{1}{2}+0.25").exact, same(parse(r"(\sqrt{3}-1)(\sqrt{3}+1)"), parse("2"))
     (Fraction(3, 4), True)
@@ -478,5 +478,3 @@ def parse(text: str) -> Scalar:
         return Parser(text).expression()
     except ZeroDivisionError as error:
         raise Unreadable("division by zero") from error
-    except RecursionError as error:  # only if the caller has used up the stack
-        raise TooComplex("too deeply nested") from error

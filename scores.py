@@ -21,7 +21,7 @@ def by_problem(records: list[dict]) -> dict[str, list[list[dict]]]:
     return {group: [problems[i] for i in sorted(problems)] for group, problems in groups.items()}
 
 
-def right(problems: list[list[dict]]) -> np.ndarray:  # [n, s] of 0 and 1
+def verdicts(problems: list[list[dict]]) -> np.ndarray:  # [n, s] of 0 and 1
     return np.array([[record["correct"] for record in problem] for problem in problems], float)
 
 
@@ -101,7 +101,7 @@ def paired_test(a: list[np.ndarray], b: list[np.ndarray], draws: int = 10_000) -
 
 def per_problem(problems: list[list[dict]]) -> dict[str, np.ndarray]:
     """{number: [n] its value for each problem}."""
-    correct = right(problems)
+    correct = verdicts(problems)
 
     def mean(value) -> np.ndarray:
         return np.array([np.mean([value(record) for record in problem]) for problem in problems])
@@ -137,9 +137,12 @@ def summarise(records: list[dict]) -> dict:
         }
         summary[group] = dict(problems=len(problems), samples=len(problems[0]), **with_intervals(values), labels=labels)
     chosen = averaged(list(accuracy))
-    columns = [accuracy[g] for g in chosen]
-    average = [np.mean([c.mean() for c in columns]).item(), *map(float, interval(columns))]
-    return summary | {"average": dict(of=chosen, accuracy=average)}
+    return summary | {"average": dict(of=chosen, accuracy=plain_mean([accuracy[g] for g in chosen]))}
+
+
+def plain_mean(columns: list[np.ndarray]) -> list[float]:
+    """[mean, low, high] of the mean over columns of each column's mean."""
+    return [np.mean([c.mean() for c in columns]).item(), *map(float, interval(columns))]
 
 
 def averaged(groups: list[str]) -> list[str]:
@@ -197,7 +200,7 @@ def compare(runs: list[tuple[str, dict, list[dict]]]) -> str:
     Raises DataError when two of them are not about the same problems.
     """
     first = runs[0]
-    columns = [{g: right(p).mean(1) for g, p in by_problem(records).items()} for _, _, records in runs]
+    columns = [{g: verdicts(p).mean(1) for g, p in by_problem(records).items()} for _, _, records in runs]
     for name, header, _ in runs[1:]:
         if header["data"] != first[1]["data"]:
             raise DataError(f"--table: {name} and {first[0]} were evaluated on different data: {header['data']}")
@@ -206,12 +209,13 @@ def compare(runs: list[tuple[str, dict, list[dict]]]) -> str:
     head = ["", *groups, f"average of {len(averaged(groups))}"]
     rows, differences = [], []
     for i, (name, *_) in enumerate(runs):
-        rows.append([name])
+        cells = [[columns[i][g] for g in chosen] for chosen in choices]
+        rows.append([name, *(bracketed(plain_mean(cell)) for cell in cells)])
+        if i == 0:
+            continue
         differences.append([f"{name} − {first[0]}"])
-        for chosen in choices:
-            ours, theirs = ([column[g] for g in chosen] for column in (columns[i], columns[0]))
-            rows[-1].append(bracketed([np.mean([c.mean() for c in ours]), *interval(ours)]))
-            d, low, high, p = paired_test(theirs, ours)
+        for chosen, cell in zip(choices, cells, strict=True):
+            d, low, high, p = paired_test([columns[0][g] for g in chosen], cell)
             significance = f"p={p:.3f}" if p >= 0.001 else "p<0.001"
             differences[-1].append(f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] {significance}")
     unlike = [
@@ -219,5 +223,5 @@ def compare(runs: list[tuple[str, dict, list[dict]]]) -> str:
         for name, header, _ in runs[1:] for key in ("prompt", "sampling", "seed", "grader", "dtype")
         if header.get(key) != first[1].get(key)
     ]  # fmt: skip
-    tables = [markdown(head, rows), *([markdown(head, differences[1:])] if len(runs) > 1 else [])]
+    tables = [markdown(head, rows), *([markdown(head, differences)] if differences else [])]
     return "\n\n".join([*tables, *unlike])

@@ -59,8 +59,12 @@ def prompt_text(tokenizer, question: str, instruction: str) -> str:
 
 
 def encode_prompt(tokenizer, question: str, instruction: str) -> list[int]:
-    """The token ids of `prompt_text`. A chat template has written BOS if there is one, else the tokenizer adds it."""
-    text = prompt_text(tokenizer, question, instruction)
+    """The token ids of `prompt_text`."""
+    return encode_text(tokenizer, prompt_text(tokenizer, question, instruction))
+
+
+def encode_text(tokenizer, text: str) -> list[int]:
+    """The token ids of a prompt. A chat template has written BOS if there is one, else the tokenizer adds it."""
     return tokenizer.encode(text, add_special_tokens=not tokenizer.chat_template)
 
 
