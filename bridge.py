@@ -25,6 +25,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -42,7 +43,18 @@ import rewards
 import tasks
 import toy
 from evaluate import evaluate
-from model import ModelError, Row, load, micro_batches, offsets, pick_device, response_logprobs, stop_tokens
+from model import (
+    ModelError,
+    Row,
+    checkpoint_layers,
+    load,
+    micro_batches,
+    offsets,
+    pick_device,
+    response_loss,
+    response_scores,
+    stop_tokens,
+)
 from sampler import Sampler
 from scores import table
 from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse
@@ -102,6 +114,7 @@ class Policies:
 
 def make_policies(model: nn.Module, s: Settings) -> Policies:
     """θ̂ starts as θ, and both wear the same w. Raises SettingError if lora_targets match no layer."""
+    checkpoint_layers(model, s.checkpoint_layers)
     shadow = copy.deepcopy(model) if s.method == "bridge" else None
     reference = copy.deepcopy(model).requires_grad_(False) if s.kl_coef > 0 else None
     w: lora.Adapter = {}
@@ -207,18 +220,22 @@ def rl_backward(
     one update per rollout needs no extra pass, and the ratio there is exactly 1.
     """
     parts, at, dtype = [], offsets(rollouts.rows), getattr(torch, s.dtype)
-    for batch in micro_batches(rollouts.rows, s.tokens_per_micro_batch):
-        rows, tokens = rollouts.rows[batch.start : batch.stop], slice(at[batch.start], at[batch.stop])
-        logp, entropy = response_logprobs(model, rows, s.temperature, dtype)
-        old = logp.detach() if rollouts.old_logp is None else rollouts.old_logp[tokens]
-        ref = None
-        if reference is not None:
-            with torch.no_grad():
-                ref, _ = response_logprobs(reference, rows, s.temperature, dtype)
-        advantage, weight, clip = rollouts.advantage[tokens], rollouts.weight[tokens], (s.clip_low, s.clip_high)
+
+    def token_loss(first: int, ref_logp: Tensor | None, logp: Tensor, entropy: Tensor, tokens: slice) -> Tensor:
+        """The loss of some tokens of a micro-batch whose response tokens begin at `first`."""
+        here = slice(first + tokens.start, first + tokens.stop)
+        old = logp.detach() if rollouts.old_logp is None else rollouts.old_logp[here]
+        ref = None if ref_logp is None else ref_logp[tokens]
+        advantage, weight, clip = rollouts.advantage[here], rollouts.weight[here], (s.clip_low, s.clip_high)
         loss, terms = grpo.grpo_loss(logp, old, advantage, weight, clip, truncate, ref, s.kl_coef)
-        loss.backward()
         parts.append({"logp": logp.detach(), "entropy": entropy.detach(), **terms})
+        return loss
+
+    for batch in micro_batches(rollouts.rows, s.tokens_per_micro_batch):
+        rows, ref = rollouts.rows[batch.start : batch.stop], None
+        if reference is not None:
+            ref, _ = response_scores(reference, rows, s.temperature, dtype)
+        response_loss(model, rows, partial(token_loss, at[batch.start], ref), s.temperature, dtype).backward()
     out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     if rollouts.old_logp is None:
         rollouts.old_logp = out["logp"]
@@ -227,10 +244,10 @@ def rl_backward(
 
 def sft_backward(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> float:
     """Adds weight·∇L_SFT to .grad, L_SFT = −mean log π over all response tokens; returns L_SFT in nats per token."""
-    tokens, total = sum(len(response) for _, response in demonstrations), 0.0
+    count, total = sum(len(response) for _, response in demonstrations), 0.0
     for batch in micro_batches(demonstrations, s.tokens_per_micro_batch):
-        logp, _ = response_logprobs(model, demonstrations[batch.start : batch.stop], 1.0, getattr(torch, s.dtype))
-        loss = -logp.sum() / tokens
+        rows = demonstrations[batch.start : batch.stop]
+        loss = response_loss(model, rows, lambda logp, *_: -logp.sum() / count, 1.0, getattr(torch, s.dtype))
         (weight * loss).backward()
         total += loss.item()
     return total

@@ -1,28 +1,34 @@
 """KV-cached generation from the sampler's own merged weights.
 
-The sampler holds a plain copy of the model; `refresh` writes θ + s·B·A into it, so decoding pays
-nothing for the adapter. The cache is a pool of slots. A group's prompt is run once and its keys and values
-copied to the group's samples; when a sequence ends, the last active slot moves into its place, so the
-active slots are always the first n and attention reads a slice; waiting prompts take the freed ones.
+The sampler holds a decoder with its own weights; `refresh` writes θ + s·B·A into them, so decoding pays nothing for
+the adapter. The cache is a pool of slots. A group's prompt is run once and its keys and values copied to the group's
+samples; when a sequence ends, the last active slot moves into its place, so the active slots are always the first n;
+waiting prompts take the freed ones. On a GPU a step of all n is one CUDA graph, replayed STEPS times before the host
+looks at what has ended.
 
 Each sample owns its randomness: one uniform number per token, drawn from (seed, step, prompt, sample). Neither the
 batch it shares nor the number of slots changes what is sampled.
 
-Shapes: P prompts, G samples each, N = P·G; S slots, n active ones; L cache length; h heads, g = h/h_kv, d head size.
+Shapes: P prompts, G samples each, N = P·G; S slots, n active ones; K = max_new_tokens; L cache length; V vocabulary.
 """
 
-import copy
+from __future__ import annotations
+
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 import lora
-from model import Packed, hidden_states, pack, packed_attention, refuse_other_attention
+from decoder import Cache, Decoder
+from logprob import jit, project, tl, use_kernels
+from model import hidden_states, pack
+
+STEPS = 8  # decode steps on a GPU between looks of the host; a sequence that ends in between runs on, unread
+PREFILL_TOKENS = 16384  # prompts are run in batches of about so many tokens
 
 
 @dataclass
@@ -32,35 +38,8 @@ class Completion:
     finish_reason: str  # "stop" or "length"
 
 
-@dataclass
-class Slots:
-    """The KV cache, and which slots and positions the tokens now in the model belong to."""
-
-    keys: Tensor  # [layers, S, h_kv, L, d]
-    values: Tensor  # [layers, S, h_kv, L, d]
-    slot: Tensor  # [T] slot of each token fed
-    position: Tensor  # [T] its position
-    mask: Tensor | None = None  # [n, 1, 1, L'] bool, True where a key is seen, while decoding; None while prefilling
-
-
-def slot_attention(module, query, key, value, attention_mask, scaling, slots: Slots | None = None, **kwargs):
-    """Writes this layer's keys and values to their slots, then attends. query [1, h, T, d] -> [1, T, h, d]."""
-    if slots is None:  # no cache: whole sequences
-        return packed_attention(module, query, key, value, None, scaling, **kwargs)
-    layer = module.layer_idx
-    slots.keys[layer][slots.slot, :, slots.position] = key[0].transpose(0, 1)  # [T, h_kv, d]
-    slots.values[layer][slots.slot, :, slots.position] = value[0].transpose(0, 1)
-    if slots.mask is None:
-        return packed_attention(module, query, key, value, None, scaling, **kwargs)
-    n, length = slots.mask.shape[0], slots.mask.shape[-1]
-    refuse_other_attention(length, **kwargs)
-    k, v = slots.keys[layer, :n, :, :length], slots.values[layer, :n, :, :length]  # [n, h_kv, L', d]
-    q = query[0].transpose(0, 1).unflatten(1, (k.shape[1], -1))  # [n, h_kv, g, d]: heads sharing k, v become rows
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=slots.mask, scale=scaling)
-    return out.flatten(1, 2)[None], None
-
-
-AttentionInterface.register("slots", slot_attention)
+# ---------------------------------------------------------------------------------------------------------------------
+# From logits to a token
 
 
 def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
@@ -68,40 +47,138 @@ def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
     return np.random.default_rng(key).random(count)
 
 
-def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Next tokens and their log-probs. logits [n, V], u [n] in [0, 1) -> tokens [n], logp [n].
-
-    Inverse CDF: the first token at which the cumulative probability exceeds u. The sum runs in fp64, since in
-    fp32 the tail of a 150k vocabulary would drown in rounding. Temperature 0 takes the largest logit. With
-    top_p < 1 only the nucleus is sampled from (Holtzman et al. 2020): the likeliest tokens that together reach top_p,
-    and whatever ties with the last of them; logp stays that of the whole distribution. Raises
-    FloatingPointError if a row holds NaN or +inf: no distribution, so nothing to sample.
-    """
-    if not logits.amax(-1).isfinite().all():
-        raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
+def choose_torch(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    z = logits.double() / (temperature or 1.0)  # [n, V]
+    lse = z.logsumexp(-1, keepdim=True)
     if temperature == 0:
-        tokens, temperature = logits.argmax(-1), 1.0
-    else:
-        p = (logits.double() / temperature).softmax(-1)  # [n, V]
-        if top_p < 1:
-            ranked = p.sort(-1, descending=True).values
-            before = ranked.cumsum(-1) - ranked  # mass of the likelier tokens
-            least = ranked.masked_fill(before >= top_p, 1.0).amin(-1, keepdim=True)  # [n, 1] of those in the nucleus
-            p = p.masked_fill(p < least, 0.0)
-        cdf = p.cumsum(-1)
-        tokens = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0]
-    logp = (logits.float() / temperature).log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    return tokens, logp
+        token = z.argmax(-1, keepdim=True)  # [n, 1]
+        return token[:, 0], (z.gather(1, token) - lse)[:, 0].float()
+    pool, u = (z - lse).exp(), u[:, None]  # what is drawn from: at first, all of p
+    while True:
+        cdf = pool.cumsum(-1)
+        mark = u * cdf[:, -1:]
+        token = torch.searchsorted(cdf, mark, right=True).clamp(max=z.shape[1] - 1)  # [n, 1] first with cdf > mark
+        if top_p >= 1:
+            break
+        mass = pool.gather(1, token)
+        likelier = torch.where(pool > mass, pool, 0.0)
+        outside = likelier.sum(-1, keepdim=True) >= top_p
+        if not outside.any():
+            break
+        u = torch.where(outside, ((mark - (cdf.gather(1, token) - mass)) / mass).clamp(0, 1 - 2**-53), u)
+        pool = torch.where(outside, likelier, pool)
+    return token[:, 0], (z.gather(1, token) - lse)[:, 0].float()
+
+
+@jit
+def choose_kernel(
+    Z, U, TOKEN, LOGP, V, stride, temperature, top_p, GREEDY: tl.constexpr, NUCLEUS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One program per row: log-sum-exp, then the first token whose cumulative mass exceeds u's share of the total.
+
+    Z [n, V] fp32 logits, U [n] fp64 -> TOKEN [n] int64, LOGP [n] fp32. Reads 4V bytes, then on average half of them
+    again, from the L2 cache if they are still there. Masses are summed in fp64: in fp32 the tail of a large vocabulary
+    would drown in rounding. NUCLEUS draws again, among the likelier tokens only, from a token outside the nucleus; at
+    top_p = 0.95 one draw in twenty.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    m, s, token = -1e30, tl.zeros((), tl.float64), 0
+    for start in range(0, V, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        z = tl.load(Z + row * stride + column, mask=column < V, other=float("-inf")) / temperature
+        largest, where = tl.max(z, 0, return_indices=True)
+        token = tl.where(largest > m, start + where, token)
+        larger = tl.maximum(m, largest)
+        s = s * tl.exp(m - larger) + tl.sum(tl.exp(z - larger).to(tl.float64), 0)
+        m = larger
+    lse = m + tl.log(s).to(tl.float32)
+
+    if not GREEDY:
+        u, total, ceiling, undecided = tl.load(U + row), s, float("-inf"), True
+        while undecided:
+            mark, before = u * total, tl.zeros((), tl.float64)  # before: mass of the blocks passed
+            start, searching, mass = 0, True, tl.zeros((), tl.float64)
+            while searching:
+                column = start + tl.arange(0, BLOCK)
+                z = tl.load(Z + row * stride + column, mask=column < V, other=float("-inf")) / temperature
+                e = tl.where(z > ceiling, tl.exp(z - m), 0.0).to(tl.float64)
+                block = tl.sum(e, 0)
+                last = start + BLOCK >= V  # where a mark beyond the rounded total ends, too
+                if (before + block > mark) | last:
+                    cdf = before + tl.cumsum(e, 0)
+                    possible = (e > 0.0) & ((cdf > mark) | (cdf >= before + block))
+                    at = tl.min(tl.where(possible, tl.arange(0, BLOCK), BLOCK - 1), 0)
+                    token = tl.minimum(start + at, V - 1)
+                    mass = tl.sum(tl.where(tl.arange(0, BLOCK) == at, e, 0.0), 0)
+                    before = tl.sum(tl.where(tl.arange(0, BLOCK) == at, cdf, 0.0), 0) - mass
+                    searching = False
+                else:
+                    before += block
+                start += BLOCK
+            undecided = False
+            if NUCLEUS:
+                threshold = tl.load(Z + row * stride + token) / temperature
+                likelier = tl.zeros((), tl.float64)
+                for start in range(0, V, BLOCK):
+                    column = start + tl.arange(0, BLOCK)
+                    z = tl.load(Z + row * stride + column, mask=column < V, other=float("-inf")) / temperature
+                    likelier += tl.sum(tl.where(z > threshold, tl.exp(z - m), 0.0).to(tl.float64), 0)
+                if likelier >= top_p * s:
+                    u = tl.minimum(tl.maximum((mark - before) / mass, 0.0), 1.0 - 1.1102230246251565e-16)
+                    total, ceiling, undecided = likelier, threshold, True
+    tl.store(TOKEN + row, token)
+    tl.store(LOGP + row, tl.load(Z + row * stride + token) / temperature - lse)
+
+
+def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Next tokens and their log-probs. logits [n, V] fp32, u [n] fp64 in [0, 1) -> tokens [n], logp [n] fp32.
+
+    Inverse CDF: the first token at which the cumulative probability exceeds u. Temperature 0 takes the largest logit.
+    With top_p < 1 only the nucleus is sampled from (Holtzman et al. 2020): tokens such that all likelier ones together
+    have less than top_p. Without sorting, by rejection: a draw outside the nucleus is followed by one from the tokens
+    likelier than it, which still hold the nucleus. What u says beyond the rejected token, where in that token's share
+    of the mass it fell, is uniform again, so one u per token is enough. logp stays that of the whole distribution. A
+    row with NaN or +inf among its logits gets the log-prob NaN.
+    """
+    if not use_kernels(logits):
+        return choose_torch(logits, u, temperature, top_p)
+    n, V = logits.shape
+    token = torch.empty(n, dtype=torch.long, device=logits.device)
+    logp = torch.empty(n, device=logits.device)
+    choose_kernel[(n,)](
+        logits, u, token, logp, V, logits.stride(0), temperature or 1.0, top_p,
+        GREEDY=temperature == 0, NUCLEUS=top_p < 1, BLOCK=4096, num_warps=8,
+    )  # fmt: skip
+    return token, logp
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From prompts to completions
+
+
+@dataclass
+class Samples:
+    """Samples in the making. Row N belongs to unused slots: it is done, and what is written to it does not matter."""
+
+    u: Tensor  # [N+1, K+1] fp64, the uniforms; column K is for steps after the end
+    ids: Tensor  # [N+1, K+1]
+    logps: Tensor  # [N+1, K+1]
+    made: Tensor  # [N+1] tokens so far
+    prompt: Tensor  # [N+1] length of the prompt
+    done: Tensor  # [N+1] bool
+    owner: Tensor  # [S] which sample a slot works on
+    broken: Tensor  # [] bool, whether a log-prob was not finite
 
 
 class Sampler:
     """Owns a merged copy of the policy's weights and generates with it."""
 
     def __init__(self, model: nn.Module, stop: list[int], slots: int = 256, dtype: torch.dtype = torch.float32):
-        """`model` carries no adapter; `stop` are the ids that end a completion."""
-        self.model = copy.deepcopy(model).to(dtype).requires_grad_(False).eval()
-        self.model.set_attn_implementation("slots")
+        """`model` carries no adapter; `stop` are the ids that end a completion. Raises ModelError as Decoder does."""
+        self.decoder = Decoder(model, dtype)
+        self.model = self.decoder.model
         self.stop, self.slots = stop, slots
+        self.is_stop = torch.isin(torch.arange(len(self.decoder.head)), torch.tensor(stop)).to(self.model.device)
 
     def refresh(self, policy: nn.Module) -> None:
         """Takes over θ + s·B·A of `policy` (or θ̂ + s·B·A of the shadow)."""
@@ -122,55 +199,56 @@ class Sampler:
 
         prompts: P lists of token ids; keys: P tuples, sample i of prompt p draws from (*keys[p], i);
         progress: called with the number of completions finished since the last call.
-        Raises ValueError for an empty prompt or one that leaves no room within the model's positions.
+        Raises ValueError for an empty prompt or one that leaves no room within the model's positions, and
+        FloatingPointError if logits are not finite: then there is no distribution to sample from.
         """
         self._check(prompts, max_new_tokens)
-        device, N, G = self.model.device, len(prompts) * group_size, group_size
-        size, L = max(min(self.slots, N), G), max(map(len, prompts)) + max_new_tokens
-        c = self.model.config
-        head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        pool = torch.zeros(
-            2, c.num_hidden_layers, size, c.num_key_value_heads, L, head_dim, dtype=self.model.dtype, device=device
-        )
-        u = np.stack([uniforms((*key, i), max_new_tokens) for key in keys for i in range(G)])
-        u = torch.from_numpy(u).to(device)  # [N, max_new]
-        ids = torch.zeros(N, max_new_tokens, dtype=torch.long, device=device)
-        logps = torch.zeros(N, max_new_tokens, device=device)
-        length = torch.zeros(N, dtype=torch.long, device=device)  # tokens generated so far
-        owner = torch.zeros(size, dtype=torch.long, device=device)  # slot -> sample
-        position = torch.zeros(size, dtype=torch.long, device=device)  # slot -> where its next token goes
-        stop = torch.tensor(self.stop, device=device)
+        N, G, K = len(prompts) * group_size, group_size, max_new_tokens
+        size = max(min(self.slots, N), G)
+        cache = self.decoder.new_cache(size, max(map(len, prompts)) + K)
+        b = self._samples(prompts, keys, size, G, K)
+
+        def emit(sample: Tensor, logits: Tensor) -> None:
+            """The next token of each sample [n], from logits [n, V]."""
+            t, going = b.made[sample], ~b.done[sample]
+            token, logp = choose(logits, b.u[sample, t], temperature, top_p)
+            b.ids[sample, t], b.logps[sample, t] = token, logp
+            b.made[sample] = t + going
+            b.done[sample] = ~going | self.is_stop[token] | (t + 1 >= K)
+            b.broken |= ~logp.isfinite().all()
+
+        def step(n: int) -> None:
+            """One more token for each of the first n slots."""
+            sample = b.owner[:n]
+            last = b.made[sample] - 1
+            emit(sample, self.decoder.decode(cache, b.ids[sample, last], b.prompt[sample] + last))
+
+        decode = _graphed(step, size) if self.model.device.type == "cuda" else step
         waiting, n = deque(range(len(prompts))), 0
-
         while n or waiting:
-            fresh = [waiting.popleft() for _ in range(min(len(waiting), (size - n) // G))]
+            fresh = _admit(waiting, prompts, (size - n) // G)
             if fresh:  # prefill, then one first token for each sample of the new groups
-                logits = self._prefill(pool, [prompts[p] for p in fresh], n, G)  # [len(fresh), V]
-                new = torch.arange(n, n + len(fresh) * G, device=device)
-                owner[new] = torch.tensor([p * G + i for p in fresh for i in range(G)], device=device)
-                position[new] = torch.tensor([len(prompts[p]) for p in fresh for _ in range(G)], device=device)
-                n, logits = n + len(new), logits.repeat_interleave(G, 0)
-            else:  # one decode step for every active slot
-                new = torch.arange(n, device=device)
-                logits = self._decode(pool, ids[owner[:n], length[owner[:n]] - 1], position[:n])
-                position[:n] += 1
-            samples = owner[new]
-            tokens, logp = choose(logits, u[samples, length[samples]], temperature, top_p)
-            ids[samples, length[samples]], logps[samples, length[samples]] = tokens, logp
-            length[samples] += 1
-
-            ended = torch.zeros(n, dtype=torch.bool, device=device)
-            ended[new] = torch.isin(tokens, stop) | (length[samples] == max_new_tokens)
+                logits = self._prefill(cache, [prompts[p] for p in fresh], n, G)  # [len(fresh), V]
+                new = torch.tensor([p * G + i for p in fresh for i in range(G)], device=logits.device)
+                b.owner[n : n + len(new)] = new
+                n += len(new)
+                emit(new, logits.repeat_interleave(G, 0))
+            else:
+                decode(n)
+            if b.broken:
+                raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
+            ended = b.done[b.owner[:n]]
             if ended.any():  # move the last active slots into the holes
                 m = n - int(ended.sum())
                 hole = ended[:m].nonzero()[:, 0]
                 last = (~ended[m:]).nonzero()[:, 0] + m
-                pool[:, :, hole] = pool[:, :, last]
-                owner[hole], position[hole] = owner[last], position[last]
+                cache.copy_slots(last, hole)
+                b.owner[hole] = b.owner[last]
+                b.owner[m:n] = N
                 if progress:
                     progress(n - m)
                 n = m
-        return self._completions(ids, logps, length, G)
+        return self._completions(b, N, G)
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         limit = self.model.config.max_position_embeddings
@@ -183,48 +261,92 @@ class Sampler:
                     f"{limit} positions: lower max_new_tokens or drop the prompt"
                 )
 
-    def _prefill(self, pool: Tensor, prompts: list[list[int]], n: int, G: int) -> Tensor:
+    def _samples(self, prompts: list, keys: list, size: int, G: int, K: int) -> Samples:
+        device, N = self.model.device, len(prompts) * G
+        u = np.zeros((N + 1, K + 1))
+        for row, key in enumerate((*key, i) for key in keys for i in range(G)):
+            u[row, :K] = uniforms(key, K)
+        made, done = torch.zeros(N + 1, dtype=torch.long), torch.zeros(N + 1, dtype=torch.bool)
+        made[N], done[N] = 1, True
+        samples = Samples(
+            u=torch.from_numpy(u),
+            ids=torch.zeros(N + 1, K + 1, dtype=torch.long),
+            logps=torch.zeros(N + 1, K + 1),
+            made=made,
+            prompt=torch.tensor([len(p) for p in prompts for _ in range(G)] + [0]),
+            done=done,
+            owner=torch.full((size,), N),
+            broken=torch.zeros((), dtype=torch.bool),
+        )
+        return Samples(**{name: tensor.to(device) for name, tensor in vars(samples).items()})
+
+    def _prefill(self, cache: Cache, prompts: list[list[int]], n: int, G: int) -> Tensor:
         """Runs each prompt once into the first slot of its group and copies the cache to the others. -> [P, V]"""
-        device = self.model.device
-        packed = pack(prompts, device)
-        lengths = torch.tensor([len(p) for p in prompts], device=device)
-        first = n + G * torch.arange(len(prompts), device=device)  # slots n, n+G, n+2G, …
-        slots = Slots(*pool, slot=first.repeat_interleave(lengths), position=packed.positions[0])
-        hidden = hidden_states(self.model, packed, slots=slots)  # [T, H]
-        group = pool[:, :, n : n + G * len(prompts), :, : int(lengths.max())].unflatten(2, (len(prompts), G))
-        group[:, :, :, 1:] = group[:, :, :, :1]
-        return self._logits(hidden[lengths.cumsum(0) - 1])
+        first = n + G * torch.arange(len(prompts), device=self.model.device)  # slots n, n+G, n+2G, …
+        logits = self.decoder.prefill(cache, prompts, first)
+        longest = max(map(len, prompts))
+        for pool in (cache.keys, cache.values):
+            group = pool[:, n : n + G * len(prompts), :, :longest].unflatten(1, (len(prompts), G))
+            group[:, :, 1:] = group[:, :, :1]
+        return logits
 
-    def _decode(self, pool: Tensor, tokens: Tensor, position: Tensor) -> Tensor:
-        """One more token for each active slot. tokens, position [n] -> [n, V]"""
-        n, L = len(tokens), int(position.max()) + 1
-        seen = torch.arange(L, device=tokens.device) <= position[:, None]  # [n, L]
-        slots = Slots(*pool, slot=torch.arange(n, device=tokens.device), position=position, mask=seen[:, None, None])
-        return self._logits(hidden_states(self.model, Packed(tokens[None], position[None]), slots=slots))
-
-    def _logits(self, hidden: Tensor) -> Tensor:  # [n, H] -> [n, V]
-        return hidden.float() @ self.model.get_output_embeddings().weight.float().T
-
-    def _completions(self, ids: Tensor, logps: Tensor, length: Tensor, G: int) -> list[list[Completion]]:
+    def _completions(self, b: Samples, N: int, G: int) -> list[list[Completion]]:
         rows = []
-        for row, lp, k in zip(ids.tolist(), logps.tolist(), length.tolist(), strict=True):
+        for row, logp, k in zip(b.ids[:N].tolist(), b.logps[:N].tolist(), b.made[:N].tolist(), strict=True):
             reason = "stop" if row[k - 1] in self.stop else "length"
-            rows.append(Completion(row[:k], lp[:k], reason))
+            rows.append(Completion(row[:k], logp[:k], reason))
         return [rows[i : i + G] for i in range(0, len(rows), G)]
+
+
+def _admit(waiting: deque, prompts: list[list[int]], room: int) -> list[int]:
+    """Takes the prompts that come next: at most `room`, and about PREFILL_TOKENS tokens."""
+    fresh, tokens = [], 0
+    while waiting and len(fresh) < room and (not fresh or tokens + len(prompts[waiting[0]]) <= PREFILL_TOKENS):
+        fresh.append(waiting.popleft())
+        tokens += len(prompts[fresh[-1]])
+    return fresh
+
+
+def _graphed(step: Callable[[int], None], size: int) -> Callable[[int], None]:
+    """`step` for CUDA: STEPS of them, replayed from a graph that is captured for each bucket of n when first met.
+
+    A graph repeats the same kernels on the same memory: everything that changes between steps is in tensors that
+    live as long as the call of `generate`, and so do the graphs. Unused slots of a bucket work on row N.
+    """
+    graphs: dict[int, torch.cuda.CUDAGraph] = {}
+    memory = torch.cuda.graph_pool_handle()
+
+    def steps(n: int) -> None:
+        bucket = min(size, 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64)
+        remaining = STEPS
+        if bucket not in graphs:
+            side = torch.cuda.Stream()  # a first step outside the graph compiles kernels and makes workspaces
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                step(bucket)
+            torch.cuda.current_stream().wait_stream(side)
+            graphs[bucket] = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graphs[bucket], pool=memory):
+                step(bucket)  # recorded, not run
+            remaining -= 1
+        for _ in range(remaining):
+            graphs[bucket].replay()
+
+    return steps
 
 
 @torch.inference_mode()
 def generate_naive(
     sampler: Sampler, prompt: list[int], key: tuple[int, ...], max_new_tokens: int, temperature: float
 ) -> Completion:
-    """One completion with no cache and no batch: the definition of what `Sampler.generate` returns."""
+    """One completion by transformers' own modules, no cache and no batch: what `Sampler.generate` is defined by."""
     u = torch.from_numpy(uniforms(key, max_new_tokens))
     ids: list[int] = []
     logps: list[float] = []
     for t in range(max_new_tokens):
         hidden = hidden_states(sampler.model, pack([prompt + ids], sampler.model.device))  # [T, H]
-        logits = sampler._logits(hidden[-1:])
-        token, logp = choose(logits, u[t : t + 1].to(logits.device), temperature)
+        logits = project(hidden[-1:], sampler.decoder.head)
+        token, logp = choose_torch(logits, u[t : t + 1].to(logits.device), temperature)
         ids.append(int(token))
         logps.append(float(logp))
         if ids[-1] in sampler.stop:

@@ -65,6 +65,11 @@ class Settings:
     tokens_per_micro_batch: int = opt(
         16384, "tokens per forward and backward, padding in attention counted; changes memory, not the result"
     )
+    checkpoint_layers: int = opt(
+        0,
+        "layers, from the first, whose activations are computed again in the backward pass: less memory, a third more "
+        "time for each of them",
+    )
     sampler_slots: int = opt(256, "sequences generated at one time; changes memory, not the samples")
     dtype: str = opt("float32", "of the forward pass and the sampler; weights stay float32 (float32 or bfloat16)")
     # GRPO
@@ -98,10 +103,12 @@ MINIMUM = dict(
     steps=1, lam_ramp_steps=0, mu=0, sft_steps=0, shadow_ratio_cap=0, resync_every=0, alpha=0, beta=0, lora_rank=1,
     prompts_per_step=1, group_size=2, sft_batch=1, updates_per_rollout=1, max_new_tokens=1, tokens_per_micro_batch=1,
     sampler_slots=1, clip_low=0, clip_high=0, kl_coef=0, dynamic_sampling=0, eval_every=1, eval_problems=1,
-    save_every=1, lam=0, seed=0,
+    save_every=1, lam=0, seed=0, checkpoint_layers=0,
 )  # fmt: skip
 MAY_BE_INFINITE = {"shadow_ratio_cap", "clip_high", "grad_clip"}
-MAY_CHANGE_ON_RESUME = {"steps", "eval_every", "save_every", "tokens_per_micro_batch", "sampler_slots"}
+MAY_CHANGE_ON_RESUME = {
+    "steps", "eval_every", "save_every", "tokens_per_micro_batch", "sampler_slots", "checkpoint_layers",
+}  # fmt: skip
 
 
 class SettingError(ValueError):

@@ -24,7 +24,7 @@ from tokenizers.decoders import Fuse
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from model import pick_device, response_logprobs
+from model import pick_device, response_loss
 from tasks import DataError, Demonstration, Problem, Task, encode_prompt
 
 MODULUS = 100
@@ -173,8 +173,9 @@ def build_base(name: str) -> Path:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps)
     batches = documents(recipe, tokenizer)
     for _ in (bar := tqdm(range(recipe.steps), desc="building the base model (once)")):
-        logp, _ = response_logprobs(model, next(batches))
-        loss = -logp.mean()
+        batch = next(batches)
+        count = sum(len(response) for _, response in batch)
+        loss = response_loss(model, batch, lambda logp, *_, count=count: -logp.sum() / count)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCABULARY, tiny_model
+from conftest import tiny_model
 
 import lora
 from model import response_logprobs
@@ -136,9 +136,9 @@ def test_refresh_takes_over_theta_plus_the_adapter():
 
 def tokens_fed(sampler, monkeypatch):
     """A list that grows by the number of tokens of each forward pass."""
-    fed, forward = [], sampler.model.model.forward
+    fed, forward = [], sampler.decoder.forward
     monkeypatch.setattr(
-        sampler.model.model, "forward", lambda **kw: fed.append(kw["input_ids"].shape[1]) or forward(**kw)
+        sampler.decoder, "forward", lambda cache, ids, *rest: fed.append(len(ids)) or forward(cache, ids, *rest)
     )
     return fed
 
@@ -167,6 +167,12 @@ def test_prompts_that_cannot_fit_are_refused_by_number():
         sampler.generate([[]], [(0,)], 1, 16, 1.0)
 
 
-def test_logits_that_are_not_finite_are_reported():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_logits_that_are_not_finite_are_reported(bad, temperature):
+    model = tiny_model()
+    model.model.norm.weight.data.fill_(1.0)
+    sampler = Sampler(model, STOP)
+    sampler.model.model.norm.weight.fill_(bad)
     with pytest.raises(FloatingPointError, match="not finite"):
-        choose(torch.full((1, VOCABULARY), float("nan")), torch.tensor([0.5], dtype=torch.float64), 1.0)
+        sampler.generate(PROMPTS, KEYS, 1, 4, temperature)
