@@ -31,14 +31,17 @@ from model import ModelError, causal_attention, hidden_states, pack, refuse_othe
 class Cache:
     """Keys and values of S sequences of up to L tokens, and the rotations of L positions."""
 
-    keys: Tensor  # [layers, S, h_kv, L, d]
-    values: Tensor  # [layers, S, h_kv, L, d]
-    cos: Tensor  # [L, d] fp32
-    sin: Tensor  # [L, d] fp32, the first half negated
+    kv: Tensor  # [layers, S, 2·h_kv, L, d] key heads, then value heads
+    cos: Tensor  # [L, 1, d] fp32
+    sin: Tensor  # [L, 1, d] fp32, the first half negated
 
-    def copy_slots(self, source: Tensor, target: Tensor) -> None:
-        """Slots `source` [m] overwrite slots `target` [m]."""
-        self.keys[:, target], self.values[:, target] = self.keys[:, source], self.values[:, source]
+    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:  # [S, h_kv, L, d] each
+        return self.kv[layer].chunk(2, 1)
+
+    def cells(self, slot: Tensor, position: Tensor) -> Tensor:
+        """Where tokens [T] put their keys and values: rows of a layer seen as [S·2·h_kv·L, d].  [T, 2·h_kv]"""
+        _, _, heads, L, _ = self.kv.shape
+        return (slot[:, None] * heads + torch.arange(heads, device=slot.device)) * L + position[:, None]
 
 
 @dataclass
@@ -98,13 +101,13 @@ class Decoder:
         for layer in self.model.model.layers:
             window = getattr(layer.self_attn, "sliding_window", None)
             refuse_other_attention(length, sliding_window=window)
-        shape = (len(self.layers), slots, self.kv_heads, length, self.head_dim)
-        keys, values = (torch.zeros(shape, dtype=self.model.dtype, device=self.model.device) for _ in range(2))
+        shape = (len(self.layers), slots, 2 * self.kv_heads, length, self.head_dim)
+        kv = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
         fp32 = torch.empty(0, device=self.model.device)
-        cos, sin = self.model.model.rotary_emb(fp32, torch.arange(length, device=self.model.device)[None])
-        cos, sin = cos[0].contiguous(), sin[0].contiguous()  # [L, d]
-        sin[:, : sin.shape[1] // 2] *= -1
-        return Cache(keys, values, cos, sin)
+        cos, sin = self.model.model.rotary_emb(fp32, torch.arange(length, device=self.model.device)[None])  # [1, L, d]
+        cos, sin = cos[0, :, None].contiguous(), sin[0, :, None].contiguous()
+        sin[..., : self.head_dim // 2] *= -1
+        return Cache(kv, cos, sin)
 
     def prefill(self, cache: Cache, prompts: list[list[int]], slots: Tensor) -> Tensor:
         """Runs whole prompts, prompt i into slot slots[i], and returns the logits of their next tokens, [P, V] fp32."""
@@ -121,9 +124,10 @@ class Decoder:
     def decode(self, cache: Cache, ids: Tensor, position: Tensor) -> Tensor:
         """Feeds one token to each of the first n slots; ids, position [n] -> logits of the next tokens, [n, V] fp32."""
         length = position + 1  # [n] each token sees itself
+        mask = None if use_kernels(ids) else padding_mask(length, self.heads // self.kv_heads, self.kv_heads)
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, cache.keys[layer], cache.values[layer], length, self.layers[layer].scale)
+            return attend(q, *cache.keys_values(layer), length, self.layers[layer].scale, mask)
 
         slot = torch.arange(len(ids), device=ids.device)
         return project(self.forward(cache, ids, position, slot, attention), self.head)
@@ -136,12 +140,11 @@ class Decoder:
         attention(layer, q [T, h, d], k [T, h_kv, d], v [T, h_kv, d]) -> [T, h, d].
         """
         x = F.embedding(ids, self.model.get_input_embeddings().weight)  # [T, H] the residual stream
-        cos, sin = cache.cos[position], cache.sin[position]  # [T, d]
+        cos, sin, cells = cache.cos[position], cache.sin[position], cache.cells(slot, position)
         for i, w in enumerate(self.layers):
             y = F.rms_norm(x, x.shape[1:], w.norm_1, self.eps)
             qkv = F.linear(y, w.qkv, w.qkv_bias).view(len(ids), -1, self.head_dim)  # [T, h + 2·h_kv, d]
-            where = cache.keys[i], cache.values[i], slot, position
-            q, k, v = rope_and_store(qkv, cos, sin, self.heads, w.head_norms, self.eps, *where)
+            q, k, v = rope_and_store(qkv, cos, sin, w.head_norms, self.eps, cache.kv[i], cells)
             add_linear(x, attention(i, q, k, v).flatten(1), w.out)
             y = F.rms_norm(x, x.shape[1:], w.norm_2, self.eps)
             add_linear(x, swiglu(F.linear(y, w.gate_up, w.gate_up_bias)), w.down)
@@ -195,30 +198,31 @@ def add_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> None:
 # Between the matmuls
 
 
-def rope_and_store_torch(qkv, cos, sin, heads, head_norms, eps, keys, values, slot, position):
-    d, kv_heads = qkv.shape[-1], keys.shape[1]
-    x = qkv[:, : heads + kv_heads]  # [T, h + h_kv, d] what is rotated
+def rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells):
+    kv_heads, d = kv.shape[1] // 2, kv.shape[3]
+    heads = qkv.shape[1] - 2 * kv_heads
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
     if head_norms is not None:
-        q, k = F.rms_norm(x[:, :heads], (d,), head_norms[0], eps), F.rms_norm(x[:, heads:], (d,), head_norms[1], eps)
-        x = torch.cat((q, k), 1)
-    x = (x * cos[:, None] + x.roll(d // 2, -1) * sin[:, None]).to(qkv.dtype)  # (x₁, x₂) → (x₁c − x₂s, x₂c + x₁s)
-    q, k, v = x[:, :heads], x[:, heads:], qkv[:, heads + kv_heads :]
-    keys[slot, :, position], values[slot, :, position] = k, v
+        for x, norm in zip((q, k), head_norms, strict=True):
+            x.copy_(F.rms_norm(x, (d,), norm, eps))
+    rotated = qkv[:, : heads + kv_heads]
+    swapped = rotated.roll(d // 2, -1) * sin  # (x₁, x₂) → (−x₂·s, x₁·s)
+    rotated.copy_((rotated * cos).add_(swapped))
+    kv.view(-1, d).index_copy_(0, cells.flatten(), qkv[:, heads:].flatten(0, 1))
     return q, k, v
 
 
 @jit
 def rope_and_store_kernel(
-    QKV, COS, SIN, NORMS, KEYS, VALUES, SLOT, POSITION, HEADS, KV_HEADS, eps, slot_stride, head_stride,
-    D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr,
-):  # fmt: skip
+    QKV, COS, SIN, NORMS, KV, CELLS, HEADS, KV_HEADS, eps, D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr
+):
     """One program per token and head, query, key or value: normalises (Qwen3), rotates, and files keys and values.
 
-    QKV [T, h + 2·h_kv, d] is rotated in place, COS and SIN [T, d], NORMS [2, d] -> KEYS, VALUES [S, h_kv, L, d].
+    QKV [T, h + 2·h_kv, d] is rotated in place; COS, SIN [T, d], NORMS [2, d], CELLS [T, 2·h_kv] -> KV [cells, d].
     A few hundred bytes per program: what counts is that it is one kernel and not a dozen.
     """
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    i = tl.arange(0, BLOCK)  # the first half of the head, element i, turns with element i of the second
+    i = tl.arange(0, BLOCK)  # element i of the first half of a head turns with element i of the second
     half = D // 2
     inside = i < half
     here = QKV + (token * (HEADS + 2 * KV_HEADS) + head) * D + i
@@ -236,33 +240,28 @@ def rope_and_store_kernel(
         tl.store(here, x1.to(QKV.dtype.element_ty), mask=inside)
         tl.store(here + half, x2.to(QKV.dtype.element_ty), mask=inside)
     if head >= HEADS:
-        cached = tl.load(SLOT + token).to(tl.int64) * slot_stride + tl.load(POSITION + token).to(tl.int64) * D + i
-        cache = KEYS + cached + (head - HEADS) * head_stride
-        if head >= HEADS + KV_HEADS:
-            cache = VALUES + cached + (head - HEADS - KV_HEADS) * head_stride
-        tl.store(cache, x1.to(KEYS.dtype.element_ty), mask=inside)
-        tl.store(cache + half, x2.to(KEYS.dtype.element_ty), mask=inside)
+        cell = KV + tl.load(CELLS + token * 2 * KV_HEADS + head - HEADS) * D + i
+        tl.store(cell, x1.to(KV.dtype.element_ty), mask=inside)
+        tl.store(cell + half, x2.to(KV.dtype.element_ty), mask=inside)
 
 
 def rope_and_store(
-    qkv: Tensor, cos: Tensor, sin: Tensor, heads: int, head_norms: Tensor | None, eps: float,
-    keys: Tensor, values: Tensor, slot: Tensor, position: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Rotates queries and keys by their positions and writes keys and values to the cache.
+    qkv: Tensor, cos: Tensor, sin: Tensor, head_norms: Tensor | None, eps: float, kv: Tensor, cells: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotates queries and keys by their positions, in place, and writes keys and values to the cache.
 
-    qkv [T, h + 2·h_kv, d]; cos and sin [T, d] with sin's first half negated; head_norms [2, d] or None; keys, values
-    [S, h_kv, L, d]; slot, position [T] -> q [T, h, d], k and v [T, h_kv, d].
+    qkv [T, h + 2·h_kv, d]; cos and sin [T, 1, d] with sin's first half negated; head_norms [2, d] or None;
+    kv [S, 2·h_kv, L, d]; cells [T, 2·h_kv] int64 -> q [T, h, d], k and v [T, h_kv, d], views of qkv.
     """
     if not use_kernels(qkv):
-        return rope_and_store_torch(qkv, cos, sin, heads, head_norms, eps, keys, values, slot, position)
-    T, all_heads, d = qkv.shape
-    kv_heads = keys.shape[1]
+        return rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells)
+    (T, all_heads, d), kv_heads = qkv.shape, kv.shape[1] // 2
+    heads = all_heads - 2 * kv_heads
     rope_and_store_kernel[(T, all_heads)](
-        qkv, cos, sin, qkv if head_norms is None else head_norms, keys, values, slot, position, heads, kv_heads, eps,
-        keys.stride(0), keys.stride(1), D=d, BLOCK=triton.next_power_of_2(d // 2), NORM=head_norms is not None,
-        num_warps=1,
+        qkv, cos, sin, qkv if head_norms is None else head_norms, kv, cells, heads, kv_heads, eps,
+        D=d, BLOCK=triton.next_power_of_2(d // 2), NORM=head_norms is not None, num_warps=1,
     )  # fmt: skip
-    return qkv[:, :heads], qkv[:, heads : heads + kv_heads], qkv[:, heads + kv_heads :]
+    return qkv.split([heads, kv_heads, kv_heads], 1)
 
 
 def swiglu_torch(gate_up: Tensor) -> Tensor:
@@ -294,14 +293,20 @@ def swiglu(gate_up: Tensor) -> Tensor:
 # Attention of one new token per sequence over its cached keys and values
 
 
-def attend_torch(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, scale: float) -> Tensor:
-    n, kv_heads, L = len(q), keys.shape[1], int(length.max())
-    k, v = keys[:n, :, :L].flatten(0, 1), values[:n, :, :L].flatten(0, 1)  # [n·h_kv, L, d]
-    rows = q.unflatten(1, (kv_heads, -1)).flatten(0, 1)  # [n·h_kv, g, d] the heads that share keys and values
-    unseen = torch.zeros(n, L, device=q.device).masked_fill_(torch.arange(L, device=q.device) >= length[:, None], -1e30)
-    unseen = unseen.repeat_interleave(kv_heads, 0)[:, None].to(q.dtype)  # [n·h_kv, 1, L]
-    p = torch.baddbmm(unseen, rows, k.transpose(1, 2), alpha=scale).softmax(-1)  # [n·h_kv, g, L]
-    return torch.bmm(p, v).view(q.shape)
+def padding_mask(length: Tensor, g: int, kv_heads: int) -> Tensor:
+    """What attend_torch adds to its logits: 0 where position < length [n], −1e30 beyond.  [n·h_kv, g, longest]"""
+    unseen = torch.arange(int(length.max()), device=length.device) >= length[:, None]  # [n, L']
+    mask = torch.zeros(unseen.shape, device=length.device).masked_fill_(unseen, -1e30)
+    return mask[:, None].expand(-1, kv_heads * g, -1).reshape(-1, g, mask.shape[1])
+
+
+def attend_torch(q, keys, values, length, scale, mask=None):
+    (n, h, d), kv_heads = q.shape, keys.shape[1]
+    mask = padding_mask(length, h // kv_heads, kv_heads) if mask is None else mask
+    k, v = (x[:n, :, : mask.shape[2]].flatten(0, 1) for x in (keys, values))  # [n·h_kv, L', d]
+    rows = q.reshape(n * kv_heads, -1, d)  # [n·h_kv, g, d] the heads that share keys and values
+    p = torch.baddbmm(mask.to(q.dtype), rows, k.transpose(1, 2), alpha=scale).softmax(-1)  # [n·h_kv, g, L']
+    return torch.bmm(p, v).view(n, h, d)
 
 
 @jit
@@ -368,13 +373,17 @@ KEYS_PER_BLOCK = 64
 PROGRAMS = 264  # two per multiprocessor of an H100 or H200
 
 
-def attend(q: Tensor, keys: Tensor, values: Tensor, length: Tensor, scale: float, splits: int | None = None) -> Tensor:
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, scale: float, mask: Tensor | None = None,
+    splits: int | None = None,
+) -> Tensor:  # fmt: skip
     """Attention of q [n, h, d] over the first length[i] ≥ 1 positions of slot i of keys and values [S, h_kv, L, d].
 
-    -> [n, h, d]. How the work is split depends on the shapes alone, so a captured CUDA graph fits any lengths.
+    -> [n, h, d]. `mask` is padding_mask(length), which the twin needs, if it is at hand. How the kernel's work is split
+    depends on the shapes alone, so a captured CUDA graph fits any lengths.
     """
     if not use_kernels(q):
-        return attend_torch(q, keys, values, length, scale)
+        return attend_torch(q, keys, values, length, scale, mask)
     (n, h, d), (_, kv_heads, L, _) = q.shape, keys.shape
     if splits is None:
         splits = max(1, min(triton.cdiv(PROGRAMS, n * kv_heads), triton.cdiv(L, 4 * KEYS_PER_BLOCK)))

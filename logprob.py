@@ -261,7 +261,7 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 
 
 @jit
 def score_kernel(
-    HIDDEN, WEIGHT, Y, MAX, SUM, SUM_Z, TARGET, N, H, V, temperature,
+    HIDDEN, WEIGHT, Y, MAX, SUM, SUM_Z, TARGET, N, H, V, inverse_temperature,
     TOKENS: tl.constexpr, WORDS: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program per tile of TOKENS x WORDS logits, which live and die in registers.
@@ -288,7 +288,7 @@ def score_kernel(
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
     word = word_tile * WORDS + tl.arange(0, WORDS)
     target = tl.load(Y + token, mask=token < N, other=-1)
-    z = tl.where((word < V)[None, :], z / temperature, -1e30)
+    z = tl.where((word < V)[None, :], z * inverse_temperature, -1e30)
     m = tl.max(z, 1)
     e = tl.exp(z - m[:, None])
     cell = token.to(tl.int64) * word_tiles + word_tile
@@ -306,7 +306,7 @@ def score_triton(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: f
     largest, total, total_z, target = hidden.new_empty(4, N, tiles, dtype=torch.float32)
     score_kernel[(triton.cdiv(N, TOKENS) * tiles,)](
         TensorDescriptor.from_tensor(hidden, [TOKENS, DEPTH]), TensorDescriptor.from_tensor(weight, [WORDS, DEPTH]),
-        targets, largest, total, total_z, target, N, H, V, temperature,
+        targets, largest, total, total_z, target, N, H, V, 1 / temperature,
         TOKENS=TOKENS, WORDS=WORDS, DEPTH=DEPTH, GROUP=GROUP, UPCAST=UPCAST, num_warps=8, num_stages=4,
     )  # fmt: skip
     m = largest.amax(1, keepdim=True)  # [N, 1]

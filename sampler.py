@@ -48,16 +48,15 @@ def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
 
 
 def choose_torch(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    z = logits.double() / (temperature or 1.0)  # [n, V]
-    lse = z.logsumexp(-1, keepdim=True)
-    if temperature == 0:
-        token = z.argmax(-1, keepdim=True)  # [n, 1]
-        return token[:, 0], (z.gather(1, token) - lse)[:, 0].float()
-    pool, u = (z - lse).exp(), u[:, None]  # what is drawn from: at first, all of p
+    p = (logits.double() / (temperature or 1.0)).softmax(-1)  # [n, V]
+    pool, u = p, u[:, None]  # what is drawn from: at first, all of p
     while True:
+        if temperature == 0:
+            token = logits.argmax(-1, keepdim=True)  # [n, 1]
+            break
         cdf = pool.cumsum(-1)
         mark = u * cdf[:, -1:]
-        token = torch.searchsorted(cdf, mark, right=True).clamp(max=z.shape[1] - 1)  # [n, 1] first with cdf > mark
+        token = torch.searchsorted(cdf, mark, right=True).clamp_(max=p.shape[1] - 1)  # the first with cdf > mark
         if top_p >= 1:
             break
         mass = pool.gather(1, token)
@@ -67,7 +66,7 @@ def choose_torch(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1
             break
         u = torch.where(outside, ((mark - (cdf.gather(1, token) - mass)) / mass).clamp(0, 1 - 2**-53), u)
         pool = torch.where(outside, likelier, pool)
-    return token[:, 0], (z.gather(1, token) - lse)[:, 0].float()
+    return token[:, 0], p.gather(1, token).log()[:, 0].float()
 
 
 @jit
@@ -147,7 +146,7 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) ->
     logp = torch.empty(n, device=logits.device)
     choose_kernel[(n,)](
         logits, u, token, logp, V, logits.stride(0), temperature or 1.0, top_p,
-        GREEDY=temperature == 0, NUCLEUS=top_p < 1, BLOCK=4096, num_warps=8,
+        GREEDY=temperature == 0, NUCLEUS=top_p < 1, BLOCK=2048, num_warps=8,
     )  # fmt: skip
     return token, logp
 
@@ -158,16 +157,25 @@ def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) ->
 
 @dataclass
 class Samples:
-    """Samples in the making. Row N belongs to unused slots: it is done, and what is written to it does not matter."""
+    """Samples in the making, and the slots that work on them.
 
-    u: Tensor  # [N+1, K+1] fp64, the uniforms; column K is for steps after the end
+    Row N belongs to slots without work: it has ended, and what is written to it does not matter. A sample that has
+    ended between two looks of the host is decoded on, and what it says then goes beyond its end, at most to column K.
+    """
+
+    u: Tensor  # [N+1, K+1] fp64, the uniforms
     ids: Tensor  # [N+1, K+1]
     logps: Tensor  # [N+1, K+1]
-    made: Tensor  # [N+1] tokens so far
-    prompt: Tensor  # [N+1] length of the prompt
-    done: Tensor  # [N+1] bool
-    owner: Tensor  # [S] which sample a slot works on
-    broken: Tensor  # [] bool, whether a log-prob was not finite
+    owner: Tensor  # [S] sample of a slot
+    token: Tensor  # [S] its last token, which is fed next
+    made: Tensor  # [S] how many tokens it has
+    position: Tensor  # [S] where the last token stands
+    going: Tensor  # [S] int64, 1 until it ends
+    check: Tensor  # [] sum of all log-probs: not finite if one is not
+
+    @property
+    def slots(self) -> tuple[Tensor, ...]:
+        return self.owner, self.token, self.made, self.position, self.going
 
 
 class Sampler:
@@ -178,6 +186,7 @@ class Sampler:
         self.decoder = Decoder(model, dtype)
         self.model = self.decoder.model
         self.stop, self.slots = stop, slots
+        self.graphs = self.model.device.type == "cuda"
         self.is_stop = torch.isin(torch.arange(len(self.decoder.head)), torch.tensor(stop)).to(self.model.device)
 
     def refresh(self, policy: nn.Module) -> None:
@@ -206,49 +215,56 @@ class Sampler:
         N, G, K = len(prompts) * group_size, group_size, max_new_tokens
         size = max(min(self.slots, N), G)
         cache = self.decoder.new_cache(size, max(map(len, prompts)) + K)
-        b = self._samples(prompts, keys, size, G, K)
+        b = self._samples(keys, size, G, K)
+        lengths = torch.zeros(N + 1, dtype=torch.long, device=self.model.device)
 
-        def emit(sample: Tensor, logits: Tensor) -> None:
-            """The next token of each sample [n], from logits [n, V]."""
-            t, going = b.made[sample], ~b.done[sample]
-            token, logp = choose(logits, b.u[sample, t], temperature, top_p)
-            b.ids[sample, t], b.logps[sample, t] = token, logp
-            b.made[sample] = t + going
-            b.done[sample] = ~going | self.is_stop[token] | (t + 1 >= K)
-            b.broken |= ~logp.isfinite().all()
+        def emit(slots: slice, logits: Tensor) -> None:
+            """The next token of each of n slots, from logits [n, V]."""
+            owner, token, made, position, going = (x[slots] for x in b.slots)  # views
+            chosen, logp = choose(logits, b.u[owner, made], temperature, top_p)
+            b.ids[owner, made], b.logps[owner, made] = chosen, logp
+            b.check += logp.sum()
+            token.copy_(chosen)
+            made += going
+            position += going
+            going *= ~(self.is_stop[chosen] | (made >= K))
 
         def step(n: int) -> None:
             """One more token for each of the first n slots."""
-            sample = b.owner[:n]
-            last = b.made[sample] - 1
-            emit(sample, self.decoder.decode(cache, b.ids[sample, last], b.prompt[sample] + last))
+            emit(slice(n), self.decoder.decode(cache, b.token[:n], b.position[:n]))
 
-        decode = _graphed(step, size) if self.model.device.type == "cuda" else step
+        decode = _graphed(step, size) if self.graphs else step
         waiting, n = deque(range(len(prompts))), 0
         while n or waiting:
             fresh = _admit(waiting, prompts, (size - n) // G)
             if fresh:  # prefill, then one first token for each sample of the new groups
                 logits = self._prefill(cache, [prompts[p] for p in fresh], n, G)  # [len(fresh), V]
-                new = torch.tensor([p * G + i for p in fresh for i in range(G)], device=logits.device)
-                b.owner[n : n + len(new)] = new
-                n += len(new)
+                new = slice(n, n + len(fresh) * G)
+                b.owner[new] = torch.tensor([p * G + i for p in fresh for i in range(G)])
+                b.position[new] = torch.tensor([len(prompts[p]) - 1 for p in fresh for _ in range(G)])
+                b.made[new], b.going[new], n = 0, 1, new.stop
                 emit(new, logits.repeat_interleave(G, 0))
             else:
                 decode(n)
-            if b.broken:
-                raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
-            ended = b.done[b.owner[:n]]
-            if ended.any():  # move the last active slots into the holes
-                m = n - int(ended.sum())
+            m = int(b.going[:n].sum())  # the host waits for the device
+            if m < n:  # move the last active slots into the holes
+                if not b.check.isfinite():
+                    break
+                ended = b.going[:n] == 0
+                lengths[b.owner[:n][ended]] = b.made[:n][ended]
                 hole = ended[:m].nonzero()[:, 0]
                 last = (~ended[m:]).nonzero()[:, 0] + m
-                cache.copy_slots(last, hole)
-                b.owner[hole] = b.owner[last]
-                b.owner[m:n] = N
+                cache.kv[:, hole] = cache.kv[:, last]
+                for x in b.slots:
+                    x[hole] = x[last]
+                b.owner[m:n], b.made[m:n] = N, K
+                b.position[m:n], b.going[m:n] = 0, 0
                 if progress:
                     progress(n - m)
                 n = m
-        return self._completions(b, N, G)
+        if not b.check.isfinite():
+            raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
+        return self._completions(b, lengths, G)
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         limit = self.model.config.max_position_embeddings
@@ -261,38 +277,39 @@ class Sampler:
                     f"{limit} positions: lower max_new_tokens or drop the prompt"
                 )
 
-    def _samples(self, prompts: list, keys: list, size: int, G: int, K: int) -> Samples:
-        device, N = self.model.device, len(prompts) * G
+    def _samples(self, keys: list, size: int, G: int, K: int) -> Samples:
+        device, N = self.model.device, len(keys) * G
         u = np.zeros((N + 1, K + 1))
         for row, key in enumerate((*key, i) for key in keys for i in range(G)):
             u[row, :K] = uniforms(key, K)
-        made, done = torch.zeros(N + 1, dtype=torch.long), torch.zeros(N + 1, dtype=torch.bool)
-        made[N], done[N] = 1, True
-        samples = Samples(
-            u=torch.from_numpy(u),
-            ids=torch.zeros(N + 1, K + 1, dtype=torch.long),
-            logps=torch.zeros(N + 1, K + 1),
-            made=made,
-            prompt=torch.tensor([len(p) for p in prompts for _ in range(G)] + [0]),
-            done=done,
-            owner=torch.full((size,), N),
-            broken=torch.zeros((), dtype=torch.bool),
+
+        def full(value: int, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
+            return torch.full(shape, value, dtype=dtype, device=device)
+
+        return Samples(
+            u=torch.from_numpy(u).to(device),
+            ids=full(0, N + 1, K + 1),
+            logps=full(0, N + 1, K + 1, dtype=torch.float32),
+            owner=full(N, size),
+            token=full(0, size),
+            made=full(K, size),
+            position=full(0, size),
+            going=full(0, size),
+            check=full(0, dtype=torch.float32),
         )
-        return Samples(**{name: tensor.to(device) for name, tensor in vars(samples).items()})
 
     def _prefill(self, cache: Cache, prompts: list[list[int]], n: int, G: int) -> Tensor:
         """Runs each prompt once into the first slot of its group and copies the cache to the others. -> [P, V]"""
         first = n + G * torch.arange(len(prompts), device=self.model.device)  # slots n, n+G, n+2G, …
         logits = self.decoder.prefill(cache, prompts, first)
         longest = max(map(len, prompts))
-        for pool in (cache.keys, cache.values):
-            group = pool[:, n : n + G * len(prompts), :, :longest].unflatten(1, (len(prompts), G))
-            group[:, :, 1:] = group[:, :, :1]
+        group = cache.kv[:, n : n + G * len(prompts), :, :longest].unflatten(1, (len(prompts), G))
+        group[:, :, 1:] = group[:, :, :1]
         return logits
 
-    def _completions(self, b: Samples, N: int, G: int) -> list[list[Completion]]:
+    def _completions(self, b: Samples, lengths: Tensor, G: int) -> list[list[Completion]]:
         rows = []
-        for row, logp, k in zip(b.ids[:N].tolist(), b.logps[:N].tolist(), b.made[:N].tolist(), strict=True):
+        for row, logp, k in zip(b.ids.tolist(), b.logps.tolist(), lengths.tolist()[:-1], strict=False):
             reason = "stop" if row[k - 1] in self.stop else "length"
             rows.append(Completion(row[:k], logp[:k], reason))
         return [rows[i : i + G] for i in range(0, len(rows), G)]

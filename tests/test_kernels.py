@@ -1,0 +1,315 @@
+"""Every Triton kernel against its PyTorch twin and fp64, and compiled for Hopper.
+
+Without a GPU Triton's interpreter runs the kernels' code on CPU tensors, one program after the other. It says nothing
+about speed, races between programs or rounding to bf16, and it multiplies bf16 wrongly, so there the kernels raise
+operands to fp32 first. With a GPU the same tests run on it.
+"""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from itertools import chain
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import tiny_model
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+import decoder
+import logprob
+import sampler
+from sampler import Sampler, uniforms
+
+pytest.importorskip("triton")
+GPU = torch.cuda.is_available()
+DEVICE = "cuda" if GPU else "cpu"
+pytestmark = pytest.mark.skipif(not GPU and not logprob.UPCAST, reason="needs a GPU or TRITON_INTERPRET=1")
+PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
+KEYS = [(0, i) for i in range(3)]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """From here on the kernels run instead of their twins."""
+    for module in (logprob, decoder, sampler):
+        monkeypatch.setattr(module, "use_kernels", lambda x: True)
+
+
+def head_inputs(N, H, V, dtype=torch.float32):
+    """Hidden states that expect their target (p about 0.5): random logits would be flat, and too kind to numerics."""
+    g = torch.Generator().manual_seed(N + V)
+    weight = torch.randn(V, H, generator=g)
+    targets = torch.randint(0, V, (N,), generator=g)
+    hidden = torch.randn(N, H, generator=g) * 0.5 + weight[targets] * (6.0 / H**0.5)
+    return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), targets.to(DEVICE)
+
+
+def exact(hidden, weight, targets, temperature=1.0):
+    """(logp, entropy) in fp64."""
+    logp = (hidden.double() @ weight.double().T / temperature).log_softmax(-1)
+    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+# ---- logprob.py
+
+
+@pytest.mark.parametrize("V", [2, 37, 1003, 4096, 5001])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_row_statistics_equal_fp64_for_vocabularies_that_divide_by_nothing(kernels, V, temperature):
+    hidden, weight, targets = head_inputs(3, 16, V)
+    found = logprob.row_stats(logprob.project(hidden, weight), targets, temperature)
+    for name, ours, theirs in zip(
+        ("logp", "entropy"), found, exact(hidden, weight, targets, temperature), strict=False
+    ):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_row_gradients_equal_the_twin_s_also_in_bf16(kernels):
+    hidden, weight, targets = head_inputs(5, 16, 5001)
+    logits = logprob.project(hidden, weight)
+    _, entropy, lse = logprob.row_stats_torch(logits, targets, 0.7)
+    g_logp, g_entropy = torch.randn(2, 5, device=DEVICE)
+    arguments = logits, targets, lse, entropy, g_logp, g_entropy, 0.7
+    twin = logprob.row_gradients_torch(*arguments, torch.float32)
+    torch.testing.assert_close(logprob.row_gradients(*arguments, torch.float32), twin, rtol=1e-4, atol=1e-6)
+    rounded = logprob.row_gradients(*arguments, torch.bfloat16).float()  # the interpreter truncates: one ulp is allowed
+    torch.testing.assert_close(rounded, twin, rtol=2**-7, atol=1e-6)
+
+
+@pytest.mark.parametrize(("N", "H", "V"), [(1, 64, 1003), (130, 72, 257), (50, 8, 700)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16] if GPU else [torch.bfloat16, torch.float32])
+def test_scoring_equals_fp64_to_1e_5_whatever_the_tiles_leave_over(N, H, V, dtype):
+    hidden, weight, targets = head_inputs(N, H, V, dtype)
+    logp, entropy = logprob.score_triton(hidden, weight, targets, 0.8)
+    expected = exact(hidden, weight, targets, 0.8)
+    torch.testing.assert_close(logp.double(), expected[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(entropy.double(), expected[1], rtol=0, atol=1e-5)
+    assert (logp <= 0).all()
+
+
+def test_log_probs_of_a_certain_token_are_not_above_zero(kernels):
+    dtype = torch.bfloat16 if GPU else torch.float32
+    hidden, weight = torch.full((1, 8), 30.0, dtype=dtype), torch.zeros(1003, 8, dtype=dtype)
+    weight[7] = 30.0
+    hidden, weight, targets = (x.to(DEVICE) for x in (hidden, weight, torch.tensor([7])))
+    for logp, entropy in (
+        logprob.score_triton(hidden, weight, targets, 1.0),
+        logprob.row_stats(logprob.project(hidden, weight), targets, 1.0)[:2],
+    ):
+        assert logp.item() == 0.0
+        assert entropy.item() == pytest.approx(0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [4, 100])
+def test_the_head_s_loss_and_gradients_are_the_same_with_kernels(kernels, chunk):
+    hidden, weight, targets = (t.requires_grad_() if t.is_floating_point() else t for t in head_inputs(9, 16, 103))
+    advantage = torch.randn(9, device=DEVICE)
+
+    def loss_fn(logp, entropy, tokens):
+        return (advantage[tokens] * logp.exp() - 0.1 * entropy**2).sum()
+
+    loss = logprob.head_loss(hidden, weight, targets, loss_fn, 0.7, chunk)
+    expected = loss_fn(*exact(hidden, weight, targets, 0.7), slice(0, 9))
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    expected_gradients = torch.autograd.grad(expected, (hidden, weight))
+    for ours, theirs in zip(torch.autograd.grad(loss, (hidden, weight)), expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+# ---- sampler.py
+
+
+def sampling_logits(n, V):
+    g = torch.Generator().manual_seed(V)
+    logits = torch.randn(n, V, generator=g) * 3
+    logits[:, ::7] = float("-inf")
+    return logits.to(DEVICE), torch.from_numpy(uniforms((V,), n)).to(DEVICE)
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("temperature", [1.0, 0.6, 0])
+@pytest.mark.parametrize(("n", "V"), [(60, 37), (12, 2048), (12, 5003)])
+def test_the_sampling_kernel_draws_the_twin_s_tokens_from_the_same_uniforms(kernels, n, V, temperature, top_p):
+    logits, u = sampling_logits(n, V)
+    tokens, logp = sampler.choose(logits, u, temperature, top_p)
+    expected, expected_logp = sampler.choose_torch(logits, u, temperature, top_p)
+    assert tokens.tolist() == expected.tolist()
+    torch.testing.assert_close(logp, expected_logp, rtol=1e-5, atol=1e-5)
+
+
+def test_the_sampling_kernel_reaches_both_ends_and_no_token_of_probability_zero(kernels):
+    logits = torch.full((2, 5003), float("-inf"), device=DEVICE)
+    logits[:, [1, 5000]] = 0.0
+    tokens, _ = sampler.choose(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64, device=DEVICE), 1.0)
+    assert tokens.tolist() == [1, 5000]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("temperature", [1.0, 0])
+def test_a_row_that_is_not_finite_gets_a_log_prob_that_is_not(kernels, bad, temperature):
+    logits, u = sampling_logits(2, 2100)
+    logits[1, 2060] = bad
+    _, logp = sampler.choose(logits, u, temperature)
+    assert logp.isfinite().tolist() == [True, False]
+
+
+# ---- decoder.py
+
+
+@pytest.mark.parametrize(("h", "kv_heads", "d"), [(4, 2, 24), (8, 1, 16), (3, 1, 64), (2, 2, 128)])
+@pytest.mark.parametrize("splits", [1, 3, 8])
+def test_split_attention_equals_the_twin_and_fp64(kernels, h, kv_heads, d, splits):
+    torch.manual_seed(d)
+    n, L = 3, 200
+    shapes = (n, h, d), (5, kv_heads, L, d), (5, kv_heads, L, d)
+    q, keys, values = (torch.randn(shape).to(DEVICE) for shape in shapes)
+    length = torch.tensor([1, 130, 200], device=DEVICE)  # of eight splits, the first sequence leaves seven without work
+    out = decoder.attend(q, keys, values, length, 0.3, splits=splits)
+    twin = decoder.attend_torch(q, keys, values, length, 0.3)
+    torch.testing.assert_close(out, twin, rtol=1e-5, atol=1e-5)
+    for i in range(n):
+        k, v = (x[i, :, : length[i]].double().repeat_interleave(h // kv_heads, 0) for x in (keys, values))
+        p = (q[i, :, None].double() @ k.transpose(1, 2) * 0.3).softmax(-1)
+        torch.testing.assert_close(out[i].double(), (p @ v)[:, 0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("d", [24, 64])
+def test_rotation_equals_transformers_and_files_keys_and_values(kernels, norms, d):
+    torch.manual_seed(0)
+    T, h, kv_heads, S, L = 4, 4, 2, 3, 10
+    qkv, kv = torch.randn(T, h + 2 * kv_heads, d).to(DEVICE), torch.zeros(S, 2 * kv_heads, L, d, device=DEVICE)
+    slot, position = torch.tensor([[0, 2, 2, 1], [3, 0, 9, 4]], device=DEVICE)
+    angle = torch.rand(T, d // 2).repeat(1, 2).to(DEVICE)
+    cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+    signed = torch.cat((-sin[..., : d // 2], sin[..., d // 2 :]), -1)
+    head_norms = torch.rand(2, d).to(DEVICE) + 0.5 if norms else None
+    q, k, v = qkv.split([h, kv_heads, kv_heads], 1)
+    if norms:
+        q, k = (torch.nn.functional.rms_norm(x, (d,), w, 1e-6) for x, w in zip((q, k), head_norms, strict=True))
+    expected = [*apply_rotary_pos_emb(q, k, cos[:, 0], sin[:, 0]), v.clone()]
+
+    cells = decoder.Cache(kv[None], cos, sin).cells(slot, position)
+    for function in (decoder.rope_and_store_torch, decoder.rope_and_store):
+        kv.zero_()
+        found = function(qkv.clone(), cos, signed, head_norms, 1e-6, kv, cells)
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(kv[slot, :, position], torch.cat(expected[1:], 1), rtol=1e-5, atol=1e-5)
+        assert (kv != 0).any(-1).sum() == T * 2 * kv_heads, "nothing else is written"
+
+
+def test_swiglu_equals_the_twin(kernels):
+    x = torch.randn(3, 2 * 1100).to(DEVICE)
+    torch.testing.assert_close(decoder.swiglu(x), decoder.swiglu_torch(x), rtol=1e-5, atol=1e-6)
+
+
+# ---- the whole engine
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_the_engine_samples_the_same_completions_with_kernels(request, family):
+    expected = Sampler(tiny_model(family), [0], slots=4).generate(PROMPTS, KEYS, 2, 6, 1.0)
+    request.getfixturevalue("kernels")
+    found = Sampler(tiny_model(family).to(DEVICE), [0], slots=4).generate(PROMPTS, KEYS, 2, 6, 1.0)
+    for ours, theirs in zip(chain(*found), chain(*expected), strict=True):
+        assert ours.ids == theirs.ids
+        assert ours.logps == pytest.approx(theirs.logps, abs=1e-4)
+
+
+def test_running_on_beyond_the_end_in_graphs_with_unused_slots_changes_no_completion(monkeypatch):
+    """A stand-in for CUDA graphs: capturing runs the step as well, and a replay runs it again."""
+    replayed = []
+
+    class Graph:
+        def replay(self):
+            replayed.append(self.bucket)
+            self.step(self.bucket)
+
+    engine = Sampler(tiny_model(), [0], slots=7)
+    prompts, keys = PROMPTS * 5, [(0, i) for i in range(15)]
+    expected = engine.generate(prompts, keys, 2, 21, 1.0)
+
+    def graphed(step, size):
+        def step_of_current(n):
+            current["step"], current["bucket"] = step, n
+            step(n)
+
+        return real_graphed(step_of_current, size)
+
+    @contextlib.contextmanager
+    def capture(graph, pool):
+        yield
+        graph.step, graph.bucket = current["step"], current["bucket"]
+
+    current, real_graphed = {}, sampler._graphed
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = dict(CUDAGraph=Graph, graph=capture, Stream=lambda: stream, current_stream=lambda: stream,
+                 stream=contextlib.nullcontext, graph_pool_handle=lambda: None)  # fmt: skip
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(sampler, "_graphed", graphed)
+    engine.graphs = True
+    found = engine.generate(prompts, keys, 2, 21, 1.0)
+    assert [[c.ids for c in group] for group in found] == [[c.ids for c in group] for group in expected]
+    assert {c.finish_reason for group in found for c in group} == {"stop", "length"}
+    assert {4, 7} <= set(replayed), "a bucket larger than what is active, cut at the number of slots"
+
+
+# ---- offsets beyond 2³¹: the interpreter's integers wrap around as a GPU's do
+
+
+def far_apart(near):
+    """The same values in a tensor whose rows lie 2³¹ + 64 elements apart, in memory of which only they are touched."""
+    stride = 2**31 + 64
+    try:
+        memory = torch.empty((len(near) - 1) * stride + near[0].numel(), device=DEVICE)
+    except RuntimeError as error:
+        pytest.skip(f"no address space for 2³¹ elements: {error}")
+    return memory.as_strided(near.shape, (stride, *near.stride()[1:])).copy_(near)
+
+
+def test_logits_beyond_element_2_to_the_31_are_found(kernels):
+    near, u = sampling_logits(2, 50)
+    near[near.isinf()] = -5.0
+    far = far_apart(near)
+    targets, g = torch.tensor([3, 4], device=DEVICE), torch.randn(2).to(DEVICE)
+    stats = logprob.row_stats(far, targets, 1.0)
+    for found, expected in zip(stats, logprob.row_stats_torch(near, targets, 1.0), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    rest = targets, stats[2], stats[1], g, g, 1.0, torch.float32
+    torch.testing.assert_close(
+        logprob.row_gradients(far, *rest), logprob.row_gradients_torch(near, *rest), rtol=1e-4, atol=1e-6
+    )
+    assert sampler.choose(far, u, 1.0)[0].tolist() == sampler.choose_torch(near, u, 1.0)[0].tolist()
+
+
+def test_keys_beyond_element_2_to_the_31_are_found(kernels):
+    q, near = torch.randn(2, 2, 16).to(DEVICE), torch.randn(2, 1, 70, 16).to(DEVICE)
+    far = far_apart(near)
+    length = torch.tensor([70, 33], device=DEVICE)
+    expected = decoder.attend_torch(q, near, near, length, 0.25)
+    torch.testing.assert_close(decoder.attend(q, far, far, length, 0.25), expected, rtol=1e-5, atol=1e-5)
+
+
+# ---- compiled for a GPU
+
+
+def test_every_kernel_compiles_for_hopper_without_spilling_and_the_matmul_uses_its_tensor_cores():
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("compile_kernels.py")
+    finished = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    rows = [json.loads(line) for line in finished.stdout.splitlines()]
+    modules = (logprob, decoder, sampler)
+    assert {row["kernel"] for row in rows} == {n for m in modules for n in vars(m) if n.endswith("_kernel")}
+    for row in rows:
+        assert row["stack"] == 0, row
+        assert row["shared"] <= 227 * 1024, row
+    (score,) = (row for row in rows if row["kernel"] == "score_kernel")
+    assert score["wgmma"], score
+    assert score["tma"], score
