@@ -31,17 +31,15 @@ from model import ModelError, causal_attention, hidden_states, pack, refuse_othe
 class Cache:
     """Keys and values of S sequences of up to L tokens, and the rotations of L positions."""
 
-    kv: Tensor  # [layers, S, 2·h_kv, L, d] key heads, then value heads
+    kv: Tensor  # [layers, 2, S, L, h_kv, d] keys, then values
     cos: Tensor  # [L, 1, d] fp32
     sin: Tensor  # [L, 1, d] fp32, the first half negated
 
-    def keys_values(self, layer: int) -> tuple[Tensor, Tensor]:  # [S, h_kv, L, d] each
-        return self.kv[layer].chunk(2, 1)
-
     def cells(self, slot: Tensor, position: Tensor) -> Tensor:
-        """Where tokens [T] put their keys and values: rows of a layer seen as [S·2·h_kv·L, d].  [T, 2·h_kv]"""
-        _, _, heads, L, _ = self.kv.shape
-        return (slot[:, None] * heads + torch.arange(heads, device=slot.device)) * L + position[:, None]
+        """Where tokens [T] put their keys and values: rows of a layer seen as [2·S·L·h_kv, d].  [T, 2·h_kv]"""
+        _, two, S, L, kv_heads, _ = self.kv.shape
+        first = (torch.arange(two, device=slot.device) * S + slot[:, None]) * L + position[:, None]  # [T, 2]
+        return (first[:, :, None] * kv_heads + torch.arange(kv_heads, device=slot.device)).flatten(1)
 
 
 @dataclass
@@ -101,7 +99,7 @@ class Decoder:
         for layer in self.model.model.layers:
             window = getattr(layer.self_attn, "sliding_window", None)
             refuse_other_attention(length, sliding_window=window)
-        shape = (len(self.layers), slots, 2 * self.kv_heads, length, self.head_dim)
+        shape = (len(self.layers), 2, slots, length, self.kv_heads, self.head_dim)
         kv = torch.zeros(shape, dtype=self.model.dtype, device=self.model.device)
         fp32 = torch.empty(0, device=self.model.device)
         cos, sin = self.model.model.rotary_emb(fp32, torch.arange(length, device=self.model.device)[None])  # [1, L, d]
@@ -124,10 +122,10 @@ class Decoder:
     def decode(self, cache: Cache, ids: Tensor, position: Tensor) -> Tensor:
         """Feeds one token to each of the first n slots; ids, position [n] -> logits of the next tokens, [n, V] fp32."""
         length = position + 1  # [n] each token sees itself
-        mask = None if use_kernels(ids) else padding_mask(length, self.heads // self.kv_heads, self.kv_heads)
+        mask = None if use_kernels(ids) else attention_mask(length, self.heads, self.kv_heads)
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return attend(q, *cache.keys_values(layer), length, self.layers[layer].scale, mask)
+            return attend(q, *cache.kv[layer], length, self.layers[layer].scale, mask)
 
         slot = torch.arange(len(ids), device=ids.device)
         return project(self.forward(cache, ids, position, slot, attention), self.head)
@@ -199,7 +197,7 @@ def add_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> None:
 
 
 def rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells):
-    kv_heads, d = kv.shape[1] // 2, kv.shape[3]
+    kv_heads, d = kv.shape[-2:]
     heads = qkv.shape[1] - 2 * kv_heads
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
     if head_norms is not None:
@@ -208,7 +206,7 @@ def rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells):
     rotated = qkv[:, : heads + kv_heads]
     swapped = rotated.roll(d // 2, -1) * sin  # (x₁, x₂) → (−x₂·s, x₁·s)
     rotated.copy_((rotated * cos).add_(swapped))
-    kv.view(-1, d).index_copy_(0, cells.flatten(), qkv[:, heads:].flatten(0, 1))
+    kv.view(-1, d)[cells] = qkv[:, heads:]
     return q, k, v
 
 
@@ -251,11 +249,11 @@ def rope_and_store(
     """Rotates queries and keys by their positions, in place, and writes keys and values to the cache.
 
     qkv [T, h + 2·h_kv, d]; cos and sin [T, 1, d] with sin's first half negated; head_norms [2, d] or None;
-    kv [S, 2·h_kv, L, d]; cells [T, 2·h_kv] int64 -> q [T, h, d], k and v [T, h_kv, d], views of qkv.
+    kv [2, S, L, h_kv, d]; cells [T, 2·h_kv] int64 -> q [T, h, d], k and v [T, h_kv, d], views of qkv.
     """
     if not use_kernels(qkv):
         return rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells)
-    (T, all_heads, d), kv_heads = qkv.shape, kv.shape[1] // 2
+    (T, all_heads, d), kv_heads = qkv.shape, kv.shape[-2]
     heads = all_heads - 2 * kv_heads
     rope_and_store_kernel[(T, all_heads)](
         qkv, cos, sin, qkv if head_norms is None else head_norms, kv, cells, heads, kv_heads, eps,
@@ -293,31 +291,37 @@ def swiglu(gate_up: Tensor) -> Tensor:
 # Attention of one new token per sequence over its cached keys and values
 
 
-def padding_mask(length: Tensor, g: int, kv_heads: int) -> Tensor:
-    """What attend_torch adds to its logits: 0 where position < length [n], −1e30 beyond.  [n·h_kv, g, longest]"""
-    unseen = torch.arange(int(length.max()), device=length.device) >= length[:, None]  # [n, L']
-    mask = torch.zeros(unseen.shape, device=length.device).masked_fill_(unseen, -1e30)
-    return mask[:, None].expand(-1, kv_heads * g, -1).reshape(-1, g, mask.shape[1])
+def attention_mask(length: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """What attend_torch adds to its logits: 0 where a head's own keys stand before length [n], −1e30 elsewhere.
+
+    -> [n, h, L'·h_kv], L' the longest length.
+    """
+    device = length.device
+    position, head, kv_head = (torch.arange(n, device=device) for n in (int(length.max()), heads, kv_heads))
+    far = torch.where(position < length[:, None], 0.0, -1e30)  # [n, L']
+    foreign = torch.where(kv_head == head[:, None] // (heads // kv_heads), 0.0, -1e30)  # [h, h_kv]
+    return (far[:, None, :, None] + foreign[:, None]).flatten(2)
 
 
 def attend_torch(q, keys, values, length, scale, mask=None):
-    (n, h, d), kv_heads = q.shape, keys.shape[1]
-    mask = padding_mask(length, h // kv_heads, kv_heads) if mask is None else mask
-    k, v = (x[:n, :, : mask.shape[2]].flatten(0, 1) for x in (keys, values))  # [n·h_kv, L', d]
-    rows = q.reshape(n * kv_heads, -1, d)  # [n·h_kv, g, d] the heads that share keys and values
-    p = torch.baddbmm(mask.to(q.dtype), rows, k.transpose(1, 2), alpha=scale).softmax(-1)  # [n·h_kv, g, L']
-    return torch.bmm(p, v).view(n, h, d)
+    mask = attention_mask(length, q.shape[1], keys.shape[2]) if mask is None else mask
+    longest = mask.shape[2] // keys.shape[2]
+    k, v = (x[: len(q), :longest].flatten(1, 2) for x in (keys, values))  # [n, L'·h_kv, d]
+    # all heads with the keys of all: with few key-value heads one larger matmul is faster than many small ones
+    logits = torch.bmm(q, k.transpose(1, 2))  # [n, h, L'·h_kv]
+    p = torch.add(mask, logits, alpha=scale).softmax(-1).to(q.dtype)
+    return torch.bmm(p, v)
 
 
 @jit
 def attend_kernel(
-    Q, KEYS, VALUES, LENGTH, OUT, LSE, scale, q_stride, slot_stride, head_stride, SPLITS,
+    Q, KEYS, VALUES, LENGTH, OUT, LSE, scale, q_stride, slot_stride, SPLITS, KV_HEADS: tl.constexpr,
     G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     UPCAST: tl.constexpr,
 ):  # fmt: skip
     """One program per sequence, key-value head and split: online softmax over its share of the sequence's keys.
 
-    Q [n, h, d] with q_stride between sequences, KEYS and VALUES [S, h_kv, L, d], LENGTH [n] -> OUT [n, h, SPLITS, d]
+    Q [n, h, d] with q_stride between sequences, KEYS and VALUES [S, L, h_kv, d], LENGTH [n] -> OUT [n, h, SPLITS, d]
     fp32, normalised within the split, and LSE [n, h, SPLITS] fp32 by which attend_merge_kernel weighs it.
     The g heads that share keys and values are the rows of one small matmul, so the cache is read once: 4·length·d
     bytes per program and split, which is the floor. Splits keep all multiprocessors busy when sequences are few.
@@ -331,13 +335,13 @@ def attend_kernel(
         q = q.to(tl.float32)
     length = tl.load(LENGTH + sequence)
     share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
-    cached = sequence * slot_stride + kv_head * head_stride
+    cached = sequence * slot_stride + kv_head * D
     m = tl.full((ROWS,), -1e30, tl.float32)  # running max
     s = tl.zeros((ROWS,), tl.float32)  # Σ exp(logit − m)
     sv = tl.zeros((ROWS, WIDTH), tl.float32)  # Σ exp(logit − m)·v
     for start in range(split * share, tl.minimum(length, (split + 1) * share), BLOCK):
         position = start + tl.arange(0, BLOCK)
-        here = cached + position[:, None].to(tl.int64) * D + i[None, :]
+        here = cached + position[:, None].to(tl.int64) * (KV_HEADS * D) + i[None, :]
         seen = (position < length)[:, None] & (i < D)[None, :]
         k = tl.load(KEYS + here, mask=seen, other=0.0)  # [BLOCK, WIDTH]
         v = tl.load(VALUES + here, mask=seen, other=0.0)
@@ -351,7 +355,7 @@ def attend_kernel(
         sv = sv * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         m = larger
     empty = s == 0.0  # a split beyond the sequence's end
-    cell = ((sequence * tl.num_programs(1) * G) + head) * SPLITS + split
+    cell = (sequence * KV_HEADS * G + head) * SPLITS + split
     tl.store(OUT + cell[:, None] * D + i[None, :], sv / tl.where(empty, 1.0, s)[:, None], mask=real)
     tl.store(LSE + cell, tl.where(empty, -1e30, m + tl.log(tl.where(empty, 1.0, s))), mask=row < G)
 
@@ -377,21 +381,21 @@ def attend(
     q: Tensor, keys: Tensor, values: Tensor, length: Tensor, scale: float, mask: Tensor | None = None,
     splits: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention of q [n, h, d] over the first length[i] ≥ 1 positions of slot i of keys and values [S, h_kv, L, d].
+    """Attention of q [n, h, d] over the first length[i] ≥ 1 positions of slot i of keys and values [S, L, h_kv, d].
 
-    -> [n, h, d]. `mask` is padding_mask(length), which the twin needs, if it is at hand. How the kernel's work is split
-    depends on the shapes alone, so a captured CUDA graph fits any lengths.
+    -> [n, h, d]. `mask` is attention_mask(length, h, h_kv), which the twin needs, if it is at hand. How the kernel's
+    work is split depends on the shapes alone, so a captured CUDA graph fits any lengths.
     """
     if not use_kernels(q):
         return attend_torch(q, keys, values, length, scale, mask)
-    (n, h, d), (_, kv_heads, L, _) = q.shape, keys.shape
+    (n, h, d), (_, L, kv_heads, _) = q.shape, keys.shape
     if splits is None:
         splits = max(1, min(triton.cdiv(PROGRAMS, n * kv_heads), triton.cdiv(L, 4 * KEYS_PER_BLOCK)))
     parts = torch.empty(n, h, splits, d, device=q.device)
     lse = torch.empty(n, h, splits, device=q.device)
     g, width = h // kv_heads, triton.next_power_of_2(d)
     attend_kernel[(n, kv_heads, splits)](
-        q, keys, values, length, parts, lse, scale, q.stride(0), keys.stride(0), keys.stride(1), splits,
+        q, keys, values, length, parts, lse, scale, q.stride(0), keys.stride(0), splits, KV_HEADS=kv_heads,
         G=g, ROWS=max(16, triton.next_power_of_2(g)), D=d, WIDTH=width, BLOCK=KEYS_PER_BLOCK, UPCAST=UPCAST,
         num_warps=4, num_stages=3,
     )  # fmt: skip

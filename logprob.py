@@ -153,7 +153,7 @@ def _accumulate(d_weight: Tensor, d_logits: Tensor, hidden: Tensor) -> None:
     if d_logits.dtype == torch.float32 or not d_logits.is_cuda:
         d_weight.addmm_(d_logits.float().T, hidden.float())
     else:
-        d_weight.copy_(torch.addmm(d_weight, d_logits.T, hidden, out_dtype=torch.float32))
+        torch.addmm(d_weight, d_logits.T, hidden, out_dtype=torch.float32, out=d_weight)
 
 
 def row_stats_torch(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -34,10 +34,14 @@ class _Sign(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """y = base(x) + s·B·A·x. `sign` = −1 makes a loss through this module *subtract* from the gradient of A and B.
+    """y = (W_base + s·B·A)·x + bias. `sign` = −1 makes a loss through this module *subtract* from the gradient of A and B.
 
     That minus is the one of eq. (8), λ(∇_w J_RL(θ,w) − ∇_w J_RL(θ̂,w)): the shadow's backward leaves θ̂ its
     own gradient and takes the same loss off w's. Gradients of activations and of the base keep their sign.
+
+    The weights are added, not the outputs. θ is trained in full, so the gradient G [out, in] of the sum is needed
+    anyway, and ∇_B = s·G·Aᵀ and ∇_A = s·Bᵀ·G follow from it without another pass over the tokens; and what is trained
+    is to the last bit what `merge_into` gives the sampler.
     """
 
     def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter, scale: float, sign: float = 1.0):
@@ -47,7 +51,7 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         A, B = _Sign.apply(self.lora_A, self.sign), _Sign.apply(self.lora_B, self.sign)
-        return self.base(x) + self.scale * F.linear(F.linear(x, A), B)
+        return F.linear(x, torch.addmm(self.base.weight, B, A, alpha=self.scale), self.base.bias)
 
     def merged_weight(self) -> Tensor:
         """W_base + s·B·A, [out, in], as a new tensor."""

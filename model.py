@@ -26,9 +26,8 @@ from logprob import head_loss, score, token_logprobs
 Row = tuple[list[int], list[int]]  # token ids of a prompt and of its response
 
 
-# how varlen_attn is asked for causal attention with fewer key-value heads: torch 2.12 changed it
-_OPTIONS = inspect.signature(varlen_attn).parameters
-CAUSAL = dict(window_size=(-1, 0), enable_gqa=True) if "enable_gqa" in _OPTIONS else dict(is_causal=True)
+# torch 2.12 began to ask for leave to have fewer key-value heads
+GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 class ModelError(ValueError):
@@ -124,7 +123,7 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segmen
     """
     if query.is_cuda and query.dtype != torch.float32:
         ends, longest = segments.starts, segments.longest
-        return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, **CAUSAL)
+        return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), **GQA)
     q, k, v = (segments.spread(x) for x in (query, key, value))
     return segments.gather(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
 

@@ -254,7 +254,7 @@ class Sampler:
                 lengths[b.owner[:n][ended]] = b.made[:n][ended]
                 hole = ended[:m].nonzero()[:, 0]
                 last = (~ended[m:]).nonzero()[:, 0] + m
-                cache.kv[:, hole] = cache.kv[:, last]
+                cache.kv[:, :, hole] = cache.kv[:, :, last]
                 for x in b.slots:
                     x[hole] = x[last]
                 b.owner[m:n], b.made[m:n] = N, K
@@ -303,8 +303,8 @@ class Sampler:
         first = n + G * torch.arange(len(prompts), device=self.model.device)  # slots n, n+G, n+2G, …
         logits = self.decoder.prefill(cache, prompts, first)
         longest = max(map(len, prompts))
-        group = cache.kv[:, n : n + G * len(prompts), :, :longest].unflatten(1, (len(prompts), G))
-        group[:, :, 1:] = group[:, :, :1]
+        group = cache.kv[:, :, n : n + G * len(prompts), :longest].unflatten(2, (len(prompts), G))
+        group[:, :, :, 1:] = group[:, :, :, :1]
         return logits
 
     def _completions(self, b: Samples, lengths: Tensor, G: int) -> list[list[Completion]]:

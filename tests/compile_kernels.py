@@ -26,7 +26,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuob
 F, B, I = "*fp32", "*bf16", "*i64"
 ROW = dict(V="i32", stride="i32", temperature="fp32")
 ATTEND = dict(Q=B, KEYS=B, VALUES=B, LENGTH=I, OUT=F, LSE=F, scale="fp32", q_stride="i32", slot_stride="i64",
-              head_stride="i32", SPLITS="i32")  # fmt: skip
+              SPLITS="i32")  # fmt: skip
 SCORE = dict(HIDDEN="tensordesc<bf16[128,64]>", WEIGHT="tensordesc<bf16[256,64]>", Y=I, MAX=F, SUM=F, SUM_Z=F,
              TARGET=F, N="i32", H="i32", V="i32", inverse_temperature="fp32")  # fmt: skip
 ROPE = dict(QKV=B, COS=F, SIN=F, NORMS=B, KV=B, CELLS=I, HEADS="i32", KV_HEADS="i32", eps="fp32")
@@ -42,8 +42,8 @@ KERNELS = [  # kernel, types of its arguments, constants, warps, pipeline stages
       for g, p in ((False, False), (False, True), (True, False))),
     *((decoder.rope_and_store_kernel, ROPE, dict(D=128, BLOCK=64, NORM=norm), 1, 3) for norm in (False, True)),
     (decoder.swiglu_kernel, dict(GATE_UP=B, OUT=B, width="i32"), dict(BLOCK=1024), 4, 3),
-    *((decoder.attend_kernel, ATTEND, dict(G=g, ROWS=16, D=d, WIDTH=w, BLOCK=64, UPCAST=False), 4, 3)
-      for g, d, w in ((8, 128, 128), (3, 128, 128), (4, 64, 64), (7, 80, 128))),
+    *((decoder.attend_kernel, ATTEND, dict(KV_HEADS=n, G=g, ROWS=16, D=d, WIDTH=w, BLOCK=64, UPCAST=False), 4, 3)
+      for n, g, d, w in ((2, 8, 128, 128), (8, 3, 128, 128), (8, 4, 64, 64), (2, 7, 80, 128))),
     *((decoder.attend_merge_kernel, dict(PARTS=F, LSE=F, OUT=B, SPLITS="i32"), dict(D=128, WIDTH=128, PADDED_SPLITS=n),
        4, 3) for n in (1, 8, 64)),
 ]  # fmt: skip

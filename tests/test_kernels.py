@@ -165,14 +165,15 @@ def test_a_row_that_is_not_finite_gets_a_log_prob_that_is_not(kernels, bad, temp
 def test_split_attention_equals_the_twin_and_fp64(kernels, h, kv_heads, d, splits):
     torch.manual_seed(d)
     n, L = 3, 200
-    shapes = (n, h, d), (5, kv_heads, L, d), (5, kv_heads, L, d)
+    shapes = (n, h, d), (5, L, kv_heads, d), (5, L, kv_heads, d)
     q, keys, values = (torch.randn(shape).to(DEVICE) for shape in shapes)
     length = torch.tensor([1, 130, 200], device=DEVICE)  # of eight splits, the first sequence leaves seven without work
     out = decoder.attend(q, keys, values, length, 0.3, splits=splits)
     twin = decoder.attend_torch(q, keys, values, length, 0.3)
     torch.testing.assert_close(out, twin, rtol=1e-5, atol=1e-5)
     for i in range(n):
-        k, v = (x[i, :, : length[i]].double().repeat_interleave(h // kv_heads, 0) for x in (keys, values))
+        k, v = (x[i, : length[i]].transpose(0, 1) for x in (keys, values))
+        k, v = (x.double().repeat_interleave(h // kv_heads, 0) for x in (k, v))
         p = (q[i, :, None].double() @ k.transpose(1, 2) * 0.3).softmax(-1)
         torch.testing.assert_close(out[i].double(), (p @ v)[:, 0], rtol=1e-5, atol=1e-5)
 
@@ -182,7 +183,7 @@ def test_split_attention_equals_the_twin_and_fp64(kernels, h, kv_heads, d, split
 def test_rotation_equals_transformers_and_files_keys_and_values(kernels, norms, d):
     torch.manual_seed(0)
     T, h, kv_heads, S, L = 4, 4, 2, 3, 10
-    qkv, kv = torch.randn(T, h + 2 * kv_heads, d).to(DEVICE), torch.zeros(S, 2 * kv_heads, L, d, device=DEVICE)
+    qkv, kv = torch.randn(T, h + 2 * kv_heads, d).to(DEVICE), torch.zeros(2, S, L, kv_heads, d, device=DEVICE)
     slot, position = torch.tensor([[0, 2, 2, 1], [3, 0, 9, 4]], device=DEVICE)
     angle = torch.rand(T, d // 2).repeat(1, 2).to(DEVICE)
     cos, sin = angle.cos()[:, None], angle.sin()[:, None]
@@ -199,7 +200,8 @@ def test_rotation_equals_transformers_and_files_keys_and_values(kernels, norms, 
         found = function(qkv.clone(), cos, signed, head_norms, 1e-6, kv, cells)
         for ours, theirs in zip(found, expected, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
-        torch.testing.assert_close(kv[slot, :, position], torch.cat(expected[1:], 1), rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(kv[:, slot, position], expected[1:], strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
         assert (kv != 0).any(-1).sum() == T * 2 * kv_heads, "nothing else is written"
 
 
@@ -289,7 +291,7 @@ def test_logits_beyond_element_2_to_the_31_are_found(kernels):
 
 
 def test_keys_beyond_element_2_to_the_31_are_found(kernels):
-    q, near = torch.randn(2, 2, 16).to(DEVICE), torch.randn(2, 1, 70, 16).to(DEVICE)
+    q, near = torch.randn(2, 2, 16).to(DEVICE), torch.randn(2, 70, 1, 16).to(DEVICE)
     far = far_apart(near)
     length = torch.tensor([70, 33], device=DEVICE)
     expected = decoder.attend_torch(q, near, near, length, 0.25)
