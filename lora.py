@@ -34,7 +34,7 @@ class _Sign(torch.autograd.Function):
 
 
 class LoRALinear(nn.Module):
-    """y = (W_base + s·B·A)·x + bias. `sign` = −1 makes a loss through this module *subtract* from the gradient of A and B.
+    """y = (W_base + s·B·A)·x + bias. With `sign` = −1 a loss through it *subtracts* from the gradient of A and B.
 
     That minus is the one of eq. (8), λ(∇_w J_RL(θ,w) − ∇_w J_RL(θ̂,w)): the shadow's backward leaves θ̂ its
     own gradient and takes the same loss off w's. Gradients of activations and of the base keep their sign.
@@ -50,12 +50,13 @@ class LoRALinear(nn.Module):
         self.scale, self.sign = scale, sign
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
-        A, B = _Sign.apply(self.lora_A, self.sign), _Sign.apply(self.lora_B, self.sign)
-        return F.linear(x, torch.addmm(self.base.weight, B, A, alpha=self.scale), self.base.bias)
+        return F.linear(x, self.merged_weight(), self.base.bias)
 
     def merged_weight(self) -> Tensor:
-        """W_base + s·B·A, [out, in], as a new tensor."""
-        return self.base.weight + self.scale * (self.lora_B @ self.lora_A)
+        """W_base + s·B·A, [out, in], as a new tensor; formed in the weights' own precision, whatever autocast says."""
+        A, B = _Sign.apply(self.lora_A, self.sign), _Sign.apply(self.lora_B, self.sign)
+        with torch.autocast(A.device.type, enabled=False):
+            return torch.addmm(self.base.weight, B, A, alpha=self.scale)
 
 
 def create(model: nn.Module, targets: list[str], rank: int, seed: int) -> Adapter:
