@@ -2,8 +2,9 @@
 
     python bench/decode.py [--quick] [--out FILE.jsonl]
 
-Without a GPU, and first with one too: 256 rollouts of 48 tokens of the built-in model. The paths are run in turn, five
-times; "x generate" is the best of a path over the best of transformers' `generate` in the same run.
+Without a GPU, and first with one too: 256 rollouts of 48 tokens of the built-in model, and as many that may end before,
+as they do in training. Only tokens up to the end count. The paths are run in turn, five times; "x generate" is the best
+of a path over the best of transformers' `generate` in the same run.
 
 With a GPU, models of real sizes with random weights, whose sequences never stop by themselves:
 
@@ -55,15 +56,16 @@ def seconds(run) -> float:
 # The built-in model
 
 
-def built_in(quick: bool) -> list[dict]:
+def built_in(quick: bool, may_end: bool) -> list[dict]:
     prompts, group, tokens, name = (4, 4, 16, "arithmetic-smoke") if quick else (32, 8, 48, "arithmetic-laptop")
     model, tokenizer = load(str(toy.build_base(name)))
     plain, _ = load(str(toy.build_base(name)))
     plain.set_attn_implementation("sdpa")
     encoded = [tasks.encode_prompt(tokenizer, p.question, "") for p in toy.evaluation(prompts)[:prompts]]
-    ours = Sampler(model, [len(tokenizer)], slots=prompts * group)  # no such token: nothing stops
+    stop, pad = tokenizer.eos_token_id if may_end else len(tokenizer), tokenizer.unk_token_id  # no such id: no end
+    ours = Sampler(model, [stop], slots=prompts * group)
     width = max(map(len, encoded))
-    padded = [[0] * (width - len(p)) + p for p in encoded for _ in range(group)]  # on the left, as generate asks
+    padded = [[pad] * (width - len(p)) + p for p in encoded for _ in range(group)]  # on the left, as generate asks
     ids = torch.tensor(padded, device=DEVICE)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in encoded for _ in range(group)], device=DEVICE)
 
@@ -71,8 +73,9 @@ def built_in(quick: bool) -> list[dict]:
         return sum(len(generate_naive(ours, encoded[0], (0, 0, i), tokens, 1.0).ids) for i in range(group))
 
     def generate(**options) -> int:
-        limits = dict(max_new_tokens=tokens, min_new_tokens=tokens, pad_token_id=0)
-        return plain.generate(ids, attention_mask=mask, do_sample=True, top_k=0, **limits, **options)[:, width:].numel()
+        limits = dict(max_new_tokens=tokens, eos_token_id=stop, pad_token_id=pad)
+        out = plain.generate(ids, attention_mask=mask, do_sample=True, top_k=0, **limits, **options)[:, width:]
+        return int((out != pad).sum()) if may_end else out.numel()
 
     def sample() -> int:
         keys = [(0, i) for i in range(prompts)]
@@ -91,8 +94,9 @@ def built_in(quick: bool) -> list[dict]:
             start = time.perf_counter()
             speeds[path].append(run() / (time.perf_counter() - start))
     return [
-        {"model": name, "rollouts": prompts * group, "tokens": tokens, "path": path, "best tokens/s": max(speed),
-         "median tokens/s": sorted(speed)[2], "x generate": max(speed) / max(speeds["generate"])}
+        {"model": name, "rollouts": prompts * group, "tokens": f"up to {tokens}" if may_end else tokens, "path": path,
+         "best tokens/s": max(speed), "median tokens/s": sorted(speed)[2],
+         "x generate": max(speed) / max(speeds["generate"])}
         for path, speed in speeds.items()
     ]  # fmt: skip
 
@@ -315,7 +319,8 @@ def real_sizes(out, names, shapes, peer_shape: tuple[int, int], steps: int, limi
 
 def main() -> None:
     args = arguments(__doc__.splitlines()[0])
-    report(built_in(args.quick), args.out)
+    for may_end in (False, True):
+        report(built_in(args.quick, may_end), args.out)
     if DEVICE.type == "cuda":
         if args.quick:
             real_sizes(args.out, ["tiny"], [(16, 64)], (16, 64), steps=16, limit=64)
