@@ -308,10 +308,11 @@ class Sampler:
         return logits
 
     def _completions(self, b: Samples, lengths: Tensor, G: int) -> list[list[Completion]]:
-        rows = []
-        for row, logp, k in zip(b.ids.tolist(), b.logps.tolist(), lengths.tolist()[:-1], strict=False):
-            reason = "stop" if row[k - 1] in self.stop else "length"
-            rows.append(Completion(row[:k], logp[:k], reason))
+        ids, logps, rows = b.ids.cpu(), b.logps.cpu(), []
+        for sample, k in enumerate(lengths[:-1].tolist()):
+            tokens = ids[sample, :k].tolist()
+            reason = "stop" if tokens[-1] in self.stop else "length"
+            rows.append(Completion(tokens, logps[sample, :k].tolist(), reason))
         return [rows[i : i + G] for i in range(0, len(rows), G)]
 
 

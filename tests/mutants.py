@@ -26,7 +26,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("grpo.py", "ratio.detach().clamp(max=cap) * advantage * logp", "ratio.clamp(max=cap) * advantage * logp"),
     ("logprob.py", "z = logits / temperature  # [C, V]", "z = logits"),
     ("logprob.py", "logp = logits / temperature - lse[:, None]", "logp = logits - lse[:, None]"),
-    ("logprob.py", "- g_entropy[:, None] * p * (logp + entropy[:, None])", ""),
+    ("logprob.py", "- g_entropy[:, None] * p * (logp + entropy[:, None])", "- 0.0"),
     ("logprob.py", "d.scatter_add_(1, targets[:, None], g_logp[:, None])", "pass"),
     ("logprob.py", "return (d / temperature).to(dtype)", "return d.to(dtype)"),
     ("logprob.py", "return d_hidden.mul_(grad),", "return d_hidden,"),
