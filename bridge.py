@@ -50,6 +50,7 @@ from model import (
     load,
     micro_batches,
     offsets,
+    pads,
     pick_device,
     response_loss,
     response_scores,
@@ -231,7 +232,7 @@ def rl_backward(
         parts.append({"logp": logp.detach(), "entropy": entropy.detach(), **terms})
         return loss
 
-    for batch in micro_batches(rollouts.rows, s.tokens_per_micro_batch):
+    for batch in micro_batches(rollouts.rows, s.tokens_per_micro_batch, pads(pick_device(), dtype)):
         rows, ref = rollouts.rows[batch.start : batch.stop], None
         if reference is not None:
             ref, _ = response_scores(reference, rows, s.temperature, dtype)
@@ -244,10 +245,10 @@ def rl_backward(
 
 def sft_backward(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> float:
     """Adds weight·∇L_SFT to .grad, L_SFT = −mean log π over all response tokens; returns L_SFT in nats per token."""
-    count, total = sum(len(response) for _, response in demonstrations), 0.0
-    for batch in micro_batches(demonstrations, s.tokens_per_micro_batch):
+    count, total, dtype = sum(len(response) for _, response in demonstrations), 0.0, getattr(torch, s.dtype)
+    for batch in micro_batches(demonstrations, s.tokens_per_micro_batch, pads(pick_device(), dtype)):
         rows = demonstrations[batch.start : batch.stop]
-        loss = response_loss(model, rows, lambda logp, *_: -logp.sum() / count, 1.0, getattr(torch, s.dtype))
+        loss = response_loss(model, rows, lambda logp, *_: -logp.sum() / count, 1.0, dtype)
         (weight * loss).backward()
         total += loss.item()
     return total

@@ -63,7 +63,8 @@ class Settings:
     max_new_tokens: int = opt(80, "tokens of a completion; longer demonstrations are dropped (paper: 3000)")
     temperature: float = opt(1.0, "of sampling and of log-probs, > 0 (paper: unknown, SimpleRL 1.0)")
     tokens_per_micro_batch: int = opt(
-        16384, "tokens per forward and backward, padding in attention counted; changes memory, not the result"
+        16384,
+        "tokens per forward and backward, padding counted where attention pads; changes memory, not the result",
     )
     checkpoint_layers: int = opt(
         0,

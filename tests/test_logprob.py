@@ -11,6 +11,7 @@ from conftest import VOCABULARY, rows, tiny_model
 from transformers import AutoModelForCausalLM
 
 import logprob
+import model
 from grpo import grpo_loss
 from model import ModelError, checkpoint_layers, micro_batches, offsets, pack, packed_attention, response_logprobs
 
@@ -136,6 +137,25 @@ def test_micro_batches_cover_every_row_once_within_the_budget():
     assert all(len(r) * max(len(p) + len(a) for p, a in (batch[i] for i in r)) <= 30 or len(r) == 1 for r in ranges)
     assert len(ranges) > 3
     assert len(micro_batches(batch, 1)) == 20
+    unpadded = micro_batches(batch, 30, padded=False)
+    assert [i for r in unpadded for i in r] == list(range(20))
+    assert all(sum(len(p) + len(a) for p, a in (batch[i] for i in r)) <= 30 for r in unpadded)
+    assert len(unpadded) < len(ranges)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama"])
+def test_under_autocast_attention_gets_bf16_only_and_the_residual_stream_is_bf16(family, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        model,
+        "causal_attention",
+        lambda q, k, v, *rest: seen.extend((q.dtype, k.dtype, v.dtype)) or torch.zeros_like(q),
+    )
+    policy = tiny_model(family)
+    policy.model.layers[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
+    response_logprobs(policy, rows(2), 1.0, torch.bfloat16)
+    assert len(seen) == 7
+    assert set(seen) == {torch.bfloat16}
 
 
 # ---- the training head

@@ -36,7 +36,18 @@ def test_every_flag_named_in_the_readme_exists():
 
     known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
     known |= set(re.findall(r'add\("(--[a-z-]+)"', (ROOT / "evaluate.py").read_text()))
-    known |= {"--nproc-per-node", "--method", "--resume", "--help", "--out", "--preset", "--seeds", "--keep", "--table"}
+    known |= {
+        "--nproc-per-node",
+        "--method",
+        "--resume",
+        "--help",
+        "--out",
+        "--preset",
+        "--seeds",
+        "--keep",
+        "--table",
+        "--quick",
+    }
     assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
 
 
