@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logprob import UPCAST, jit, project, tl, triton, use_kernels
-from model import ModelError, causal_attention, hidden_states, pack, refuse_other_attention
+from model import ModelError, causal_attention, pack, refuse_other_attention
 
 
 @dataclass
@@ -74,7 +74,9 @@ class Decoder:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         """Raises ModelError if the model is not built like Llama, Qwen2 or Qwen3, or computes anything else."""
-        self.model = copy.deepcopy(model).to(dtype).requires_grad_(False).eval()
+        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        for p in self.model.parameters():
+            p.data = p.data.to(dtype)  # not .to(dtype) of the model: the frequencies of its rotations must stay fp32
         self.model.set_attn_implementation("packed")
         c = model.config
         self.kv_heads = c.num_key_value_heads
@@ -150,18 +152,17 @@ class Decoder:
 
     @torch.inference_mode()
     def _compare_with_transformers(self) -> None:
-        """Raises ModelError unless prefill's and decode's hidden states are those of transformers' own modules."""
+        """Raises ModelError unless prefill and decode give the logits of transformers' own modules."""
         device, V = self.model.device, self.model.config.vocab_size
         ids = [(7 * i + 1) % V for i in range(9)]
-        expected = hidden_states(self.model, pack([ids], device))[-2:]  # of the last two tokens
-        cache = self.new_cache(1, len(ids))
-        slot = torch.zeros(1, dtype=torch.long, device=device)
-        found = torch.cat([
-            self.prefill(cache, [ids[:-1]], slot), self.decode(cache, slot + ids[-1], slot + len(ids) - 1)
-        ])  # fmt: skip
-        expected = project(expected, self.head)
+        packed = pack([ids], device)
+        where = dict(position_ids=packed.positions, segments=packed.segments, use_cache=False)
+        expected = self.model(input_ids=packed.ids, **where).logits[0, -2:].float()  # after the last two tokens
+        cache, slot = self.new_cache(1, len(ids)), torch.zeros(1, dtype=torch.long, device=device)
+        before = self.prefill(cache, [ids[:-1]], slot)
+        found = torch.cat([before, self.decode(cache, slot + ids[-1], slot + len(ids) - 1)])
         error = ((found - expected).norm() / expected.norm()).item()
-        if not error < (0.1 if self.model.dtype != torch.float32 else 1e-3):
+        if not error < (1e-3 if self.model.dtype == torch.float32 else 0.1):
             raise ModelError(
                 f"decoder.py's logits differ from transformers' by {error:.0%}: {type(self.model).__name__} has "
                 "something that Llama, Qwen2 and Qwen3 have not"

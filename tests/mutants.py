@@ -40,6 +40,8 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("logprob.py", "cell = token.to(tl.int64) * word_tiles + word_tile", "cell = token.to(tl.int64) + word_tile"),
     ("logprob.py", "return (target.sum(1) - lse).clamp(max=0.0)", "return target.sum(1) - m[:, 0]"),
     ("decoder.py", "scale=a.scaling", "scale=1.0"),
+    ("decoder.py", "p.data = p.data.to(dtype)", "self.model.to(dtype)"),
+    ("decoder.py", "self._compare_with_transformers()", "pass"),
     ("decoder.py", "p.data = part", "pass"),
     ("decoder.py", "x += linear.bias", "pass"),
     ("decoder.py", "sin[..., : self.head_dim // 2] *= -1", "pass"),

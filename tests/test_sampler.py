@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import VOCABULARY, tiny_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora
-from model import response_logprobs
+from model import ModelError, response_logprobs
 from sampler import Sampler, choose, generate_naive, uniforms
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [12, 30, 2, 2]]
@@ -176,3 +177,42 @@ def test_logits_that_are_not_finite_are_reported(bad, temperature):
     sampler.model.model.norm.weight.fill_(bad)
     with pytest.raises(FloatingPointError, match="not finite"):
         sampler.generate(PROMPTS, KEYS, 1, 4, temperature)
+
+
+def test_a_bf16_sampler_rotates_by_fp32_frequencies():
+    """bf16 frequencies would be wrong by 2⁻⁹, and at position 1,000 so would be angles, by a radian and more."""
+    exact, rounded = (Sampler(tiny_model(), STOP, dtype=dtype).decoder for dtype in (torch.float32, torch.bfloat16))
+    assert rounded.head.dtype == torch.bfloat16
+    assert torch.equal(rounded.new_cache(1, 100).cos, exact.new_cache(1, 100).cos)
+
+
+def test_weights_that_share_an_input_are_one_matrix_and_stay_so_when_refreshed():
+    policy, decoder = tiny_model(seed=1), Sampler(tiny_model(), STOP).decoder
+    before = decoder.layers[0].qkv.clone()
+    lora.merge_into(decoder.model, policy)
+    attention = policy.model.layers[0].self_attn
+    parts = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    assert torch.equal(decoder.layers[0].qkv, torch.cat(parts))
+    assert not torch.equal(decoder.layers[0].qkv, before)
+
+
+@pytest.mark.parametrize(("family", "options", "why"), [
+    ("granite", dict(residual_multiplier=0.5), "differ from transformers' by"),
+    ("granite", dict(logits_scaling=3.0), "differ from transformers' by"),
+    ("phi3", dict(pad_token_id=0), "is not built like Llama, Qwen2 or Qwen3"),
+    ("gemma", {}, "is not built like Llama, Qwen2 or Qwen3"),
+    ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "rope type 'dynamic'"),
+])  # fmt: skip
+def test_a_model_the_decoder_would_compute_wrongly_is_refused(family, options, why):
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **options)).eval()
+    with pytest.raises(ModelError, match=why):
+        Sampler(model, STOP)
+
+
+def test_attention_that_does_not_see_all_positions_is_refused_before_generating():
+    sampler = Sampler(tiny_model(), STOP)
+    sampler.model.model.layers[1].self_attn.sliding_window = 10
+    with pytest.raises(ModelError, match="a window of 10 tokens"):
+        sampler.generate(PROMPTS, KEYS, 1, 16, 1.0)
