@@ -269,20 +269,21 @@ def test_running_on_beyond_the_end_in_graphs_with_unused_slots_changes_no_comple
 
 
 def far_apart(near):
-    """The same values in a tensor whose rows lie 2³¹ + 64 elements apart, in memory of which only they are touched."""
-    stride = 2**31 + 64
+    """The same three rows 2³⁰ + 64 elements apart, in memory of which only they are touched: a stride that is an int32
+    like any, while twice the stride is not."""
+    stride = 2**30 + 64
     try:
-        memory = torch.empty((len(near) - 1) * stride + near[0].numel(), device=DEVICE)
+        memory = torch.empty(2 * stride + near[0].numel(), device=DEVICE)
     except RuntimeError as error:
         pytest.skip(f"no address space for 2³¹ elements: {error}")
     return memory.as_strided(near.shape, (stride, *near.stride()[1:])).copy_(near)
 
 
 def test_logits_beyond_element_2_to_the_31_are_found(kernels):
-    near, u = sampling_logits(2, 50)
+    near, u = sampling_logits(3, 50)
     near[near.isinf()] = -5.0
     far = far_apart(near)
-    targets, g = torch.tensor([3, 4], device=DEVICE), torch.randn(2).to(DEVICE)
+    targets, g = torch.tensor([3, 4, 5], device=DEVICE), torch.randn(3).to(DEVICE)
     stats = logprob.row_stats(far, targets, 1.0)
     for found, expected in zip(stats, logprob.row_stats_torch(near, targets, 1.0), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
@@ -294,9 +295,9 @@ def test_logits_beyond_element_2_to_the_31_are_found(kernels):
 
 
 def test_keys_beyond_element_2_to_the_31_are_found(kernels):
-    q, near = torch.randn(2, 2, 16).to(DEVICE), torch.randn(2, 70, 1, 16).to(DEVICE)
+    q, near = torch.randn(3, 2, 16).to(DEVICE), torch.randn(3, 70, 1, 16).to(DEVICE)
     far = far_apart(near)
-    length = torch.tensor([70, 33], device=DEVICE)
+    length = torch.tensor([70, 33, 50], device=DEVICE)
     expected = decoder.attend_torch(q, near, near, length, 0.25)
     torch.testing.assert_close(decoder.attend(q, far, far, length, 0.25), expected, rtol=1e-5, atol=1e-5)
 
