@@ -20,7 +20,15 @@ import transformers
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # the project's own modules
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-FAILURES = (ImportError, RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError, TimeoutError)
+FAILURES = (
+    ImportError, RuntimeError, NotImplementedError, AttributeError, TypeError, ValueError, TimeoutError, AssertionError,
+)  # fmt: skip
+try:  # of a peer's kernel that does not compile, or wants more shared memory than there is
+    from triton.errors import TritonError
+
+    FAILURES += (TritonError,)
+except ImportError:
+    pass
 
 
 def arguments(description: str) -> argparse.Namespace:
