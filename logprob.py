@@ -98,7 +98,7 @@ def head_loss(
 
     `tokens` is the slice of [0, N) that a chunk covers; loss_fn returns a scalar that depends on these tokens only.
     That is what allows the gradient to be taken in the forward pass: ∂L/∂logp and ∂L/∂entropy of a chunk are known as
-    soon as its logits are, so the logits are used once and overwritten. Equals
+    soon as its logits are, so they are used once and thrown away. Equals
     loss_fn(*token_logprobs(hidden, weight, targets, temperature), slice(0, N)), which a test holds it to.
 
     The head's weight is rounded to hidden's dtype, as the sampler does; its gradient is summed over chunks in fp32.

@@ -129,10 +129,11 @@ def main() -> None:
             (copy / file).write_text(source.replace(line, broken))
             tests = [f"tests/{name}" for name in FAST]
             command = [sys.executable, "-m", "pytest", "-q", "-x", "--tb=no", "-p", "no:cacheprovider", *tests]
-            said = subprocess.run(command, cwd=copy, capture_output=True, text=True).stdout
-        killer = re.search(r"FAILED \S+::(\w+)", said)
-        survivors += killer is None
-        verdict = f"killed by {killer[1]}" if killer else "SURVIVED"
+            finished = subprocess.run(command, cwd=copy, capture_output=True, text=True)
+        killer = re.search(r"FAILED \S+::(\w+)", finished.stdout)
+        survived = finished.returncode == 0
+        survivors += survived
+        verdict = "SURVIVED" if survived else f"killed by {killer[1]}" if killer else "killed by a crash of the tests"
         print(f"{file}: {line.splitlines()[0]}\n    -> {broken.splitlines()[0]}\n    {verdict}", flush=True)
     print(f"{len(mutants) - survivors} of {len(mutants)} mutants killed")
     sys.exit(survivors > 0)
