@@ -179,6 +179,20 @@ def test_logits_that_are_not_finite_are_reported(bad, temperature):
         sampler.generate(PROMPTS, KEYS, 1, 4, temperature)
 
 
+def test_biases_of_all_linears_are_added():
+    config = AutoConfig.for_model(
+        "llama", vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64, attention_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(p)
+    sampler = Sampler(model, STOP)
+    for prompt, key, (completion,) in zip(PROMPTS, KEYS, sampler.generate(PROMPTS, KEYS, 1, 8, 1.0), strict=True):
+        assert generate_naive(sampler, prompt, (*key, 0), 8, 1.0).ids == completion.ids
+
+
 def test_a_bf16_sampler_rotates_by_fp32_frequencies():
     """bf16 frequencies would be wrong by 2⁻⁹, and at position 1,000 so would be angles, by a radian and more."""
     exact, rounded = (Sampler(tiny_model(), STOP, dtype=dtype).decoder for dtype in (torch.float32, torch.bfloat16))
