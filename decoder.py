@@ -374,7 +374,8 @@ def attend_merge_kernel(PARTS, LSE, OUT, SPLITS, D: tl.constexpr, WIDTH: tl.cons
     tl.store(OUT + cell * D + i, tl.sum(weight[:, None] * parts, 0).to(OUT.dtype.element_ty), mask=i < D)
 
 
-KEYS_PER_BLOCK = 64
+# keys at a time and warps, by the bytes of a number: as many as leave no register spilled
+BLOCKS = {2: dict(BLOCK=64, num_warps=4), 4: dict(BLOCK=32, num_warps=8)}
 PROGRAMS = 264  # two per multiprocessor of an H100 or H200
 
 
@@ -391,14 +392,14 @@ def attend(
         return attend_torch(q, keys, values, length, scale, mask)
     (n, h, d), (_, L, kv_heads, _) = q.shape, keys.shape
     if splits is None:
-        splits = max(1, min(triton.cdiv(PROGRAMS, n * kv_heads), triton.cdiv(L, 4 * KEYS_PER_BLOCK)))
+        splits = max(1, min(triton.cdiv(PROGRAMS, n * kv_heads), triton.cdiv(L, 256)))
     parts = torch.empty(n, h, splits, d, device=q.device)
     lse = torch.empty(n, h, splits, device=q.device)
     g, width = h // kv_heads, triton.next_power_of_2(d)
     attend_kernel[(n, kv_heads, splits)](
         q, keys, values, length, parts, lse, scale, q.stride(0), keys.stride(0), splits, KV_HEADS=kv_heads,
-        G=g, ROWS=max(16, triton.next_power_of_2(g)), D=d, WIDTH=width, BLOCK=KEYS_PER_BLOCK, UPCAST=UPCAST,
-        num_warps=4, num_stages=3,
+        G=g, ROWS=max(16, triton.next_power_of_2(g)), D=d, WIDTH=width, UPCAST=UPCAST, num_stages=3,
+        **BLOCKS[q.element_size()],
     )  # fmt: skip
     out = torch.empty(n, h, d, device=q.device, dtype=q.dtype)
     padded = triton.next_power_of_2(splits)

@@ -45,7 +45,7 @@ KERNELS = [  # kernel, types of its arguments, constants, warps, pipeline stages
     *((decoder.attend_kernel, ATTEND, dict(KV_HEADS=n, G=g, ROWS=16, D=d, WIDTH=w, BLOCK=64, UPCAST=False), 4, 3)
       for n, g, d, w in ((2, 8, 128, 128), (8, 3, 128, 128), (8, 4, 64, 64), (2, 7, 80, 128))),
     (decoder.attend_kernel, ATTEND | dict(Q=F, KEYS=F, VALUES=F),  # --dtype float32 on a GPU
-     dict(KV_HEADS=2, G=8, ROWS=16, D=128, WIDTH=128, BLOCK=64, UPCAST=False), 4, 3),
+     dict(KV_HEADS=2, G=8, ROWS=16, D=128, WIDTH=128, BLOCK=32, UPCAST=False), 8, 3),
     *((decoder.attend_merge_kernel, dict(PARTS=F, LSE=F, OUT=B, SPLITS="i32"), dict(D=128, WIDTH=128, PADDED_SPLITS=n),
        4, 3) for n in (1, 8, 64)),
 ]  # fmt: skip
