@@ -27,25 +27,29 @@ F, B, I = "*fp32", "*bf16", "*i64"
 ROW = dict(V="i32", stride="i32", temperature="fp32")
 ATTEND = dict(Q=B, KEYS=B, VALUES=B, LENGTH=I, OUT=F, LSE=F, scale="fp32", q_stride="i32", slot_stride="i64",
               SPLITS="i32")  # fmt: skip
-SCORE = dict(HIDDEN="tensordesc<bf16[128,64]>", WEIGHT="tensordesc<bf16[256,64]>", Y=I, MAX=F, SUM=F, SUM_Z=F,
+TILE = dict(TOKENS=logprob.TOKENS, WORDS=logprob.WORDS, DEPTH=logprob.DEPTH, GROUP=logprob.GROUP)
+SCORE = dict(HIDDEN="tensordesc<bf16[{TOKENS},{DEPTH}]>".format(**TILE),
+             WEIGHT="tensordesc<bf16[{WORDS},{DEPTH}]>".format(**TILE), Y=I, MAX=F, SUM=F, SUM_Z=F,
              TARGET=F, N="i32", H="i32", V="i32", inverse_temperature="fp32")  # fmt: skip
 ROPE = dict(QKV=B, COS=F, SIN=F, NORMS=B, KV=B, CELLS=I, HEADS="i32", KV_HEADS="i32", eps="fp32")
 GRAD = dict(Z=F, Y=I, LSE=F, ENTROPY=F, G_LOGP=F, G_ENTROPY=F, D=B, V="i32", z_stride="i32", d_stride="i32",
             temperature="fp32")  # fmt: skip
 CHOOSE = dict(Z=F, U="*fp64", TOKEN=I, LOGP=F, **ROW, top_p="fp32")
 
+HALF, FULL = decoder.BLOCKS[2], decoder.BLOCKS[4]  # of bf16 and fp32
 KERNELS = [  # kernel, types of its arguments, constants, warps, pipeline stages: as launched, for Qwen2.5-3B and others
     (logprob.row_stats_kernel, dict(Z=F, Y=I, LOGP=F, ENTROPY=F, LSE=F, **ROW), dict(BLOCK=4096), 8, 3),
     (logprob.row_gradients_kernel, GRAD, dict(BLOCK=4096), 8, 3),
-    (logprob.score_kernel, SCORE, dict(TOKENS=128, WORDS=256, DEPTH=64, GROUP=8, UPCAST=False), 8, 4),
+    (logprob.score_kernel, SCORE, dict(**TILE, UPCAST=False), 8, 4),
     *((sampler.choose_kernel, CHOOSE, dict(GREEDY=g, NUCLEUS=p, BLOCK=2048), 8, 3)
       for g, p in ((False, False), (False, True), (True, False))),
     *((decoder.rope_and_store_kernel, ROPE, dict(D=128, BLOCK=64, NORM=norm), 1, 3) for norm in (False, True)),
     (decoder.swiglu_kernel, dict(GATE_UP=B, OUT=B, width="i32"), dict(BLOCK=1024), 4, 3),
-    *((decoder.attend_kernel, ATTEND, dict(KV_HEADS=n, G=g, ROWS=16, D=d, WIDTH=w, BLOCK=64, UPCAST=False), 4, 3)
+    *((decoder.attend_kernel, ATTEND, dict(KV_HEADS=n, G=g, ROWS=16, D=d, WIDTH=w, BLOCK=HALF["BLOCK"], UPCAST=False),
+       HALF["num_warps"], 3)
       for n, g, d, w in ((2, 8, 128, 128), (8, 3, 128, 128), (8, 4, 64, 64), (2, 7, 80, 128))),
     (decoder.attend_kernel, ATTEND | dict(Q=F, KEYS=F, VALUES=F),  # --dtype float32 on a GPU
-     dict(KV_HEADS=2, G=8, ROWS=16, D=128, WIDTH=128, BLOCK=32, UPCAST=False), 8, 3),
+     dict(KV_HEADS=2, G=8, ROWS=16, D=128, WIDTH=128, BLOCK=FULL["BLOCK"], UPCAST=False), FULL["num_warps"], 3),
     *((decoder.attend_merge_kernel, dict(PARTS=F, LSE=F, OUT=B, SPLITS="i32"), dict(D=128, WIDTH=128, PADDED_SPLITS=n),
        4, 3) for n in (1, 8, 64)),
 ]  # fmt: skip

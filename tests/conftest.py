@@ -47,6 +47,12 @@ def rows(count: int, seed: int = 0, longest: int = 9):
     return [(ids(1, 6), ids(1, longest)) for _ in range(count)]
 
 
+def exact(hidden, weight, targets, temperature=1.0):
+    """logprob.token_logprobs in fp64."""
+    logp = (hidden.double() @ weight.double().T / temperature).log_softmax(-1)
+    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
 @pytest.fixture(params=CONFIGS)
 def any_model(request):
     return tiny_model(request.param)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import exact, tiny_model
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import decoder
@@ -30,6 +30,11 @@ DEVICE = "cuda" if GPU else "cpu"
 pytestmark = pytest.mark.skipif(not GPU and not logprob.UPCAST, reason="needs a GPU or TRITON_INTERPRET=1")
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9]]
 KEYS = [(0, i) for i in range(3)]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)  # what a test draws must not depend on the tests before it
 
 
 @pytest.fixture
@@ -46,12 +51,6 @@ def head_inputs(N, H, V, dtype=torch.float32):
     targets = torch.randint(0, V, (N,), generator=g)
     hidden = torch.randn(N, H, generator=g) * 0.5 + weight[targets] * (6.0 / H**0.5)
     return hidden.to(DEVICE, dtype), weight.to(DEVICE, dtype), targets.to(DEVICE)
-
-
-def exact(hidden, weight, targets, temperature=1.0):
-    """(logp, entropy) in fp64."""
-    logp = (hidden.double() @ weight.double().T / temperature).log_softmax(-1)
-    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
 # ---- logprob.py

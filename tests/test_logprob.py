@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, rows, tiny_model
+from conftest import VOCABULARY, exact, rows, tiny_model
 from transformers import AutoModelForCausalLM
 
 import logprob
@@ -181,12 +181,6 @@ def head_inputs(dtype=torch.float32, N=11, H=8):
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(N, H, generator=g) * 2, torch.randn(VOCABULARY, H, generator=g)
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), torch.arange(N) * 3
-
-
-def exact(hidden, weight, targets, temperature):
-    """token_logprobs in fp64."""
-    logp = (hidden.double() @ weight.double().T / temperature).log_softmax(-1)
-    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
 @pytest.mark.parametrize("loss_fn", [sft, grpo, entropy_bonus])
