@@ -112,14 +112,14 @@ class Decoder:
     def prefill(self, cache: Cache, prompts: list[list[int]], slots: Tensor) -> Tensor:
         """Runs whole prompts, prompt i into slot slots[i], and returns the logits of their next tokens, [P, V] fp32."""
         packed = pack(prompts, self.model.device)
-        lengths = torch.tensor([len(p) for p in prompts], device=self.model.device)
+        starts = packed.segments.starts.long()  # [P+1] with the end
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return causal_attention(q, k, v, packed.segments, self.layers[layer].scale)
 
-        slot = slots.repeat_interleave(lengths)  # [T]
+        slot = slots.repeat_interleave(starts.diff())  # [T]
         hidden = self.forward(cache, packed.ids[0], packed.positions[0], slot, attention)  # [T, H]
-        return project(hidden[lengths.cumsum(0) - 1], self.head)
+        return project(hidden[starts[1:] - 1], self.head)
 
     def decode(self, cache: Cache, ids: Tensor, position: Tensor) -> Tensor:
         """Feeds one token to each of the first n slots; ids, position [n] -> logits of the next tokens, [n, V] fp32."""

@@ -216,7 +216,7 @@ class Sampler:
         size = max(min(self.slots, N), G)
         cache = self.decoder.new_cache(size, max(map(len, prompts)) + K)
         b = self._samples(keys, size, G, K)
-        lengths = torch.zeros(N + 1, dtype=torch.long, device=self.model.device)
+        lengths = torch.zeros(N, dtype=torch.long, device=self.model.device)
 
         def emit(slots: slice, logits: Tensor) -> None:
             """The next token of each of n slots, from logits [n, V]."""
@@ -249,7 +249,7 @@ class Sampler:
             m = int(b.going[:n].sum())  # the host waits for the device
             if m < n:  # move the last active slots into the holes
                 if not b.check.isfinite():
-                    break
+                    raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
                 ended = b.going[:n] == 0
                 lengths[b.owner[:n][ended]] = b.made[:n][ended]
                 hole = ended[:m].nonzero()[:, 0]
@@ -262,8 +262,6 @@ class Sampler:
                 if progress:
                     progress(n - m)
                 n = m
-        if not b.check.isfinite():
-            raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
         return self._completions(b, lengths, G)
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
@@ -309,7 +307,7 @@ class Sampler:
 
     def _completions(self, b: Samples, lengths: Tensor, G: int) -> list[list[Completion]]:
         ids, logps, rows = b.ids.cpu(), b.logps.cpu(), []
-        for sample, k in enumerate(lengths[:-1].tolist()):
+        for sample, k in enumerate(lengths.tolist()):
             tokens = ids[sample, :k].tolist()
             reason = "stop" if tokens[-1] in self.stop else "length"
             rows.append(Completion(tokens, logps[sample, :k].tolist(), reason))

@@ -146,19 +146,23 @@ def implementations(mode: str, chunks: list[int], compiled: bool) -> dict:
     return ours | {"definition": definition} | peers
 
 
+def call(function, mode: str, hidden, weight, targets) -> tuple:
+    """(hidden, weight, logp), with the gradients that the mode asks for in .grad."""
+    if mode == "score":
+        with torch.no_grad():
+            return hidden, weight, function(hidden, weight, targets)[1]
+    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_(mode == "trained")
+    loss, logp = function(h, w, targets)
+    loss.backward()
+    return h, w, logp
+
+
 def runner(function, sets: list, mode: str):
     """A call that goes on to the next set of inputs each time; gradients are thrown away."""
     turn = iter(range(10**9))
 
     def run():
-        h, w, y = sets[next(turn) % len(sets)]
-        if mode == "score":
-            with torch.no_grad():
-                return function(h, w, y)
-        h, w = h.detach().requires_grad_(), w.detach().requires_grad_(mode == "trained")
-        loss, _ = function(h, w, y)
-        loss.backward()
-        return None
+        call(function, mode, *sets[next(turn) % len(sets)])
 
     return run
 
@@ -169,13 +173,8 @@ def errors(function, mode: str, hidden, weight, targets) -> dict:
     h64, w64 = h.double().requires_grad_(), weight.double().requires_grad_(mode == "trained")
     exact = (h64 @ w64.T).log_softmax(-1).gather(-1, y[:, None])[:, 0]
     out: dict = {}
-    if mode == "score":
-        with torch.no_grad():
-            _, logp = function(h, weight, y)
-    else:
-        h, w = h.detach().requires_grad_(), weight.detach().requires_grad_(mode == "trained")
-        loss, logp = function(h, w, y)
-        loss.backward()
+    h, w, logp = call(function, mode, h, weight, y)
+    if mode != "score":
         (-exact.sum()).backward()
         out["dH error"] = ((h.grad.double() - h64.grad).norm() / h64.grad.norm()).item()
         if mode == "trained":

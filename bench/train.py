@@ -17,11 +17,10 @@ response tokens reach the vocabulary head. Gradients are added to those that are
 """
 
 import random
-import time
 from functools import partial
 
 import torch
-from measure import DEVICE, arguments, attempt, ceilings, write
+from measure import DEVICE, arguments, attempt, ceilings, time_ms, write
 from random_models import build, head_size, matmul_parameters
 from torch import nn
 
@@ -29,19 +28,10 @@ import toy
 from logprob import head_loss, token_logprobs
 from model import Row, checkpoint_layers, load, response_logprobs, response_loss
 
-REPEATS = 5
 
-
-def milliseconds(run, repeats: int = REPEATS) -> float:
-    """Median time of a call, after one to warm up."""
-    times = []
-    for _ in range(1 + repeats):
-        start = time.perf_counter()
-        run()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    return sorted(times[1:])[repeats // 2]
+def milliseconds(run) -> float:
+    """Median of a few calls, which are long."""
+    return time_ms(run, seconds=0, least=5)[1]
 
 
 def random_rows(vocabulary: int, tokens: int, prompt: int, response: int, spread: float) -> list[Row]:
@@ -64,12 +54,6 @@ def flops(model: nn.Module, rows: list[Row], recomputed: int, definition: bool) 
     body = 2 * (matmul_parameters(model) - head) * sum(lengths) + attention  # forward
     top = 2 * head * sum(len(r) for _, r in rows)
     return 3 * (body + top), 3 * (body + top) + body * recomputed / layers + top * definition
-
-
-def recompute(model: nn.Module, count: int) -> None:
-    for layer in model.model.layers:
-        layer.gradient_checkpointing = False
-    checkpoint_layers(model, count)
 
 
 def compile_layers(model: nn.Module) -> None:
@@ -95,7 +79,7 @@ def head_milliseconds(model: nn.Module, count: int, dtype: torch.dtype, loss_fn,
 def measure(
     model: nn.Module, name: str, rows: list[Row], dtype: torch.dtype, definition: bool, recomputed: int, compiled: bool
 ) -> dict:
-    recompute(model, recomputed)
+    checkpoint_layers(model, recomputed)
     tokens, responses = sum(len(p) + len(r) - 1 for p, r in rows), sum(len(r) for _, r in rows)
     weights = torch.randn(responses, generator=torch.Generator().manual_seed(0)).to(DEVICE) / responses
 

@@ -56,7 +56,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("decoder.py", "weight = weight / tl.sum(weight, 0)", "weight = weight"),
     ("model.py", "(x[0].transpose(0, 1).to(value.dtype) for", "(x[0].transpose(0, 1) for"),
     ("model.py", "inputs_embeds=embedded.to(dtype or embedded.dtype)", "inputs_embeds=embedded"),
-    ("model.py", "model.model.layers[:count]", "model.model.layers"),
+    ("model.py", "layer.training = i < count", "layer.training = True"),
     ("model.py", "predicts = [i >= len(p) - 1", "predicts = [i >= len(p)"),
     ("model.py", "torch.arange(int(lengths.sum())) - start", "torch.arange(int(lengths.sum()))"),
     ("lora.py", "return ctx.sign * grad, None", "return grad, None"),
