@@ -10,6 +10,9 @@ gain J_RL(θ,w) − J_RL(θ̂,w). One iteration k, every gradient taken at itera
     5   θ̂ ← θ̂ + α ∇_θ̂ J_RL(θ̂,w)                                                                         (9)
     6   w ← w + β[(1−λ)∇_w J_SFT + λ(∇_w J_RL(θ,w) − ∇_w J_RL(θ̂,w))]                                     (8)
 
+On several ranks each samples for its share of the prompts and takes its share of every gradient; rollouts, gradients and
+statistics are those of the whole batch on all of them (`parallel.py`).
+
 The code minimises L = −J. The other methods (--method) are the same loop with other coefficients: see `updates`.
 
 Shapes: P prompts, G samples of each, N = P·G sequences, T response tokens of all of them, end to end.
@@ -38,6 +41,7 @@ from tqdm import tqdm
 import checkpoint
 import grpo
 import lora
+import parallel
 import plot
 import rewards
 import tasks
@@ -61,6 +65,7 @@ from scores import table
 from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse
 
 MAX_SKIPPED = 5  # updates with a non-finite loss or gradient, no clean step between them, before the run stops
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 MAX_LOGP_GAP = 0.1  # nats per token between sampler and trainer, on the same weights, before the run stops
 
 
@@ -114,7 +119,10 @@ class Policies:
 
 
 def make_policies(model: nn.Module, s: Settings) -> Policies:
-    """θ̂ starts as θ, and both wear the same w. Raises SettingError if lora_targets match no layer."""
+    """θ̂ starts as θ, and both wear the same w. Raises SettingError if lora_targets match no layer.
+
+    `model` may be on the CPU if it is to be sharded: then each rank's slices go to its device.
+    """
     checkpoint_layers(model, s.checkpoint_layers)
     shadow = copy.deepcopy(model) if s.method == "bridge" else None
     reference = copy.deepcopy(model).requires_grad_(False) if s.kl_coef > 0 else None
@@ -125,11 +133,15 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
         except ValueError as error:
             raise SettingError(str(error)) from error
         lora.attach(model, w, s.lora_alpha / s.lora_rank)
+    if shadow is not None:
+        lora.attach(shadow, w, s.lora_alpha / s.lora_rank, sign=-1.0)  # the minus of eq. (8)
+    if s.shard:
+        for m in filter(None, (model, shadow, reference)):
+            parallel.shard(m, w.values(), train=m is not reference)
     sets = {"theta": (lora.base_parameters(model).values(), s.alpha)}
     if w:
         sets["w"] = (w.values(), s.beta)
     if shadow is not None:
-        lora.attach(shadow, w, s.lora_alpha / s.lora_rank, sign=-1.0)  # the minus of eq. (8)
         sets["theta_hat"] = (lora.base_parameters(shadow).values(), s.alpha)
     adam = {n: torch.optim.AdamW(list(ps), lr=lr, weight_decay=0.0, fused=True) for n, (ps, lr) in sets.items()}
     return Policies(model, shadow, reference, w, adam)
@@ -137,7 +149,7 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
 
 @dataclass
 class Rollouts:
-    """Sampled completions and what GRPO needs of them."""
+    """Sampled completions and what GRPO needs of them: the whole batch, on every rank."""
 
     rows: list[Row]  # N
     reward: Tensor  # [P, G]
@@ -152,20 +164,22 @@ class Rollouts:
 def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
     """Draws prompts, samples G completions of each with the sampler's weights, and grades them.
 
-    With dynamic sampling, groups of equal rewards (which have no gradient) are replaced by groups of further prompts,
+    Every rank draws all prompts, samples for its share, and gets the groups of the others. With dynamic sampling, groups of equal rewards (which have no gradient) are replaced by groups of further prompts,
     as far as `dynamic_sampling` more batches provide them.
     """
     s, groups = run.s, []
     for _ in range(1 + s.dynamic_sampling):
-        draws = prompts.take(s.prompts_per_step)
+        draws = prompts.take(s.prompts_per_step)[parallel.rank() :: parallel.world()]
         problems = [run.task.problems[i] for _, i in draws]
         prompt_ids = [tasks.encode_prompt(run.tokenizer, p.question, run.task.instruction) for p in problems]
         keys = [(s.seed, step, draw) for draw, _ in draws]
         sampled = run.sampler.generate(prompt_ids, keys, s.group_size, s.max_new_tokens, s.temperature)
-        for problem, prompt, group in zip(problems, prompt_ids, sampled, strict=True):
+        mine = []
+        for (draw, _), problem, prompt, group in zip(draws, problems, prompt_ids, sampled, strict=True):
             responses = [run.tokenizer.decode(c.ids, skip_special_tokens=True) for c in group]
             reward = [rewards.score(rewards.is_correct(r, problem.answer)) for r in responses]
-            groups.append((problem, prompt, group, responses, reward))
+            mine.append((draw, (problem, prompt, group, responses, reward)))
+        groups += [group for _, group in sorted(parallel.gather(mine), key=lambda pair: pair[0])]  # as drawn
         if sum(map(is_live, groups)) >= s.prompts_per_step:
             break
     stats = sampling_statistics(groups)
@@ -215,12 +229,13 @@ def sampling_statistics(groups: list[tuple]) -> dict[str, float]:
 def rl_backward(
     model: nn.Module, rollouts: Rollouts, reference: nn.Module | None, s: Settings, truncate: float | None = None
 ) -> dict[str, Tensor]:
-    """Adds ∇L_RL to .grad, micro-batch by micro-batch; returns logp, entropy, ratio, cut and kl, each [T].
+    """Adds this rank's part of ∇L_RL to .grad, micro-batch by micro-batch.
 
-    The first call on fresh rollouts is made by the policy that sampled them: its log-probs become `old_logp`, so that
+    Returns logp, entropy, ratio, cut (0 or 1) and kl of all tokens, each [T], on every rank. The first call on fresh rollouts is made by the policy that sampled them: its log-probs become `old_logp`, so that
     one update per rollout needs no extra pass, and the ratio there is exactly 1.
     """
     parts, at, dtype = [], offsets(rollouts.rows), getattr(torch, s.dtype)
+    mine, batches = my_batches(rollouts.rows, s)
 
     def token_loss(first: int, ref_logp: Tensor | None, logp: Tensor, entropy: Tensor, tokens: slice) -> Tensor:
         """The loss of some tokens of a micro-batch whose response tokens begin at `first`."""
@@ -229,29 +244,45 @@ def rl_backward(
         ref = None if ref_logp is None else ref_logp[tokens]
         advantage, weight, clip = rollouts.advantage[here], rollouts.weight[here], (s.clip_low, s.clip_high)
         loss, terms = grpo.grpo_loss(logp, old, advantage, weight, clip, truncate, ref, s.kl_coef)
-        parts.append({"logp": logp.detach(), "entropy": entropy.detach(), **terms})
+        parts.append(torch.stack([logp.detach(), entropy.detach(), terms["ratio"], terms["cut"], terms["kl"]]))
         return loss
 
-    for batch in micro_batches(rollouts.rows, s.tokens_per_micro_batch, pads(pick_device(), dtype)):
+    for batch in batches:
         rows, ref = rollouts.rows[batch.start : batch.stop], None
         if reference is not None:
             ref, _ = response_scores(reference, rows, s.temperature, dtype)
         response_loss(model, rows, partial(token_loss, at[batch.start], ref), s.temperature, dtype).backward()
-    out = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    tokens = rollouts.weight.new_zeros(5, at[-1])
+    tokens[:, at[mine.start] : at[mine.stop]] = torch.cat([tokens[:, :0], *parts], 1)
+    parallel.add([tokens])
+    out = dict(zip(("logp", "entropy", "ratio", "cut", "kl"), tokens, strict=True))
     if rollouts.old_logp is None:
         rollouts.old_logp = out["logp"]
     return out
 
 
 def sft_backward(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> float:
-    """Adds weight·∇L_SFT to .grad, L_SFT = −mean log π over all response tokens; returns L_SFT in nats per token."""
-    count, total, dtype = sum(len(response) for _, response in demonstrations), 0.0, getattr(torch, s.dtype)
-    for batch in micro_batches(demonstrations, s.tokens_per_micro_batch, pads(pick_device(), dtype)):
+    """Adds this rank's part of weight·∇L_SFT to .grad, L_SFT = −mean log π over all response tokens.
+
+    Returns L_SFT in nats per token.
+    """
+    count, dtype = sum(len(response) for _, response in demonstrations), getattr(torch, s.dtype)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in my_batches(demonstrations, s)[1]:
         rows = demonstrations[batch.start : batch.stop]
         loss = response_loss(model, rows, lambda logp, *_: -logp.sum() / count, 1.0, dtype)
         (weight * loss).backward()
         total += loss.item()
-    return total
+    parallel.add([total])
+    return total.item()
+
+
+def my_batches(rows: list[Row], s: Settings) -> tuple[range, list[range]]:
+    """This rank's rows and their micro-batches, as many as every other rank has (the last ones may be empty)."""
+    mine = parallel.shares([len(prompt) + len(response) for prompt, response in rows], parallel.world())[parallel.rank()]
+    padded = pads(pick_device(), getattr(torch, s.dtype))
+    batches = micro_batches(rows[mine.start : mine.stop], s.tokens_per_micro_batch, padded) if mine else []
+    return mine, parallel.as_many([range(mine.start + b.start, mine.start + b.stop) for b in batches])
 
 
 def bilevel_gradients(
@@ -265,6 +296,8 @@ def bilevel_gradients(
     clock: "Clock",
 ) -> dict[str, float]:
     """Leaves the gradients of eqs. (7), (8) and (9), of losses, in the .grad of θ, w and θ̂; returns what to log.
+
+    The losses are linear in the batch, so each rank adds up its own part of everything, and the sum over ranks is last.
 
     `sft` and `rl` are (1−λ) and λ. `rollouts_hat` are θ̂'s rollouts: the same object as `rollouts` if they are shared.
     """
@@ -284,18 +317,19 @@ def bilevel_gradients(
                 for p, joint_grad in zip(m.w.values(), joint_w, strict=True):
                     p.grad += joint_grad  # w: ∇L_RL(θ,w) − ∇L_RL(θ̂,w)
                 stats |= gain_statistics(solo, rollouts, rollouts_hat)
-                stats["gain_grad_norm"] = rl * grad_norm(m.w.values())
+                gain = [p.grad.clone() for p in m.w.values()]
+                parallel.add(gain)
+                stats["gain_grad_norm"] = rl * parallel.norm(gain).item()
         for p in [*m.parameters["theta"], *m.w.values()]:
             if p.grad is not None:
                 p.grad.mul_(rl)  # θ: λ∇L_RL(θ,w)   w: λ(∇L_RL(θ,w) − ∇L_RL(θ̂,w))
     if sft:
         with clock("sft"):
             stats["sft_nll"] = sft_backward(m.policy, demonstrations, sft, s)  # θ, w: + (1−λ)∇L_SFT(θ,w)
+    with clock("reduce"):
+        for parameters in m.parameters.values():
+            parallel.add_gradients(parameters)
     return stats
-
-
-def grad_norm(parameters) -> float:
-    return torch.nn.utils.get_total_norm([p.grad for p in parameters]).item()
 
 
 def rl_statistics(joint: dict[str, Tensor], rollouts: Rollouts) -> dict:
@@ -333,10 +367,12 @@ def gain_statistics(solo: dict[str, Tensor], rollouts: Rollouts, rollouts_hat: R
 
 def clip_and_step(m: Policies, stats: dict, s: Settings) -> dict[str, float]:
     """Clips each set's gradient and steps all optimizers from iterate k, or none if anything is not finite."""
-    norms = {
-        f"grad_norm_{name}": torch.nn.utils.clip_grad_norm_(parameters, s.grad_clip).item()
-        for name, parameters in m.parameters.items() if parameters[0].grad is not None
-    }  # fmt: skip
+    norms = {}
+    for name, parameters in m.parameters.items():
+        if parameters[0].grad is not None:
+            norm = parallel.norm(p.grad for p in parameters)
+            torch.nn.utils.clip_grads_with_norm_(parameters, s.grad_clip, norm)
+            norms[f"grad_norm_{name}"] = norm.item()
     if all_finite(stats | norms):
         for optimizer in m.optimizers.values():
             optimizer.step()
@@ -348,15 +384,19 @@ def all_finite(stats: dict[str, float]) -> bool:
 
 
 class Clock:
-    """Seconds by phase of one step."""
+    """Seconds by phase of one step. An exception on its way through learns where it happened."""
 
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
+    def __init__(self, step: int):
+        self.step, self.seconds = step, {}
 
     @contextmanager
     def __call__(self, phase: str):
         start = time.perf_counter()
-        yield
+        try:
+            yield
+        except BaseException as error:
+            error.add_note(f"rank {parallel.rank()} of {parallel.world()}, step {self.step}, phase {phase}")
+            raise
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
@@ -384,9 +424,9 @@ def train(run: Run, start: int) -> None:
     s, m, stop, total = run.s, run.m, checkpoint.StopSignal(), total_steps(run.s)
     if start == 0:
         evaluate_policies(run, 0)
-    bar = tqdm(range(start, total), initial=start, total=total, desc=s.method)
+    bar = tqdm(range(start, total), initial=start, total=total, desc=s.method, disable=parallel.rank() > 0)
     for k in bar:
-        clock, log, rollouts, rollouts_hat = Clock(), {}, None, None
+        clock, log, rollouts, rollouts_hat = Clock(k + 1), {}, None, None
         plan = updates(s, k)
         if s.method == "sft_rl" and k == s.sft_steps:
             m.reset_optimizers()
@@ -426,16 +466,31 @@ def train(run: Run, start: int) -> None:
         bar.set_postfix({name: f"{log[name]:.3f}" for name in ("reward", "sft_nll", "cooperative_gain") if name in log})
         if run.skipped >= MAX_SKIPPED or log.get("logp_gap_mean", 0.0) > MAX_LOGP_GAP:
             raise Diverged(run, log)
-        if (k + 1) % s.save_every == 0 or last or stop.requested:
-            checkpoint.save(run.out / "checkpoint", k + 1, state_of(run, k + 1))
-        if stop.requested and not last:
+        stopped_by = max(parallel.gather([stop.requested or 0]))  # a signal may have reached some ranks only, or first
+        if (k + 1) % s.save_every == 0 or last or stopped_by:
+            with clock("save"):
+                checkpoint.save(run.out / "checkpoint", k + 1, *state_of(run, k + 1))
+        if stopped_by and not last:
             bar.close()
-            print(f"stopped by {stop.requested.name} after step {k + 1}; everything is saved, --resume continues")
-            sys.exit(128 + stop.requested)
+            say(f"stopped by {signal.Signals(stopped_by).name} after step {k + 1}; everything is saved, --resume continues")
+            sys.exit(128 + stopped_by)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Around the loop: set-up, logs, checkpoints, export
+
+
+def say(text: str) -> None:
+    """Prints once, whatever the number of ranks."""
+    if parallel.rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def log_line(run: "Run", name: str, record: dict) -> None:
+    """One line of a log in the run folder, whatever the number of ranks."""
+    if parallel.rank() == 0:
+        checkpoint.append(run.out / name, record)
 
 
 class Diverged(RuntimeError):
@@ -457,11 +512,17 @@ class Diverged(RuntimeError):
 
 def set_up(s: Settings, out: Path) -> Run:
     """Loads task and model and makes the three sets of parameters. Raises DataError, ModelError or SettingError."""
-    if s.rl_data:
-        task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems)
-    else:
-        task = toy.task(s.seed, s.eval_problems)
-    model, tokenizer = load(toy.resolve(s.model), s.trust_remote_code)
+    if s.prompts_per_step < parallel.world():
+        raise SettingError(
+            f"prompts_per_step is {s.prompts_per_step}, but there are {parallel.world()} ranks, each of which samples "
+            "for one prompt at least: raise it, or start fewer"
+        )
+    with parallel.in_turns():
+        if s.rl_data:
+            task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems)
+        else:
+            task = toy.task(s.seed, s.eval_problems)
+        model, tokenizer = load(toy.resolve(s.model), s.trust_remote_code, torch.device("cpu") if s.shard else None)
     demonstrations = tasks.prepare(
         task, tokenizer, s.max_new_tokens, model.config.max_position_embeddings, with_demonstrations=s.method != "rl"
     )
@@ -479,9 +540,10 @@ def describe(run: Run) -> str:
     sequences = f"{s.prompts_per_step} prompts x {s.group_size} samples = {s.prompts_per_step * s.group_size} sequences"
     plan = [*updates(s, 0), *(updates(s, s.sft_steps) if s.method == "sft_rl" else [])]
     takes = [" and ".join([sequences] * (rl > 0) + [f"{s.sft_batch} demonstrations"] * (sft > 0)) for sft, rl in plan]
+    ranks = "" if parallel.world() == 1 else f"{parallel.world()} ranks{', sharded' * s.shard}, each "
     wrapped = [name.removesuffix(".lora_A.weight") for name in m.w if name.endswith(".lora_A.weight")]
     lines = [
-        f"trainable {sizes}, on {pick_device()} with {torch.get_num_threads()} threads",
+        f"trainable {sizes}, on {ranks}{pick_device()} with {torch.get_num_threads()} threads",
         f"data      {len(run.task.problems)} prompts, {len(run.demonstrations)} demonstrations, "
         f"{len(run.task.evaluation)} evaluation problems",
         *(f"          {note}" for note in run.task.notes),
@@ -506,9 +568,9 @@ def evaluate_policies(run: Run, step: int) -> None:
             run.sampler.refresh(model)
             problems, limit = run.task.evaluation, run.s.max_new_tokens
             record[name], _ = evaluate(run.sampler, run.tokenizer, problems, run.task.instruction, limit)
-    checkpoint.append(run.out / "evals.jsonl", record)
+    log_line(run, "evals.jsonl", record)
     averages = ", ".join(f"{name} {record[name]['average']:.3f}" for name in record if name != "step")
-    tqdm.write(f"step {step}: average accuracy {averages}")
+    say(f"step {step}: average accuracy {averages}")
 
 
 METRICS = (
@@ -525,11 +587,11 @@ def write_logs(run: Run, step: int, log: dict, rollouts: Rollouts | None, clock:
     speed = rollouts.stats["sampled_tokens"] / clock.seconds["sample"] if rollouts else None
     record |= {"lora_norm": loggable(norm), "tokens_per_second": loggable(speed), "skipped_in_a_row": run.skipped}
     record["seconds"] = {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()}
-    checkpoint.append(run.out / "metrics.jsonl", record)
+    log_line(run, "metrics.jsonl", record)
     for sample in rollouts.records if rollouts else []:
-        checkpoint.append(run.out / "samples.jsonl", {"step": step} | sample)
+        log_line(run, "samples.jsonl", {"step": step} | sample)
     if rollouts and (cut := rollouts.stats["truncated_frac"]) > 0.5:
-        tqdm.write(f"step {step}: {cut:.0%} of the completions were cut off; raise max_new_tokens?")
+        say(f"step {step}: {cut:.0%} of the completions were cut off; raise max_new_tokens?")
 
 
 def loggable(value: float | None) -> float | None:
@@ -541,26 +603,36 @@ def dump_skipped(run: Run, name: str, rollouts: Rollouts | None, demonstrations:
     """Keeps the batch of a skipped update for inspection."""
     path = run.out / f"skipped-{name}.json"
     batch = {"rollouts": rollouts.rows if rollouts else [], "demonstrations": demonstrations}
-    path.write_text(json.dumps({"stats": {name: str(value) for name, value in stats.items()}, **batch}))
-    tqdm.write(f"update {name}: a loss or gradient is not finite; no parameter was changed, the batch is in {path}")
+    if parallel.rank() == 0:
+        path.write_text(json.dumps({"stats": {name: str(value) for name, value in stats.items()}, **batch}))
+    say(f"update {name}: a loss or gradient is not finite; no parameter was changed, the batch is in {path}")
 
 
-def state_of(run: Run, step: int) -> dict:
-    """All there is to resume from. Every random draw is a function of (seed, step, draw): positions suffice."""
-    return {
+def state_of(run: Run, step: int) -> tuple[dict, dict[str, Tensor]]:
+    """All there is to resume from: facts, and tensors. Every random draw is a function of (seed, step, draw)."""
+    facts = {
         "step": step,
         "skipped": run.skipped,
         "data": run.data,
         "settings": asdict(run.s),
-        "parameters": {name: [p.detach() for p in ps] for name, ps in run.m.parameters.items()},
-        "optimizers": {name: optimizer.state_dict() for name, optimizer in run.m.optimizers.items()},
         "streams": {name: getattr(run, name).position for name in ("prompts", "demos")},
     }
+    return facts, tensors_of(run.m)
 
 
-@torch.no_grad()
-def restore(run: Run, state: dict) -> int:
-    """Puts a checkpoint's state into the run; returns its step. Raises SettingError if its settings differ."""
+def tensors_of(m: Policies) -> dict[str, Tensor]:
+    """Every parameter and every Adam moment, by name."""
+    tensors = {}
+    for name, parameters in m.parameters.items():
+        for i, p in enumerate(parameters):
+            tensors[f"{name}.{i}"] = p.detach()
+            tensors |= {f"{name}.{i}.{moment}": x for moment, x in m.optimizers[name].state.get(p, {}).items()}
+    return tensors
+
+
+def restore(run: Run, saved: checkpoint.Saved) -> int:
+    """Puts a checkpoint into the run; returns its step. Raises SettingError if its settings differ."""
+    state = saved.facts
     for name, value in asdict(run.s).items():
         old = state["settings"].get(name)
         if value != old and name not in MAY_CHANGE_ON_RESUME:
@@ -571,14 +643,14 @@ def restore(run: Run, state: dict) -> int:
         )
     if state["step"] > total_steps(run.s):
         raise SettingError(f"steps is {run.s.steps}, but the run in {run.out} is at step {state['step']} already")
-    for name, parameters in run.m.parameters.items():
-        saved = state["parameters"][name]
-        if [p.shape for p in parameters] != [p.shape for p in saved]:
-            raise SettingError(f"model {run.s.model} is not the one the run in {run.out} began with: its shapes differ")
-        for p, value in zip(parameters, saved, strict=True):
-            p.copy_(value)
     for name, optimizer in run.m.optimizers.items():
-        optimizer.load_state_dict(state["optimizers"][name])
+        for i, p in enumerate(run.m.parameters[name]):
+            if f"{name}.{i}.step" in saved.shapes:  # what AdamW makes in its first step
+                optimizer.state[p] = {"step": torch.zeros(()), **{m: torch.zeros_like(p) for m in MOMENTS}}
+    tensors = tensors_of(run.m)
+    if {name: tensor.shape for name, tensor in tensors.items()} != saved.shapes:
+        raise SettingError(f"model {run.s.model} is not the one the run in {run.out} began with: its shapes differ")
+    saved.load(tensors)
     for name, position in state["streams"].items():
         getattr(run, name).position = position
     run.skipped = state["skipped"]
@@ -589,6 +661,8 @@ def finish(run: Run) -> None:
     """Exports the trained policy and shows what it has become."""
     s, out = run.s, run.out
     run.sampler.refresh(run.m.policy)
+    if parallel.rank() > 0:
+        return
     run.sampler.model.save_pretrained(out / "model")
     run.tokenizer.save_pretrained(out / "model")
     if run.m.w:
@@ -603,34 +677,51 @@ def finish(run: Run) -> None:
 
 
 def main(argv: list[str]) -> None:
+    rank = f", rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     try:
         s, out, resume = parse(argv)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise SettingError("this version runs in one process: start it with python bridge.py, not torchrun")
-        if not resume and out.exists() and any(out.iterdir()):
+        parallel.start()
+        resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts: once more
+        if parallel.first(not resume and out.exists() and any(out.iterdir())):
             raise SettingError(f"{out} exists: --resume continues it, --out names another folder")
-        print(
-            f"method {s.method}, settings " + " ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""), flush=True
-        )
+        say(f"method {s.method}, settings " + " ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""))
         run = set_up(s, out)
-        state = checkpoint.load_newest(out / "checkpoint") if resume else None
-        if resume and state is None:
-            print(f"no checkpoint in {out}: starting at step 0")
-        start = restore(run, state) if state else 0
-        out.mkdir(parents=True, exist_ok=True)
-        for log in ("metrics", "samples", "evals"):
-            checkpoint.cut_back(out / f"{log}.jsonl", start if state else -1)
-        versions = {module.__name__: module.__version__ for module in (torch, transformers)}
-        config = {"settings": asdict(s), "command": ["bridge.py", *argv], "versions": versions}
-        (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        print(describe(run), flush=True)
+        saved = checkpoint.newest(out / "checkpoint") if resume else None
+        if resume and saved is None:
+            say(f"no checkpoint in {out}: starting at step 0")
+        start = restore(run, saved) if saved else 0
+        if parallel.rank() == 0:
+            begin_files(run, argv, start if saved else -1)
+        say(describe(run))
         train(run, start)
         finish(run)
+        parallel.end()
     except (SettingError, tasks.DataError, ModelError, Diverged, FloatingPointError, SafetensorError, OSError) as error:
-        sys.exit(f"bridge.py: {error}")
+        sys.exit(f"bridge.py{rank}: {error}{where(error)}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(
+            f"bridge.py{rank}: out of GPU memory{where(error)}: in sampling lower --sampler-slots, in training lower "
+            f"--tokens-per-micro-batch or raise --checkpoint-layers; --dry-run tells what takes how much ({error})"
+        )
     except KeyboardInterrupt:
         print("\nbridge.py: interrupted; --resume continues from the last checkpoint, if there is one")
         sys.exit(128 + signal.SIGINT)
+
+
+def begin_files(run: Run, argv: list[str], step: int) -> None:
+    """Makes the run folder, or cuts its logs back to `step`, and writes config.json."""
+    run.out.mkdir(parents=True, exist_ok=True)
+    for log in ("metrics", "samples", "evals"):
+        checkpoint.cut_back(run.out / f"{log}.jsonl", step)
+    versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+    config = {"settings": asdict(run.s), "command": ["bridge.py", *argv], "versions": versions}
+    checkpoint.rewrite(run.out / "config.json", json.dumps(config, indent=2) + "\n")
+
+
+def where(error: BaseException) -> str:
+    """The notes that Clock has left on an exception."""
+    notes = getattr(error, "__notes__", [])
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 if __name__ == "__main__":

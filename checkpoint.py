@@ -1,63 +1,150 @@
 """What makes a run folder survive kill -9 and a full disk: checkpoints that appear whole, logs cut back to them.
 
-A checkpoint is one file, written under a temporary name and renamed, so a file called step-*.pt is complete
-unless the disk has damaged it; then its checksums tell. The log files hold one JSON object per line with a "step";
-resuming drops the lines of steps that the checkpoint does not know.
+A checkpoint is a folder, filled under a temporary name and then renamed, so a folder called step-* is complete unless
+the disk has damaged it; then its checksums tell. Tensors are written by torch.distributed.checkpoint, each rank its
+slices, and can be read by any number of ranks. What else there is to know is in facts.json, so that nothing but tensors
+is ever unpickled. The log files hold one JSON object per line with a "step"; resuming drops the lines of steps that the
+checkpoint does not know.
 """
 
+import io
 import json
 import os
+import pickle
+import shutil
 import signal
+import warnings
 import zipfile
+import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+import parallel
 
 KEEP = 2  # checkpoints that are kept
 
 
-def save(folder: Path, step: int, state: dict) -> None:
-    """Writes `state` (tensors, numbers, strings and containers of them) as the checkpoint of `step`.
+def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor]) -> None:
+    """Writes the checkpoint of `step`: `facts` of JSON's types and tensors, sharded or the same on all ranks.
 
-    Raises OSError when it cannot, the disk being full for one; earlier checkpoints are then untouched.
+    All ranks call it; with several machines, `folder` must be on a disk that they share. Raises OSError when it cannot,
+    the disk being full for one; earlier checkpoints are then untouched.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step-{step:06d}.pt"
+    final = folder / f"step-{step:06d}"
     scratch = final.with_suffix(".tmp")
     try:
-        with open(scratch, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # torch reports a failed write as RuntimeError
-        scratch.unlink(missing_ok=True)
+        if parallel.rank() == 0:
+            shutil.rmtree(scratch, ignore_errors=True)  # left by a kill
+            scratch.mkdir(parents=True)
+        parallel.first(None)  # rank 0's folder is there
+        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is but one process
+            dcp.save(tensors, storage_writer=FileSystemWriter(scratch, sync_files=True), no_dist=parallel.world() == 1)
+        if parallel.rank() == 0:
+            (scratch / "facts.json").write_text(json.dumps(facts))
+            (scratch / "checksum").write_text(str(_checksum(scratch)))
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch reports a failed write in three ways
+        shutil.rmtree(scratch, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]  # of torch's report, which has a traceback in it
         raise OSError(
-            f"could not write {final}: {error}. Earlier checkpoints are intact; free space and --resume"
+            f"could not write {final}: {reason} Earlier checkpoints are intact; free space and --resume"
         ) from error
-    os.replace(scratch, final)
-    for old in sorted(folder.glob("step-*.pt"))[:-KEEP]:
-        old.unlink()
+    if parallel.rank() == 0:
+        shutil.rmtree(final, ignore_errors=True)  # the same step, saved before a restart from an earlier one
+        os.replace(scratch, final)
+        for old in sorted(folder.glob("step-??????"))[:-KEEP]:
+            shutil.rmtree(old)
+    parallel.first(None)  # no rank goes on before the checkpoint is there
 
 
-def load_newest(folder: Path) -> dict | None:
-    """The newest state that is whole, or None if there is no checkpoint at all; says which files are damaged.
+@dataclass
+class Saved:
+    """A checkpoint that is whole: its facts, and the shapes of its tensors, which are still on the disk."""
 
-    Raises OSError when there are checkpoints and every one of them is damaged.
+    folder: Path
+    facts: dict
+    shapes: dict[str, torch.Size]
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Fills `tensors`, of the same names and shapes, in place, each rank its slices. All ranks call it."""
+        with warnings.catch_warnings(action="ignore", category=UserWarning):
+            dcp.load(tensors, storage_reader=_Reader(self.folder), no_dist=parallel.world() == 1)
+
+
+def newest(folder: Path) -> Saved | None:
+    """The newest checkpoint that is whole, or None if there is none at all; says which ones are damaged.
+
+    Raises OSError when there are checkpoints and every one of them is damaged. All ranks get the same.
     """
-    paths = sorted(folder.glob("step-*.pt"), reverse=True)
+    paths = parallel.first(sorted(folder.glob("step-??????"), reverse=True))
     for path in paths:
+        problem = saved = None
         try:
-            with zipfile.ZipFile(path) as archive:
-                if (broken := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"checksum of {broken} does not match")
-            return torch.load(path, weights_only=True, map_location="cpu")
-        except OSError:
-            raise  # the disk's own trouble, not a damaged file
-        except Exception as error:  # damaged bytes fail in a dozen ways: zip, zlib, pickle, unicode, …
-            print(f"checkpoint {path} is damaged ({type(error).__name__}: {error}); trying the one before")
+            saved = _look_into(path)
+        except Exception as error:  # damaged bytes fail in a dozen ways: zip, zlib, pickle, json, unicode, …
+            problem = f"{type(error).__name__}: {error}"
+        problems = [p for p in parallel.gather([problem]) if p]  # each rank has checked some of the files
+        if not problems:
+            return saved
+        if parallel.rank() == 0:
+            print(f"checkpoint {path} is damaged ({problems[0]}); trying the one before")
     if paths:
         raise OSError(f"every checkpoint in {folder} is damaged: start again with another --out")
     return None
+
+
+def _look_into(path: Path) -> Saved:
+    """Reads facts and names, and checks this rank's share of the tensors, each a small archive with a checksum."""
+    if int((path / "checksum").read_text()) != _checksum(path):
+        raise ValueError("the checksum of facts.json and .metadata does not match")
+    facts = json.loads((path / "facts.json").read_text())
+    metadata = _Reader(path).read_metadata()
+    pieces = sorted(metadata.storage_data.values(), key=lambda piece: (piece.relative_path, piece.offset))
+    for piece in pieces[parallel.rank() :: parallel.world()]:
+        with open(path / piece.relative_path, "rb") as file:
+            file.seek(piece.offset)
+            with zipfile.ZipFile(io.BytesIO(file.read(piece.length))) as archive:
+                if (broken := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(f"checksum of {broken} in {piece.relative_path} does not match")
+            file.seek(piece.offset)
+            torch.load(io.BytesIO(file.read(piece.length)), weights_only=True)  # torch is stricter than zipfile
+    return Saved(path, facts, {name: entry.size for name, entry in metadata.state_dict_metadata.items()})
+
+
+def _checksum(path: Path) -> int:
+    return zlib.crc32((path / "facts.json").read_bytes() + (path / ".metadata").read_bytes())
+
+
+class _Reader(FileSystemReader):
+    """Reads a checkpoint's table of contents, a pickle, without letting it call anything but what such a table needs."""
+
+    def read_metadata(self, *args, **kwargs):
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            metadata = _Unpickler(file).load()
+        metadata.storage_meta = None
+        return metadata
+
+
+class _Unpickler(pickle.Unpickler):
+    ALLOWED = {
+        "torch.distributed.checkpoint.metadata": {
+            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+            "_MEM_FORMAT_ENCODING", "StorageMeta",
+        },
+        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+        "torch.serialization": {"_get_layout"},
+        "torch": {"Size", "float32", "bfloat16", "int64"},
+        "pathlib": {"Path", "PosixPath"},
+    }  # fmt: skip
+
+    def find_class(self, module: str, name: str):
+        if name in self.ALLOWED.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 
 
 def append(path: Path, record: dict) -> None:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logprob import UPCAST, jit, project, tl, triton, use_kernels
-from model import ModelError, causal_attention, pack, refuse_other_attention
+from model import ModelError, causal_attention, pack, pick_device, refuse_other_attention
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Decoder:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         """Raises ModelError if the model is not built like Llama, Qwen2 or Qwen3, or computes anything else."""
-        self.model = copy.deepcopy(model).requires_grad_(False).eval()
+        self.model = copy.deepcopy(model).requires_grad_(False).eval().to(pick_device())
         for p in self.model.parameters():
             p.data = p.data.to(dtype)  # not .to(dtype) of the model: the frequencies of its rotations must stay fp32
         self.model.set_attn_implementation("packed")

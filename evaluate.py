@@ -22,11 +22,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import transformers
 from tqdm import tqdm
 
 import checkpoint
+import parallel
 import rewards
 import tasks
 import toy
@@ -70,7 +70,7 @@ def answer(
     texts = [tasks.prompt_text(tokenizer, p.question, instruction) for p in problems]
     prompts = [tasks.encode_text(tokenizer, text) for text in texts]
     keys = keys or [(0, i) for i in range(len(problems))]
-    quiet = int(os.environ.get("RANK", "0")) > 0
+    quiet = parallel.rank() > 0
     with tqdm(total=samples * len(prompts), desc="answering", leave=False, disable=quiet) as bar:
         groups = sampler.generate(prompts, keys, samples, max_new_tokens, temperature, top_p, progress=bar.update)
     records = []
@@ -101,7 +101,9 @@ def evaluate(
 
     "average" is the plain mean over the groups, as the paper averages over benchmarks.
     """
-    records = answer(sampler, tokenizer, problems, instruction, max_new_tokens)
+    mine = range(parallel.rank(), len(problems), parallel.world())
+    records = answer(sampler, tokenizer, [problems[i] for i in mine], instruction, max_new_tokens)
+    records = parallel.gather([record | {"id": i} for i, record in zip(mine, records, strict=True)])
     accuracy = {group: float(verdicts(rows).mean()) for group, rows in sorted(by_problem(records).items())}
     return {**accuracy, "average": sum(accuracy.values()) / len(accuracy)}, records
 
@@ -185,33 +187,6 @@ def weights_hash(folder: str) -> str:
 # Command line
 
 
-def start_ranks() -> tuple[int, int]:
-    """(rank, number of ranks): torchrun's, or (0, 1)."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return 0, 1
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("gloo", timeout=timedelta(days=1))  # only texts travel; a rank may have the long answers
-    return dist.get_rank(), dist.get_world_size()
-
-
-def gather(records: list[dict], world: int) -> list[dict]:
-    """The records of all ranks, in the order of problems and samples."""
-    parts = [records]
-    if world > 1:
-        parts = [None] * world
-        dist.all_gather_object(parts, records)
-    return sorted((r for part in parts for r in part), key=lambda r: (r["group"], r["id"], r["sample"]))
-
-
-def share(value, world: int):
-    """Rank 0's value, on every rank."""
-    shared = [value]
-    if world > 1:
-        dist.broadcast_object_list(shared, 0)
-    return shared[0]
-
-
 def find_problems(args: argparse.Namespace, settings: dict) -> tuple[list[tasks.Problem], str]:
     """(problems, instruction): benchmarks, a file, what the run was configured with, or the built-in arithmetic."""
     if args.benchmarks:
@@ -232,7 +207,8 @@ def find_problems(args: argparse.Namespace, settings: dict) -> tuple[list[tasks.
 
 def run(args: argparse.Namespace) -> None:
     """Answers what is still unanswered, appends it to the result file, and prints the report."""
-    rank, world = start_ranks()
+    parallel.start(timedelta(days=1))  # only texts travel; a rank may have the long answers
+    rank, world = parallel.rank(), parallel.world()
     folder, settings = Path(args.source), {}
     if (folder / "evals.jsonl").exists():  # a run of bridge.py
         if not (folder / "model").is_dir():
@@ -240,12 +216,9 @@ def run(args: argparse.Namespace) -> None:
         settings = json.loads((folder / "config.json").read_text()).get("settings", {})
     problems, instruction = find_problems(args, settings)
     groups = {g: [p for p in problems if p.group == g] for g in dict.fromkeys(p.group for p in problems)}
-    if rank == 0:
-        toy.resolve(args.source)  # builds the built-in base model, once
-    if world > 1:
-        dist.barrier()
-    source = str(folder / "model") if settings else toy.resolve(args.source)
-    model, tokenizer = load(source)
+    with parallel.in_turns():  # a built-in model is built, another may be downloaded
+        source = str(folder / "model") if settings else toy.resolve(args.source)
+        model, tokenizer = load(source)
     model.to(torch.bfloat16 if model.device.type == "cuda" else torch.float32)
 
     own = not (args.benchmarks or args.data)
@@ -267,7 +240,7 @@ def run(args: argparse.Namespace) -> None:
 
     sampler = Sampler(model, stop_tokens(model, tokenizer), slots=args.slots, dtype=model.dtype)
     del model
-    done = share({(r["group"], r["id"]) for r in records}, world)
+    done = parallel.first({(r["group"], r["id"]) for r in records})
     for group, of_group in groups.items():
         samples = sampling["samples"][group]
         todo = [i for i in range(len(of_group)) if (group, i) not in done]
@@ -279,15 +252,15 @@ def run(args: argparse.Namespace) -> None:
                 sampler, tokenizer, [of_group[i] for i in mine], instruction, limit, keys, samples,
                 sampling["temperature"], sampling["top_p"],
             )  # fmt: skip
-            fresh = gather([record | {"id": mine[n // samples]} for n, record in enumerate(fresh)], world)
+            fresh = parallel.gather([record | {"id": mine[n // samples]} for n, record in enumerate(fresh)])
+            fresh.sort(key=lambda r: (r["group"], r["id"], r["sample"]))
             for record in fresh if rank == 0 else []:
                 checkpoint.append(out, record)
             records += fresh
     if rank == 0:
         print(write_summary(out, header, records))
         print(f"\n{sampling} · seed {args.seed} · grader {rewards.VERSION} · answers in {out}")
-    if world > 1:
-        dist.destroy_process_group()
+    parallel.end()
 
 
 def choose_sampling(args: argparse.Namespace, groups: list[str], own_limit: int | None) -> dict:

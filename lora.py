@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 Adapter = dict[str, nn.Parameter]  # w: "<module path>.lora_A.weight" -> [r, in], "….lora_B.weight" -> [out, r]
 
@@ -56,7 +57,7 @@ class LoRALinear(nn.Module):
         """W_base + s·B·A, [out, in], as a new tensor; formed in the weights' own precision, whatever autocast says."""
         A, B = _Sign.apply(self.lora_A, self.sign), _Sign.apply(self.lora_B, self.sign)
         with torch.autocast(A.device.type, enabled=False):
-            return torch.addmm(self.base.weight, B, A, alpha=self.scale)
+            return torch.addmm(whole(self.base.weight), B, A, alpha=self.scale)
 
 
 def create(model: nn.Module, targets: list[str], rank: int, seed: int) -> Adapter:
@@ -98,15 +99,22 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n.replace(".base.", "."): p for n, p in named if not n.endswith((".lora_A", ".lora_B"))}
 
 
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter that is sharded over ranks, put together; any other as it is. All ranks must ask for it."""
+    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+
 @torch.no_grad()
 def merge_into(plain: nn.Module, model: nn.Module) -> None:
-    """Overwrites the weights of `plain` (same architecture, no adapter) by θ + s·B·A of `model`."""
-    target = dict(plain.named_parameters())
-    for name, parameter in base_parameters(model).items():
-        target[name].copy_(parameter)
+    """Overwrites the weights of `plain` (same architecture, no adapter) by θ + s·B·A of `model`, one at a time."""
+    target, wrapped = dict(plain.named_parameters()), set()
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
+            wrapped.add(f"{name}.weight")
             target[f"{name}.weight"].copy_(module.merged_weight())
+    for name, parameter in base_parameters(model).items():
+        if name not in wrapped:
+            target[name].copy_(whole(parameter))
 
 
 @torch.no_grad()

@@ -38,7 +38,7 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(name_or_folder: str, trust_remote_code: bool = False):
+def load(name_or_folder: str, trust_remote_code: bool = False, device: torch.device | None = None):
     """(model, tokenizer) of a hub name or folder: fp32 weights, packed attention, dropout off.
 
     Raises ModelError when there is no such folder or it is not a causal language model we can train.
@@ -61,7 +61,7 @@ def load(name_or_folder: str, trust_remote_code: bool = False):
             f"model {name_or_folder!r} has a bias on its vocabulary head, which logprob.py does not support"
         )
     model.set_attn_implementation("packed")
-    return model.to(pick_device()).eval(), tokenizer
+    return model.to(device or pick_device()).eval(), tokenizer
 
 
 def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
@@ -155,23 +155,36 @@ def response_logprobs(
     model: nn.Module, rows: list[Row], temperature: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
     """(log π(y_t | x, y_<t), entropy), each [R], of all response tokens of `rows`, in row order; differentiable."""
-    return token_logprobs(*_response_hidden(model, rows, dtype), temperature)
+    return run(model, lambda m: token_logprobs(*_response_hidden(m, rows, dtype), temperature))
 
 
 def response_loss(
     model: nn.Module, rows: list[Row], loss_fn, temperature: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> Tensor:
-    """loss_fn of the log-probs and entropies of all response tokens of `rows`: see logprob.head_loss."""
-    hidden, weight, targets = _response_hidden(model, rows, dtype)
-    return head_loss(hidden, weight, targets, loss_fn, temperature)
+    """loss_fn of the log-probs and entropies of all response tokens of `rows`: see logprob.head_loss.
+
+    Without rows, 0, by way of all parameters: a rank that has no data left works along with those that have.
+    """
+    if not rows:
+        rows, loss_fn = [IDLE], lambda logp, *_: 0 * logp.sum()
+    return run(model, lambda m: head_loss(*_response_hidden(m, rows, dtype), loss_fn, temperature))
 
 
 @torch.no_grad()
 def response_scores(
     model: nn.Module, rows: list[Row], temperature: float = 1.0, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """response_logprobs without gradients, by the faster logprob.score."""
-    return score(*_response_hidden(model, rows, dtype), temperature)
+    """response_logprobs without gradients, by the faster logprob.score; without rows, empty."""
+    logp, entropy = run(model, lambda m: score(*_response_hidden(m, rows or [IDLE], dtype), temperature))
+    return (logp, entropy) if rows else (logp[:0], entropy[:0])
+
+
+IDLE: Row = ([0], [0])
+
+
+def run(model: nn.Module, function):
+    """function(model); of a sharded model, within what FSDP2 knows as its forward pass (see parallel.shard)."""
+    return model.run(function) if hasattr(model, "run") else function(model)
 
 
 def _response_hidden(model: nn.Module, rows: list[Row], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

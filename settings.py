@@ -72,6 +72,10 @@ class Settings:
         "time for each of them",
     )
     sampler_slots: int = opt(256, "sequences generated at one time; changes memory, not the samples")
+    shard: bool = opt(
+        False, "cut θ, θ̂ and the reference, with gradients and moments, into one slice per rank, for models that do not "
+        "fit on every GPU"
+    )
     dtype: str = opt("float32", "of the forward pass and the sampler; weights stay float32 (float32 or bfloat16)")
     # GRPO
     aggregation: str = opt("grpo", "token weights: grpo, dapo or dr_grpo (paper: unknown)")
@@ -109,6 +113,7 @@ MINIMUM = dict(
 MAY_BE_INFINITE = {"shadow_ratio_cap", "clip_high", "grad_clip"}
 MAY_CHANGE_ON_RESUME = {
     "steps", "eval_every", "save_every", "tokens_per_micro_batch", "sampler_slots", "checkpoint_layers",
+    "shard",
 }  # fmt: skip
 
 

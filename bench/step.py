@@ -75,7 +75,7 @@ def one_step(run: bridge.Run, k: int) -> dict:
     if DEVICE.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    s, clock = run.s, bridge.Clock()
+    s, clock = run.s, bridge.Clock(0)
     with clock("sample"):
         run.sampler.refresh(run.m.policy)
         rollouts = bridge.collect(run, run.prompts, k)

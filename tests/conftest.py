@@ -12,6 +12,7 @@ if not torch.cuda.is_available():  # kernels that a test asks for run on the CPU
 
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+import checkpoint
 import model as _registers_the_packed_attention  # noqa: F401
 
 torch.set_num_threads(1)  # the models are tiny: two threads only get in each other's way
@@ -45,6 +46,14 @@ def rows(count: int, seed: int = 0, longest: int = 9):
         return torch.randint(1, VOCABULARY, (n,), generator=g).tolist()
 
     return [(ids(1, 6), ids(1, longest)) for _ in range(count)]
+
+
+def tensors_in(folder):
+    """All tensors of the newest checkpoint in `folder`, by name."""
+    saved = checkpoint.newest(folder)
+    tensors = {name: torch.zeros(shape) for name, shape in saved.shapes.items()}
+    saved.load(tensors)
+    return tensors
 
 
 def exact(hidden, weight, targets, temperature=1.0):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import bridge
+import checkpoint
 import grpo
 import settings
 from model import response_logprobs
@@ -152,5 +153,6 @@ def test_a_checkpoint_holds_the_positions_and_the_skipped_count(tmp_path):
     run = make_run(tmp_path)
     run.prompts.position, run.demos.position, run.skipped = 3, 7, 2
     again = make_run(tmp_path)
-    assert bridge.restore(again, copy.deepcopy(bridge.state_of(run, 5))) == 5
+    checkpoint.save(tmp_path / "checkpoint", 5, *bridge.state_of(run, 5))
+    assert bridge.restore(again, checkpoint.newest(tmp_path / "checkpoint")) == 5
     assert (again.prompts.position, again.demos.position, again.skipped) == (3, 7, 2)
