@@ -35,7 +35,9 @@ def start(timeout: timedelta = TIMEOUT) -> None:
 
 
 def end() -> None:
+    """Leaves together: a rank that goes while others still talk can bring them down."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 
