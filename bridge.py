@@ -36,12 +36,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import export
 import grpo
 import lora
 import plot
 import rewards
 import tasks
 import toy
+import track
 from evaluate import evaluate
 from model import (
     ModelError,
@@ -58,7 +60,7 @@ from model import (
 )
 from sampler import Sampler
 from scores import table
-from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse
+from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse, profile_range
 
 MAX_SKIPPED = 5  # updates with a non-finite loss or gradient, no clean step between them, before the run stops
 MAX_LOGP_GAP = 0.1  # nats per token between sampler and trainer, on the same weights, before the run stops
@@ -348,7 +350,7 @@ def all_finite(stats: dict[str, float]) -> bool:
 
 
 class Clock:
-    """Seconds by phase of one step."""
+    """Seconds by phase of one step; the phases are ranges in a trace of --profile-steps, too."""
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
@@ -356,9 +358,10 @@ class Clock:
     @contextmanager
     def __call__(self, phase: str):
         start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+        with torch.profiler.record_function(phase):
+            yield
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
@@ -377,6 +380,7 @@ class Run:
     demos: tasks.Stream
     data: str  # fingerprint of prompts, demonstrations and evaluation problems
     skipped: int = 0  # updates that were skipped since the last step without one
+    log: track.Log = track.nowhere  # where metrics and evaluations go besides the files
 
 
 def train(run: Run, start: int) -> None:
@@ -385,7 +389,7 @@ def train(run: Run, start: int) -> None:
     if start == 0:
         evaluate_policies(run, 0)
     bar = tqdm(range(start, total), initial=start, total=total, desc=s.method)
-    for k in bar:
+    for k in track.profiled(bar, profile_range(s.profile_steps), run.out):
         clock, log, rollouts, rollouts_hat = Clock(), {}, None, None
         plan = updates(s, k)
         if s.method == "sft_rl" and k == s.sft_steps:
@@ -507,6 +511,7 @@ def evaluate_policies(run: Run, step: int) -> None:
             problems, limit = run.task.evaluation, run.s.max_new_tokens
             record[name], _ = evaluate(run.sampler, run.tokenizer, problems, run.task.instruction, limit)
     checkpoint.append(run.out / "evals.jsonl", record)
+    run.log(step, record)
     averages = ", ".join(f"{name} {record[name]['average']:.3f}" for name in record if name != "step")
     tqdm.write(f"step {step}: average accuracy {averages}")
 
@@ -526,6 +531,7 @@ def write_logs(run: Run, step: int, log: dict, rollouts: Rollouts | None, clock:
     record |= {"lora_norm": loggable(norm), "tokens_per_second": loggable(speed), "skipped_in_a_row": run.skipped}
     record["seconds"] = {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()}
     checkpoint.append(run.out / "metrics.jsonl", record)
+    run.log(step, record)
     for sample in rollouts.records if rollouts else []:
         checkpoint.append(run.out / "samples.jsonl", {"step": step} | sample)
     if rollouts and (cut := rollouts.stats["truncated_frac"]) > 0.5:
@@ -589,10 +595,7 @@ def finish(run: Run) -> None:
     """Exports the trained policy and shows what it has become."""
     s, out = run.s, run.out
     run.sampler.refresh(run.m.policy)
-    run.sampler.model.save_pretrained(out / "model")
-    run.tokenizer.save_pretrained(out / "model")
-    if run.m.w:
-        lora.save(out / "adapter", run.m.w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
+    export.save(run)
     evals = plot.read(out / "evals.jsonl")
     columns = {"before": evals[0]["policy"], f"{s.method}, step {evals[-1]['step']}": evals[-1]["policy"]}
     if "shadow" in evals[-1]:
@@ -624,7 +627,8 @@ def main(argv: list[str]) -> None:
         config = {"settings": asdict(s), "command": ["bridge.py", *argv], "versions": versions}
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         print(describe(run), flush=True)
-        train(run, start)
+        with track.tracked(s.track, out, asdict(s), start) as run.log:
+            train(run, start)
         finish(run)
     except (SettingError, tasks.DataError, ModelError, Diverged, FloatingPointError, SafetensorError, OSError) as error:
         sys.exit(f"bridge.py: {error}")

@@ -253,7 +253,7 @@ def test_an_unknown_flag_is_refused_by_name(flag, capsys):
 
 
 def test_every_setting_is_a_flag_and_there_are_few():
-    assert len(Settings.__dataclass_fields__) <= 41
+    assert len(Settings.__dataclass_fields__) <= 56
 
 
 def test_an_existing_run_is_not_overwritten_and_other_settings_do_not_resume_it(tmp_path):
