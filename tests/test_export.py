@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,3 +197,13 @@ def test_a_run_in_bfloat16_exports_bfloat16_and_finishing_again_replaces_it(tmp_
     theta = checkpoint.load_newest(tmp_path / "run" / "checkpoint")["parameters"]["theta"]
     assert all(torch.equal(p, q.bfloat16()) for p, q in zip(model.parameters(), theta, strict=True))
     assert not list((tmp_path / "run").glob("model.*"))
+
+
+def test_without_a_chat_template_the_card_spells_the_prompt_out_and_the_tokenizer_adds_its_bos():
+    tokenizer, scope = toy.make_tokenizer(), {"question": "1+2"}
+    tokenizer.chat_template = None
+    task, sampler = SimpleNamespace(instruction="\nThink."), SimpleNamespace(stop=[0])
+    text = export.usage(SimpleNamespace(task=task, tokenizer=tokenizer, s=bridge.Settings(), sampler=sampler))
+    exec(re.search("^prompt = .*", text, re.MULTILINE)[0], scope)
+    assert scope["prompt"] == bridge.tasks.prompt_text(tokenizer, "1+2", "\nThink.")
+    assert "add_special_tokens=True" in text
