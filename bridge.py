@@ -10,8 +10,8 @@ gain J_RL(θ,w) − J_RL(θ̂,w). One iteration k, every gradient taken at itera
     5   θ̂ ← θ̂ + α ∇_θ̂ J_RL(θ̂,w)                                                                         (9)
     6   w ← w + β[(1−λ)∇_w J_SFT + λ(∇_w J_RL(θ,w) − ∇_w J_RL(θ̂,w))]                                     (8)
 
-On several ranks each samples for its share of the prompts and takes its share of every gradient; rollouts, gradients and
-statistics are those of the whole batch on all of them (`parallel.py`).
+On several ranks each samples for its share of the prompts and takes its share of every gradient; rollouts, gradients
+and statistics are those of the whole batch on all of them (`parallel.py`).
 
 The code minimises L = −J. The other methods (--method) are the same loop with other coefficients: see `updates`.
 
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import checkpoint
+import export
 import grpo
 import lora
 import parallel
@@ -46,6 +47,7 @@ import plot
 import rewards
 import tasks
 import toy
+import track
 from evaluate import evaluate
 from model import (
     ModelError,
@@ -62,7 +64,7 @@ from model import (
 )
 from sampler import Sampler
 from scores import table
-from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse
+from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse, profile_range
 
 MAX_SKIPPED = 5  # updates with a non-finite loss or gradient, no clean step between them, before the run stops
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -164,8 +166,9 @@ class Rollouts:
 def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
     """Draws prompts, samples G completions of each with the sampler's weights, and grades them.
 
-    Every rank draws all prompts, samples for its share, and gets the groups of the others. With dynamic sampling, groups of equal rewards (which have no gradient) are replaced by groups of further prompts,
-    as far as `dynamic_sampling` more batches provide them.
+    Every rank draws all prompts, samples for its share, and gets the groups of the others. With dynamic sampling,
+    groups of equal rewards (which have no gradient) are replaced by groups of further prompts, as far as
+    `dynamic_sampling` more batches provide them.
     """
     s, groups = run.s, []
     for _ in range(1 + s.dynamic_sampling):
@@ -231,8 +234,9 @@ def rl_backward(
 ) -> dict[str, Tensor]:
     """Adds this rank's part of ∇L_RL to .grad, micro-batch by micro-batch.
 
-    Returns logp, entropy, ratio, cut (0 or 1) and kl of all tokens, each [T], on every rank. The first call on fresh rollouts is made by the policy that sampled them: its log-probs become `old_logp`, so that
-    one update per rollout needs no extra pass, and the ratio there is exactly 1.
+    Returns logp, entropy, ratio, cut (0 or 1) and kl of all tokens, each [T], on every rank. The first call on fresh
+    rollouts is made by the policy that sampled them: its log-probs become `old_logp`, so that one update per rollout
+    needs no extra pass, and the ratio there is exactly 1.
     """
     parts, at, dtype = [], offsets(rollouts.rows), getattr(torch, s.dtype)
     mine, batches = my_batches(rollouts.rows, s)
@@ -279,7 +283,9 @@ def sft_backward(model: nn.Module, demonstrations: list[Row], weight: float, s: 
 
 def my_batches(rows: list[Row], s: Settings) -> tuple[range, list[range]]:
     """This rank's rows and their micro-batches, as many as every other rank has (the last ones may be empty)."""
-    mine = parallel.shares([len(prompt) + len(response) for prompt, response in rows], parallel.world())[parallel.rank()]
+    mine = parallel.shares([len(prompt) + len(response) for prompt, response in rows], parallel.world())[
+        parallel.rank()
+    ]
     padded = pads(pick_device(), getattr(torch, s.dtype))
     batches = micro_batches(rows[mine.start : mine.stop], s.tokens_per_micro_batch, padded) if mine else []
     return mine, parallel.as_many([range(mine.start + b.start, mine.start + b.stop) for b in batches])
@@ -297,7 +303,7 @@ def bilevel_gradients(
 ) -> dict[str, float]:
     """Leaves the gradients of eqs. (7), (8) and (9), of losses, in the .grad of θ, w and θ̂; returns what to log.
 
-    The losses are linear in the batch, so each rank adds up its own part of everything, and the sum over ranks is last.
+    The losses are sums over the batch, so each rank adds up its own part of all this, and the sum over ranks is last.
 
     `sft` and `rl` are (1−λ) and λ. `rollouts_hat` are θ̂'s rollouts: the same object as `rollouts` if they are shared.
     """
@@ -376,6 +382,8 @@ def clip_and_step(m: Policies, stats: dict, s: Settings) -> dict[str, float]:
     if all_finite(stats | norms):
         for optimizer in m.optimizers.values():
             optimizer.step()
+    for optimizer in m.optimizers.values():
+        optimizer.zero_grad()  # their memory is the sampler's now
     return norms
 
 
@@ -384,7 +392,10 @@ def all_finite(stats: dict[str, float]) -> bool:
 
 
 class Clock:
-    """Seconds by phase of one step. An exception on its way through learns where it happened."""
+    """Seconds by phase of one step; the phases are ranges in a trace of --profile-steps, too.
+
+    An exception on its way through learns where it happened.
+    """
 
     def __init__(self, step: int):
         self.step, self.seconds = step, {}
@@ -393,12 +404,13 @@ class Clock:
     def __call__(self, phase: str):
         start = time.perf_counter()
         try:
-            yield
+            with torch.profiler.record_function(phase):
+                yield
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
         except BaseException as error:
             error.add_note(f"rank {parallel.rank()} of {parallel.world()}, step {self.step}, phase {phase}")
             raise
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
@@ -417,6 +429,7 @@ class Run:
     demos: tasks.Stream
     data: str  # fingerprint of prompts, demonstrations and evaluation problems
     skipped: int = 0  # updates that were skipped since the last step without one
+    log: track.Log = track.nowhere  # where metrics and evaluations go besides the files
 
 
 def train(run: Run, start: int) -> None:
@@ -425,7 +438,7 @@ def train(run: Run, start: int) -> None:
     if start == 0:
         evaluate_policies(run, 0)
     bar = tqdm(range(start, total), initial=start, total=total, desc=s.method, disable=parallel.rank() > 0)
-    for k in bar:
+    for k in track.profiled(bar, profile_range(s.profile_steps) if parallel.rank() == 0 else range(0), run.out):
         clock, log, rollouts, rollouts_hat = Clock(k + 1), {}, None, None
         plan = updates(s, k)
         if s.method == "sft_rl" and k == s.sft_steps:
@@ -472,7 +485,8 @@ def train(run: Run, start: int) -> None:
                 checkpoint.save(run.out / "checkpoint", k + 1, *state_of(run, k + 1))
         if stopped_by and not last:
             bar.close()
-            say(f"stopped by {signal.Signals(stopped_by).name} after step {k + 1}; everything is saved, --resume continues")
+            name = signal.Signals(stopped_by).name
+            say(f"stopped by {name} after step {k + 1}; everything is saved, --resume continues")
             sys.exit(128 + stopped_by)
 
 
@@ -569,6 +583,7 @@ def evaluate_policies(run: Run, step: int) -> None:
             problems, limit = run.task.evaluation, run.s.max_new_tokens
             record[name], _ = evaluate(run.sampler, run.tokenizer, problems, run.task.instruction, limit)
     log_line(run, "evals.jsonl", record)
+    run.log(step, record)
     averages = ", ".join(f"{name} {record[name]['average']:.3f}" for name in record if name != "step")
     say(f"step {step}: average accuracy {averages}")
 
@@ -588,6 +603,7 @@ def write_logs(run: Run, step: int, log: dict, rollouts: Rollouts | None, clock:
     record |= {"lora_norm": loggable(norm), "tokens_per_second": loggable(speed), "skipped_in_a_row": run.skipped}
     record["seconds"] = {phase: round(seconds, 4) for phase, seconds in clock.seconds.items()}
     log_line(run, "metrics.jsonl", record)
+    run.log(step, record)
     for sample in rollouts.records if rollouts else []:
         log_line(run, "samples.jsonl", {"step": step} | sample)
     if rollouts and (cut := rollouts.stats["truncated_frac"]) > 0.5:
@@ -663,10 +679,7 @@ def finish(run: Run) -> None:
     run.sampler.refresh(run.m.policy)
     if parallel.rank() > 0:
         return
-    run.sampler.model.save_pretrained(out / "model")
-    run.tokenizer.save_pretrained(out / "model")
-    if run.m.w:
-        lora.save(out / "adapter", run.m.w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
+    export.save(run)
     evals = plot.read(out / "evals.jsonl")
     columns = {"before": evals[0]["policy"], f"{s.method}, step {evals[-1]['step']}": evals[-1]["policy"]}
     if "shadow" in evals[-1]:
@@ -693,7 +706,8 @@ def main(argv: list[str]) -> None:
         if parallel.rank() == 0:
             begin_files(run, argv, start if saved else -1)
         say(describe(run))
-        train(run, start)
+        with track.tracked(s.track if parallel.rank() == 0 else "", out, asdict(s), start) as run.log:
+            train(run, start)
         finish(run)
         parallel.end()
     except (SettingError, tasks.DataError, ModelError, Diverged, FloatingPointError, SafetensorError, OSError) as error:

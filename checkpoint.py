@@ -120,7 +120,7 @@ def _checksum(path: Path) -> int:
 
 
 class _Reader(FileSystemReader):
-    """Reads a checkpoint's table of contents, a pickle, without letting it call anything but what such a table needs."""
+    """Reads a checkpoint's table of contents, a pickle, and lets it call nothing but what such a table needs."""
 
     def read_metadata(self, *args, **kwargs):
         with open(Path(self.path) / ".metadata", "rb") as file:
@@ -129,20 +129,21 @@ class _Reader(FileSystemReader):
         return metadata
 
 
-class _Unpickler(pickle.Unpickler):
-    ALLOWED = {
-        "torch.distributed.checkpoint.metadata": {
-            "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
-            "_MEM_FORMAT_ENCODING", "StorageMeta",
-        },
-        "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-        "torch.serialization": {"_get_layout"},
-        "torch": {"Size", "float32", "bfloat16", "int64"},
-        "pathlib": {"Path", "PosixPath"},
-    }  # fmt: skip
+ALLOWED = {
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+        "_MEM_FORMAT_ENCODING", "StorageMeta",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size", "float32", "bfloat16", "int64"},
+    "pathlib": {"Path", "PosixPath"},
+}  # fmt: skip
 
+
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str):
-        if name in self.ALLOWED.get(module, ()):
+        if name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
 

@@ -13,7 +13,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from types import MethodType
 
 import torch
@@ -94,7 +94,7 @@ def shares(sizes: list[int], parts: int) -> list[range]:
     ends = list(accumulate(sizes))
     owner = [min(parts - 1, (2 * end - size) * parts // (2 * ends[-1])) for end, size in zip(ends, sizes, strict=True)]
     starts = [sum(o < part for o in owner) for part in range(parts + 1)]
-    return [range(a, b) for a, b in zip(starts, starts[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(starts)]
 
 
 def as_many(batches: list[range]) -> list[range]:

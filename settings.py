@@ -5,7 +5,9 @@ The defaults are the `laptop` preset. "paper" gives the paper's value (arXiv 250
 
 import argparse
 import math
+import re
 from dataclasses import dataclass, field, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import grpo
@@ -73,8 +75,9 @@ class Settings:
     )
     sampler_slots: int = opt(256, "sequences generated at one time; changes memory, not the samples")
     shard: bool = opt(
-        False, "cut θ, θ̂ and the reference, with gradients and moments, into one slice per rank, for models that do not "
-        "fit on every GPU"
+        False,
+        "cut θ, θ̂ and the reference, with gradients and moments, into one slice per rank: for models that do "
+        "not fit on every GPU",
     )
     dtype: str = opt("float32", "of the forward pass and the sampler; weights stay float32 (float32 or bfloat16)")
     # GRPO
@@ -91,6 +94,8 @@ class Settings:
     eval_every: int = opt(25, "steps between evaluations")
     eval_problems: int = opt(100, "evaluation problems (of each length, for the arithmetic)")
     save_every: int = opt(25, "steps between checkpoints")
+    track: str = opt("", "also send the metrics to tensorboard or wandb, which must be installed; empty: files only")
+    profile_steps: str = opt("", "steps to trace with torch.profiler, as 3 or 3-4; empty: none")
 
 
 PRESETS: dict[str, dict] = {
@@ -103,6 +108,7 @@ CHOICES = {
     "shadow_rollouts": ("shared", "own"),
     "dtype": ("float32", "bfloat16"),
     "aggregation": grpo.AGGREGATIONS,
+    "track": ("", "tensorboard", "wandb"),
 }
 MINIMUM = dict(
     steps=1, lam_ramp_steps=0, mu=0, sft_steps=0, shadow_ratio_cap=0, resync_every=0, alpha=0, beta=0, lora_rank=1,
@@ -113,7 +119,7 @@ MINIMUM = dict(
 MAY_BE_INFINITE = {"shadow_ratio_cap", "clip_high", "grad_clip"}
 MAY_CHANGE_ON_RESUME = {
     "steps", "eval_every", "save_every", "tokens_per_micro_batch", "sampler_slots", "checkpoint_layers",
-    "shard",
+    "shard", "track", "profile_steps",
 }  # fmt: skip
 
 
@@ -124,7 +130,9 @@ class SettingError(ValueError):
 def check(s: Settings) -> Settings:
     for name, values in CHOICES.items():
         if getattr(s, name) not in values:
-            raise SettingError(f"{name} must be one of {', '.join(values)}; got {getattr(s, name)!r}")
+            raise SettingError(
+                f"{name} must be one of {', '.join(v or 'empty' for v in values)}; got {getattr(s, name)!r}"
+            )
     for name, least in MINIMUM.items():
         if not getattr(s, name) >= least:  # "not >=" also catches nan
             raise SettingError(f"{name} must be at least {least}; got {getattr(s, name)}")
@@ -152,7 +160,26 @@ def check(s: Settings) -> Settings:
         raise SettingError(
             f"shadow_rollouts and resync_every concern θ̂, which only --method bridge has (got {s.method})"
         )
+    if s.track and find_spec(s.track) is None:
+        raise SettingError(f"track: the package {s.track} is not installed: pip install {s.track}")
+    if (steps := profile_range(s.profile_steps)) and steps[0] > s.steps + s.sft_steps * (s.method == "sft_rl"):
+        raise SettingError(f"profile_steps begins after the last step; got {s.profile_steps}")
     return s
+
+
+def profile_range(text: str) -> range:
+    """The steps that `profile_steps` names, counted from 1 as in the logs.
+
+    >>> profile_range("3"), profile_range("3-4"), profile_range("")
+    (range(3, 4), range(3, 5), range(0, 0))
+    """
+    if not text:
+        return range(0)
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= first <= last:
+        raise SettingError(f"profile_steps must be a step or a range of steps, as 3 or 3-4; got {text!r}")
+    return range(first, last + 1)
 
 
 def parse(argv: list[str]) -> tuple[Settings, Path, bool]:

@@ -22,7 +22,13 @@ KILLED = 60  # seconds after which a run counts as hanging
 
 def start(out, ranks, *flags, restarts=0, script=ROOT / "bridge.py"):
     """A run on so many ranks, as a process."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={ranks}",
+        f"--max-restarts={restarts}",
+    ]
     command = [sys.executable, *(launcher if ranks > 1 else []), script, *SMOKE, "--out", out, *flags]
     return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip

@@ -25,7 +25,9 @@ def test_every_function_and_test_named_in_the_readme_exists():
         assert name in defined, f"{file}:{name}"
 
 
-@pytest.mark.parametrize("module", ["expression", "grpo", "logprob", "model", "rewards", "scores", "toy"])
+@pytest.mark.parametrize(
+    "module", ["expression", "grpo", "logprob", "model", "rewards", "scores", "settings", "toy", "track"]
+)
 def test_the_examples_in_the_docstrings_are_true(module):
     failed, tried = doctest.testmod(importlib.import_module(module))
     assert tried > 0 == failed
