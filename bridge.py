@@ -56,6 +56,7 @@ from model import (
     response_scores,
     stop_tokens,
 )
+from plan import dry_run
 from sampler import Sampler
 from scores import table
 from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse
@@ -604,7 +605,10 @@ def finish(run: Run) -> None:
 
 def main(argv: list[str]) -> None:
     try:
-        s, out, resume = parse(argv)
+        s, args = parse(argv)
+        if args.dry_run:
+            return dry_run(s, args.gpu, args.gpus, shard=False)
+        out, resume = args.out, args.resume
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise SettingError("this version runs in one process: start it with python bridge.py, not torchrun")
         if not resume and out.exists() and any(out.iterdir()):
