@@ -229,6 +229,8 @@ def training(s: Settings, m: Shapes, world: int, shard: bool, cuda: bool, prompt
     }  # fmt: skip
     activations, merged, head = max(moments.values(), key=sum)
     out = {"activations": activations, "merged weights": merged, "vocabulary head": head}
+    if s.method == "bridge":
+        out["w's gradients, apart"] = 4 * w  # θ's and θ̂'s parts are summed apart
     if shard:  # gathered: the root and two layers; whole gradients: of the root and one layer; the reference's root
         out["FSDP, gathered"] = 4 * (2 * m.root + 3 * m.layer + m.root * (s.kl_coef > 0))
     return out
@@ -398,7 +400,7 @@ def report(s: Settings, m: Shapes, gpu: GPU | None, world: int, shard: bool, lim
     lines.append(f"  host memory while loading: {4 * m.parameters * world / GiB:.1f} GiB" * cuda)
     phases = work(s, m)
     lines += [f"a step of all ranks: {PROMPT} tokens in a prompt, responses of {MEAN_RESPONSE * s.max_new_tokens:.0f} "
-              f"and demonstrations of {MEAN_DEMONSTRATION * s.max_new_tokens:.0f} tokens on average (assumed)"]  # fmt: skip
+              f"and demonstrations of {MEAN_DEMONSTRATION * s.max_new_tokens:.0f} on average (assumed)"]  # fmt: skip
     times = seconds(s, m, gpu, world, shard) if gpu else {}
     for name in [*phases, *(n for n in times if n not in phases)]:
         phase = phases.get(name)

@@ -14,8 +14,11 @@ COUNTS = {"Qwen/Qwen2.5-3B": 3.09, "meta-llama/Llama-3.2-3B-Instruct": 3.21, "Qw
 
 
 def large(**changed) -> Settings:
-    return check(Settings(**dict(model="Qwen/Qwen2.5-3B", dtype="bfloat16", prompts_per_step=64, group_size=5, lora_rank=16,
-                                 sft_batch=64, max_new_tokens=3000, checkpoint_layers=36, sampler_slots=320) | changed))  # fmt: skip
+    paper = dict(
+        model="Qwen/Qwen2.5-3B", dtype="bfloat16", prompts_per_step=64, group_size=5, lora_rank=16, sft_batch=64,
+        max_new_tokens=3000, checkpoint_layers=36, sampler_slots=320,
+    )  # fmt: skip
+    return check(Settings(**paper | changed))
 
 
 def of(name: str) -> plan.Shapes:
