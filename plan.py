@@ -350,7 +350,7 @@ def remedies(s: Settings, m: Shapes, world: int, shard: bool, limit: float, cuda
         ways.append(" with ".join(["", *(f"{name} {value}" for name, value in least.items())])[6:])
     if world > 1 and not shard and fits(shard=True):
         ways.append("--shard")
-    for changed in ({}, least) if cuda else ():
+    for changed in ({}, least) if cuda and "--shard" not in ways else ():
         n = next((n for n in (2, 4, 8, 16, 32, 64) if n > world and fits(n, True, **changed)), None)
         if n:
             return [*ways, " with ".join([f"{n} GPUs with --shard", *(f"{k} {v}" for k, v in changed.items())])]
