@@ -119,7 +119,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("plan.py", 'out["reference"] = 4 *', 'out["reference"] = 2 *'),
     ("plan.py", "return s.lora_rank * sum(map(sum, sizes))", "return s.lora_rank * sum(map(max, sizes))"),
     ("plan.py", "m.layers * 2 * slots *", "m.layers * slots *"),
-    ("plan.py", "q * padded) + 4 * m.heads", "q) + m.heads"),
+    ("plan.py", "+ q * padded)", "+ 0 * padded)"),
     ("plan.py", "+ b * 4 * m.mlp", "+ b * 3 * m.mlp"),
     ("plan.py", "(2 * (4 + 2) + 5 * 2) * m.hidden", "(2 * (4 + 2) + 2 * 2) * m.hidden"),
     ("plan.py", "samples * mean / slots + s.max_new_tokens - mean", "samples * mean / slots"),

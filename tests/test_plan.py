@@ -1,8 +1,13 @@
 """What plan.py computes is what a run allocates, and what the literature of this project says of large models."""
 
+import weakref
+
 import pytest
 import torch
 from conftest import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Qwen2Config
 
 import bridge
 import model as M
@@ -104,6 +109,47 @@ def test_what_autograd_keeps_of_a_forward_pass_is_what_is_computed(dtype, family
     final = (8 if b == 4 else 6) * m.hidden
     layers = (2 - checkpointed) * plan.kept(m, b, padded=True) + checkpointed * b * m.hidden
     assert measured == pytest.approx(400 * (layers + final) + casts, rel=0.05)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of the storages that are alive, and their peak, of all tensors that operations return."""
+
+    def __init__(self, known: list[torch.Tensor]):
+        super().__init__()
+        self.ids, self.now, self.peak = {t.untyped_storage()._cdata for t in known}, 0, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for storage in (x.untyped_storage() for x in tree_leaves(out) if isinstance(x, torch.Tensor)):
+            if storage._cdata not in self.ids:
+                self.ids.add(storage._cdata)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self.gone, storage._cdata, storage.nbytes())
+        return out
+
+    def gone(self, key: int, size: int) -> None:
+        self.ids.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("layers", "above"), [(0, 1.05), (4, 1.30)])  # recomputed, no layer's pieces all live at once
+def test_the_peak_of_a_forward_and_backward_is_computed_closely_and_not_below(dtype, layers, above):
+    model = AutoModelForCausalLM.from_config(Qwen2Config(
+        vocab_size=512, hidden_size=256, intermediate_size=700, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
+    ))  # fmt: skip
+    model.set_attn_implementation("packed")
+    s = check(Settings(dtype=dtype, checkpoint_layers=layers, sft_batch=20, prompts_per_step=2, group_size=10,
+                       max_new_tokens=60, tokens_per_micro_batch=4000))  # fmt: skip
+    policies, rows = bridge.make_policies(model, s), [([1] * 40, [2] * 60)] * 20
+    bridge.sft_backward(policies.policy, rows, 1.0, s)  # makes the gradients
+    parameters = list(model.parameters())
+    with Live([*parameters, *(p.grad for p in parameters)]) as live:
+        bridge.sft_backward(policies.policy, rows, 1.0, s)
+    computed = sum(plan.training(s, plan.shapes(model.config), 1, False, cuda=False, prompt=40).values())
+    assert 0.98 < computed / live.peak < above
 
 
 def test_the_decode_floor_of_the_paper_s_step_is_the_hand_calculation_s(monkeypatch):
