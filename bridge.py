@@ -62,6 +62,7 @@ from model import (
     response_scores,
     stop_tokens,
 )
+from plan import dry_run
 from sampler import Sampler
 from scores import table
 from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse, profile_range
@@ -692,9 +693,12 @@ def finish(run: Run) -> None:
 def main(argv: list[str]) -> None:
     rank = f", rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
     try:
-        s, out, resume = parse(argv)
+        s, args = parse(argv)
+        if args.dry_run:
+            return dry_run(s, args.gpu, args.gpus)
         parallel.start()
-        resume |= os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts: once more
+        out = args.out
+        resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
         if parallel.first(not resume and out.exists() and any(out.iterdir())):
             raise SettingError(f"{out} exists: --resume continues it, --out names another folder")
         say(f"method {s.method}, settings " + " ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""))

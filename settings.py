@@ -182,7 +182,8 @@ def profile_range(text: str) -> range:
     return range(first, last + 1)
 
 
-def parse(argv: list[str]) -> tuple[Settings, Path, bool]:
+def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
+    """(settings, the other flags: out, resume, dry_run, gpu and gpus). Raises SettingError."""
     parser = argparse.ArgumentParser(
         description="Trains a language model with BRIDGE or one of its baselines.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False,
@@ -192,12 +193,22 @@ def parse(argv: list[str]) -> tuple[Settings, Path, bool]:
     parser.add_argument(
         "--resume", action="store_true", help="continue the run in --out from its newest good checkpoint"
     )
+    parser.add_argument("--dry-run", action="store_true", help="say what the run will need, load nothing and stop")
+    parser.add_argument("--gpu", help="with --dry-run: a100, h100, h200, l40s or 4090; by default this machine's")
+    parser.add_argument("--gpus", type=int, default=1, help="with --dry-run: their number")
     for f in fields(Settings):
         action = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
         text = f.metadata["help"].replace("%", "%%")
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, help=text, **action)
     preset = parser.parse_known_args(argv)[0].preset
     parser.set_defaults(**PRESETS[preset])
-    args = vars(parser.parse_args(argv))
-    s = check(Settings(**{f.name: args[f.name] for f in fields(Settings)}))
-    return s, Path(args["out"] or f"runs/{s.method}-{preset}-{s.seed}"), args["resume"]
+    args = parser.parse_args(argv)
+    if (args.gpu or args.gpus != 1) and not args.dry_run:
+        raise SettingError(
+            "gpu and gpus describe the machine that a --dry-run asks about; a run takes the one it is on"
+        )
+    if args.gpus < 1:
+        raise SettingError(f"gpus must be at least 1; got {args.gpus}")
+    s = check(Settings(**{f.name: getattr(args, f.name) for f in fields(Settings)}))
+    args.out = Path(args.out or f"runs/{s.method}-{preset}-{s.seed}")
+    return s, args

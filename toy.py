@@ -115,6 +115,14 @@ class Recipe:
     seed: int = 0
 
 
+def config(recipe: Recipe, tokenizer) -> Qwen2Config:
+    return Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.mlp,
+        num_hidden_layers=recipe.layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
+        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+
+
 def documents(recipe: Recipe, tokenizer):
     """Endless training batches of the base model as (prompt ids, response ids): 45 % chains of single steps,
     35 % short problems answered at once, 20 % problems of up to four operands worked step by step."""
@@ -162,12 +170,7 @@ def build_base(name: str) -> Path:
         return folder
     tokenizer = make_tokenizer()
     torch.manual_seed(recipe.seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.mlp,
-        num_hidden_layers=recipe.layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config).to(pick_device())
+    model = AutoModelForCausalLM.from_config(config(recipe, tokenizer)).to(pick_device())
     model.set_attn_implementation("packed")
     optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps)

@@ -135,7 +135,7 @@ def paper_steps(out) -> None:
 
 def laptop_steps(preset: str, out) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        s, _, _ = parse(["--preset", preset])
+        s, _ = parse(["--preset", preset])
         run = bridge.set_up(s, Path(folder))
         one_step(run, 0)
         report(f"preset {preset}", [one_step(run, k) for k in range(1, 6)], out)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FAST = ["test_grpo.py", "test_logprob.py", "test_kernels.py", "test_lora.py", "test_update.py", "test_sampler.py", "test_rewards.py",
-        "test_loop.py", "test_evaluate.py"]  # fmt: skip
+        "test_loop.py", "test_evaluate.py", "test_plan.py"]  # fmt: skip
 
 MUTANTS = [  # file, line as it is, line as it should not be
     ("grpo.py", "centred = rewards - rewards.mean(-1, keepdim=True)", "centred = rewards - rewards.mean()"),
@@ -115,6 +115,14 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("scores.py", "np.abs(null / len(differences)) >= abs(observed)", "null / len(differences) >= observed"),
     ("evaluate.py", "mine = todo[start : start + size][rank::world]", "mine = todo[start : start + size]"),
     ("evaluate.py", "zlib.crc32(group.encode()), i) for i in mine]", "0, n) for n, i in enumerate(mine)]"),
+    ("plan.py", "= 8 * m.parameters / share + 4 * m.tensors", "= 8 * m.parameters / share"),
+    ("plan.py", 'out["reference"] = 4 *', 'out["reference"] = 2 *'),
+    ("plan.py", "return s.lora_rank * sum(map(sum, sizes))", "return s.lora_rank * sum(map(max, sizes))"),
+    ("plan.py", "m.layers * 2 * slots *", "m.layers * slots *"),
+    ("plan.py", "+ q * padded)", "+ 0 * padded)"),
+    ("plan.py", "+ b * 4 * m.mlp", "+ b * 3 * m.mlp"),
+    ("plan.py", "(2 * (4 + 2) + 5 * 2) * m.hidden", "(2 * (4 + 2) + 2 * 2) * m.hidden"),
+    ("plan.py", "samples * mean / slots + s.max_new_tokens - mean", "samples * mean / slots"),
 ]  # fmt: skip
 
 

@@ -45,6 +45,7 @@ def test_every_flag_named_in_the_readme_exists():
         "--help",
         "--out",
         "--preset",
+        "--dry-run",
         "--seeds",
         "--keep",
         "--table",
