@@ -197,6 +197,8 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
     advantage = grpo.group_advantages(reward, s.divide_by_std).flatten().repeat_interleave(lengths)  # [T]
     problem, _, group, responses, first_reward = groups[0]
     device = pick_device()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # what the sampler held is training's now
     return Rollouts(
         rows=[(prompt, c.ids) for _, prompt, group, _, _ in groups for c in group],
         reward=reward,
@@ -537,7 +539,9 @@ def set_up(s: Settings, out: Path) -> Run:
             task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems)
         else:
             task = toy.task(s.seed, s.eval_problems)
-        model, tokenizer = load(toy.resolve(s.model), s.trust_remote_code, torch.device("cpu") if s.shard else None)
+        model, tokenizer = load(
+            toy.resolve(s.model), s.trust_remote_code, torch.device("cpu") if s.shard else None, s.revision
+        )
     demonstrations = tasks.prepare(
         task, tokenizer, s.max_new_tokens, model.config.max_position_embeddings, with_demonstrations=s.method != "rl"
     )

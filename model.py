@@ -38,20 +38,27 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def load(name_or_folder: str, trust_remote_code: bool = False, device: torch.device | None = None):
+def load(name_or_folder: str, trust_remote_code: bool = False, device: torch.device | None = None, revision: str = ""):
     """(model, tokenizer) of a hub name or folder: fp32 weights, packed attention, dropout off.
 
     Raises ModelError when there is no such folder or it is not a causal language model we can train.
     """
-    options = dict(trust_remote_code=trust_remote_code)
+    options = dict(trust_remote_code=trust_remote_code, revision=revision or None)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(name_or_folder, dtype=torch.float32, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            name_or_folder, dtype=torch.float32, output_loading_info=True, **options
+        )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # what transformers raises for unusable files
         known = (
-            "is a folder without a usable model" if Path(name_or_folder).is_dir() else "is no folder, nor on the hub"
+            "is a folder without a usable model"
+            if Path(name_or_folder).is_dir()
+            else "is no folder, nor to be had from the hub (without a network, put its config.json, tokenizer files "
+            "and *.safetensors into a folder, and name that)"
         )
         raise ModelError(f"model {name_or_folder!r} {known}: {str(error).strip().splitlines()[0]}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers would begin with random ones
+        raise ModelError(f"model {name_or_folder!r} lacks {len(missing)} of its weights, the first is {missing[0]}")
     if not tokenizer.encode("1"):
         raise ModelError(f"model {name_or_folder!r} has no usable tokenizer beside it: '1' encodes to nothing")
     if not (hasattr(model, "model") and hasattr(model.config, "num_key_value_heads")):
@@ -116,8 +123,8 @@ def pack(sequences: list[list[int]], device: torch.device) -> Packed:
 
 
 def pads(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether attention spreads its sequences over the [B, L] rectangle."""
-    return device.type != "cuda" or dtype == torch.float32
+    """Whether attention spreads its sequences over the [B, L] rectangle: where there are no variable-length kernels."""
+    return device.type != "cuda" or dtype == torch.float32 or torch.cuda.get_device_capability(device) < (8, 0)
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:

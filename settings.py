@@ -23,6 +23,7 @@ class Settings:
     model: str = opt(
         "arithmetic-laptop", "hub name, model folder, or a built-in arithmetic-* model (paper: Qwen2.5-3B)"
     )
+    revision: str = opt("", "of the model on the hub: a branch, tag or commit; empty: its newest")
     rl_data: str = opt("", "D_RL: .jsonl with question and answer; empty: the built-in arithmetic (paper: LIMR)")
     sft_data: str = opt("", "D_SFT: .jsonl with question and solution; empty: the built-in arithmetic")
     eval_data: str = opt("", "evaluation problems; empty: the last eval_problems of rl_data, held out")

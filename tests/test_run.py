@@ -6,6 +6,7 @@ import os
 import pickle
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import tensors_in
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -400,3 +402,13 @@ def test_real_text_takes_the_same_path(tmp_path):
     asked = {r["question"]: r["answer"].rpartition("#### ")[2] for r in rows}
     assert all(asked[sample["question"]] == sample["answer"] for sample in samples)
     assert all(sample["reward"] in (0, 1) for sample in samples)
+
+
+def test_a_model_folder_that_lacks_weights_is_refused(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(ROOT / "models" / "arithmetic-smoke", folder)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights.pop("model.layers.1.mlp.up_proj.weight")
+    safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    message = refused("--preset", "smoke", "--out", tmp_path / "run", "--model", folder)
+    assert "lacks 1 of its weights, the first is model.layers.1.mlp.up_proj.weight" in message
