@@ -23,6 +23,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -39,6 +40,7 @@ import checkpoint
 import grpo
 import lora
 import plot
+import prompts
 import rewards
 import tasks
 import toy
@@ -159,12 +161,12 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
     for _ in range(1 + s.dynamic_sampling):
         draws = prompts.take(s.prompts_per_step)
         problems = [run.task.problems[i] for _, i in draws]
-        prompt_ids = [tasks.encode_prompt(run.tokenizer, p.question, run.task.instruction) for p in problems]
+        prompt_ids = [encode(run, p.question) for p in problems]
         keys = [(s.seed, step, draw) for draw, _ in draws]
         sampled = run.sampler.generate(prompt_ids, keys, s.group_size, s.max_new_tokens, s.temperature)
         for problem, prompt, group in zip(problems, prompt_ids, sampled, strict=True):
             responses = [run.tokenizer.decode(c.ids, skip_special_tokens=True) for c in group]
-            reward = [rewards.score(rewards.is_correct(r, problem.answer)) for r in responses]
+            reward = [run.reward(r, problem) for r in responses]
             groups.append((problem, prompt, group, responses, reward))
         if sum(map(is_live, groups)) >= s.prompts_per_step:
             break
@@ -192,6 +194,10 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
             for c, text, r in zip(group, responses, first_reward, strict=True)
         ],
     )  # fmt: skip
+
+
+def encode(run: "Run", question: str) -> list[int]:
+    return prompts.encode_prompt(run.tokenizer, question, run.task.instruction, run.task.template)
 
 
 def is_live(group: tuple) -> bool:
@@ -376,6 +382,7 @@ class Run:
     prompts: tasks.Stream
     demos: tasks.Stream
     data: str  # fingerprint of prompts, demonstrations and evaluation problems
+    reward: Callable[[str, tasks.Problem], float]
     skipped: int = 0  # updates that were skipped since the last step without one
 
 
@@ -458,18 +465,22 @@ class Diverged(RuntimeError):
 def set_up(s: Settings, out: Path) -> Run:
     """Loads task and model and makes the three sets of parameters. Raises DataError, ModelError or SettingError."""
     if s.rl_data:
-        task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems)
+        fields_and_filters = s.rl_fields, s.sft_fields, s.rl_filter, s.sft_filter
+        task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems, *fields_and_filters)
     else:
         task = toy.task(s.seed, s.eval_problems)
+    task.template, reward = s.template, rewards.load_reward(s.reward)
     model, tokenizer = load(toy.resolve(s.model), s.trust_remote_code)
+    end = prompts.end_of_turn(tokenizer, s.template)
+    stop = sorted({*stop_tokens(model, tokenizer), *([] if end is None else [end])})
     demonstrations = tasks.prepare(
         task, tokenizer, s.max_new_tokens, model.config.max_position_embeddings, with_demonstrations=s.method != "rl"
     )
-    sampler = Sampler(model, stop_tokens(model, tokenizer), s.sampler_slots, getattr(torch, s.dtype))
+    sampler = Sampler(model, stop, s.sampler_slots, getattr(torch, s.dtype))
     streams = [tasks.Stream(len(rows), (s.seed, i)) for i, rows in enumerate((task.problems, demonstrations))]
     data = repr((task.problems, task.evaluation, demonstrations)).encode(errors="replace")
     data_hash = hashlib.sha256(data).hexdigest()  # resuming on other data would be another run
-    return Run(s, out, make_policies(model, s), task, demonstrations, tokenizer, sampler, *streams, data_hash)
+    return Run(s, out, make_policies(model, s), task, demonstrations, tokenizer, sampler, *streams, data_hash, reward)
 
 
 def describe(run: Run) -> str:
@@ -492,6 +503,9 @@ def describe(run: Run) -> str:
     ]
     if wrapped:
         lines.insert(1, f"          w wraps {len(wrapped)} linears, {wrapped[0]} to {wrapped[-1]}: {s.lora_targets}")
+    lines.insert(
+        -3, f"          the first prompt: {run.tokenizer.decode(encode(run, run.task.problems[0].question))!r}"
+    )
     if run.demonstrations:
         prompt, response = (run.tokenizer.decode(ids) for ids in run.demonstrations[0])
         lines.insert(-3, f"          the first demonstration, trained tokens in ⟦ ⟧: {prompt!r}⟦{response!r}⟧")
@@ -505,7 +519,8 @@ def evaluate_policies(run: Run, step: int) -> None:
         if model is not None:
             run.sampler.refresh(model)
             problems, limit = run.task.evaluation, run.s.max_new_tokens
-            record[name], _ = evaluate(run.sampler, run.tokenizer, problems, run.task.instruction, limit)
+            prompt = run.task.instruction, limit, run.task.template
+            record[name], _ = evaluate(run.sampler, run.tokenizer, problems, *prompt)
     checkpoint.append(run.out / "evals.jsonl", record)
     averages = ", ".join(f"{name} {record[name]['average']:.3f}" for name in record if name != "step")
     tqdm.write(f"step {step}: average accuracy {averages}")
@@ -626,7 +641,8 @@ def main(argv: list[str]) -> None:
         print(describe(run), flush=True)
         train(run, start)
         finish(run)
-    except (SettingError, tasks.DataError, ModelError, Diverged, FloatingPointError, SafetensorError, OSError) as error:
+    except (SettingError, tasks.DataError, rewards.RewardError, ModelError, Diverged, FloatingPointError,
+            SafetensorError, OSError) as error:  # fmt: skip
         sys.exit(f"bridge.py: {error}")
     except KeyboardInterrupt:
         print("\nbridge.py: interrupted; --resume continues from the last checkpoint, if there is one")
