@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import rewards
-import tasks
+from data import DataError, Problem, read_rows
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,18 @@ OPTIONS_SEED = 0  # not the sampling seed: the questions stay the same ones
 PAPER = ("math500", "minerva_math", "olympiadbench", "aime24", "amc23")  # whose plain mean the paper calls average
 
 
-def read_benchmark(name: str, folder: str) -> list[tasks.Problem]:
+def read_benchmark(name: str, folder: str, setting: str = "--benchmarks") -> list[Problem]:
     """The problems of a benchmark, from FOLDER/NAME.jsonl or else from the hub.
 
     Rows without a readable gold stay in and count as wrong: the denominator is the benchmark's. Options are shuffled
-    by (OPTIONS_SEED, position). Raises tasks.DataError for a row that lacks a field, and without file and network.
+    by (OPTIONS_SEED, position). Raises DataError for a row that lacks a field, and without file and network.
     """
     entry, local = BENCHMARKS[name], Path(folder) / f"{name}.jsonl"
     try:
-        source, config, split = (str(local), None, "train") if local.exists() else entry.hub
-        rows = tasks.read_rows(source, "--benchmarks", config, split)
-    except tasks.DataError as error:
-        raise tasks.DataError(f"{error}; or put the rows into {local}") from error
+        source = str(local) if local.exists() else ":".join(part for part in entry.hub if part)
+        rows = list(read_rows(source, setting))
+    except DataError as error:
+        raise DataError(f"{error}; or put the rows into {local}") from error
     problems = []
     for i, (where, row) in enumerate(rows):
         try:
@@ -81,11 +81,11 @@ def read_benchmark(name: str, folder: str) -> list[tasks.Problem]:
             else:
                 gold = str(entry.gold(row)).strip()
         except (KeyError, TypeError, IndexError, StopIteration) as error:
-            raise tasks.DataError(f"--benchmarks: {where} is no row of {name}: {error!r}") from error
+            raise DataError(f"{setting}: {where} is no row of {name}: {error!r}") from error
         tolerance, unit = entry.tolerance, (row.get("unit") or None)
         if row.get("error"):  # OlympiadBench's absolute tolerance, as a relative one
             tolerance = relative_tolerance(row["error"], gold)
-        problems.append(tasks.Problem(question, gold, name, labels, tolerance, unit))
+        problems.append(Problem(question, gold, name, labels, tolerance, unit))
     return problems
 
 

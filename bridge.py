@@ -26,6 +26,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -44,6 +45,7 @@ import grpo
 import lora
 import parallel
 import plot
+import prompts
 import rewards
 import tasks
 import toy
@@ -138,7 +140,7 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
         lora.attach(model, w, s.lora_alpha / s.lora_rank)
     if shadow is not None:
         lora.attach(shadow, w, s.lora_alpha / s.lora_rank, sign=-1.0)  # the minus of eq. (8)
-    if s.shard:
+    if s.shard and parallel.world() > 1:
         for m in filter(None, (model, shadow, reference)):
             parallel.shard(m, w.values(), train=m is not reference)
     sets = {"theta": (lora.base_parameters(model).values(), s.alpha)}
@@ -175,13 +177,13 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
     for _ in range(1 + s.dynamic_sampling):
         draws = prompts.take(s.prompts_per_step)[parallel.rank() :: parallel.world()]
         problems = [run.task.problems[i] for _, i in draws]
-        prompt_ids = [tasks.encode_prompt(run.tokenizer, p.question, run.task.instruction) for p in problems]
+        prompt_ids = [encode(run, p.question) for p in problems]
         keys = [(s.seed, step, draw) for draw, _ in draws]
         sampled = run.sampler.generate(prompt_ids, keys, s.group_size, s.max_new_tokens, s.temperature)
         mine = []
         for (draw, _), problem, prompt, group in zip(draws, problems, prompt_ids, sampled, strict=True):
             responses = [run.tokenizer.decode(c.ids, skip_special_tokens=True) for c in group]
-            reward = [rewards.score(rewards.is_correct(r, problem.answer)) for r in responses]
+            reward = [run.reward(r, problem) for r in responses]
             mine.append((draw, (problem, prompt, group, responses, reward)))
         groups += [group for _, group in sorted(parallel.gather(mine), key=lambda pair: pair[0])]  # as drawn
         if sum(map(is_live, groups)) >= s.prompts_per_step:
@@ -212,6 +214,10 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
             for c, text, r in zip(group, responses, first_reward, strict=True)
         ],
     )  # fmt: skip
+
+
+def encode(run: "Run", question: str) -> list[int]:
+    return prompts.encode_prompt(run.tokenizer, question, run.task.instruction, run.task.template)
 
 
 def is_live(group: tuple) -> bool:
@@ -431,6 +437,7 @@ class Run:
     prompts: tasks.Stream
     demos: tasks.Stream
     data: str  # fingerprint of prompts, demonstrations and evaluation problems
+    reward: Callable[[str, tasks.Problem], float]
     skipped: int = 0  # updates that were skipped since the last step without one
     log: track.Log = track.nowhere  # where metrics and evaluations go besides the files
 
@@ -536,20 +543,25 @@ def set_up(s: Settings, out: Path) -> Run:
         )
     with parallel.in_turns():
         if s.rl_data:
-            task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems)
+            fields_and_filters = s.rl_fields, s.sft_fields, s.rl_filter, s.sft_filter
+            task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems, *fields_and_filters)
         else:
             task = toy.task(s.seed, s.eval_problems)
+        sharded = s.shard and parallel.world() > 1  # then slices go to their devices one by one
         model, tokenizer = load(
-            toy.resolve(s.model), s.trust_remote_code, torch.device("cpu") if s.shard else None, s.revision
+            toy.resolve(s.model), s.trust_remote_code, torch.device("cpu") if sharded else None, s.revision
         )
+    task.template, reward = s.template, rewards.load_reward(s.reward)
+    end = prompts.end_of_turn(tokenizer, s.template)
+    stop = sorted({*stop_tokens(model, tokenizer), *([] if end is None else [end])})
     demonstrations = tasks.prepare(
         task, tokenizer, s.max_new_tokens, model.config.max_position_embeddings, with_demonstrations=s.method != "rl"
     )
-    sampler = Sampler(model, stop_tokens(model, tokenizer), s.sampler_slots, getattr(torch, s.dtype))
+    sampler = Sampler(model, stop, s.sampler_slots, getattr(torch, s.dtype))
     streams = [tasks.Stream(len(rows), (s.seed, i)) for i, rows in enumerate((task.problems, demonstrations))]
     data = repr((task.problems, task.evaluation, demonstrations)).encode(errors="replace")
     data_hash = hashlib.sha256(data).hexdigest()  # resuming on other data would be another run
-    return Run(s, out, make_policies(model, s), task, demonstrations, tokenizer, sampler, *streams, data_hash)
+    return Run(s, out, make_policies(model, s), task, demonstrations, tokenizer, sampler, *streams, data_hash, reward)
 
 
 def describe(run: Run) -> str:
@@ -573,6 +585,9 @@ def describe(run: Run) -> str:
     ]
     if wrapped:
         lines.insert(1, f"          w wraps {len(wrapped)} linears, {wrapped[0]} to {wrapped[-1]}: {s.lora_targets}")
+    lines.insert(
+        -3, f"          the first prompt: {run.tokenizer.decode(encode(run, run.task.problems[0].question))!r}"
+    )
     if run.demonstrations:
         prompt, response = (run.tokenizer.decode(ids) for ids in run.demonstrations[0])
         lines.insert(-3, f"          the first demonstration, trained tokens in ⟦ ⟧: {prompt!r}⟦{response!r}⟧")
@@ -586,7 +601,8 @@ def evaluate_policies(run: Run, step: int) -> None:
         if model is not None:
             run.sampler.refresh(model)
             problems, limit = run.task.evaluation, run.s.max_new_tokens
-            record[name], _ = evaluate(run.sampler, run.tokenizer, problems, run.task.instruction, limit)
+            prompt = run.task.instruction, limit, run.task.template
+            record[name], _ = evaluate(run.sampler, run.tokenizer, problems, *prompt)
     log_line(run, "evals.jsonl", record)
     run.log(step, record)
     averages = ", ".join(f"{name} {record[name]['average']:.3f}" for name in record if name != "step")
@@ -718,7 +734,8 @@ def main(argv: list[str]) -> None:
             train(run, start)
         finish(run)
         parallel.end()
-    except (SettingError, tasks.DataError, ModelError, Diverged, FloatingPointError, SafetensorError, OSError) as error:
+    except (SettingError, tasks.DataError, rewards.RewardError, ModelError, Diverged, FloatingPointError,
+            SafetensorError, OSError) as error:  # fmt: skip
         sys.exit(f"bridge.py{rank}: {error}{where(error)}")
     except torch.OutOfMemoryError as error:
         sys.exit(

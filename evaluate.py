@@ -63,12 +63,13 @@ def answer(
     samples: int = 1,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    template: str = "",
 ) -> list[dict]:
     """One graded record per problem and sample; sample i of a problem draws from (*key, i), whatever else there is."""
     if not problems:  # a rank may have none
         return []
-    texts = [tasks.prompt_text(tokenizer, p.question, instruction) for p in problems]
-    prompts = [tasks.encode_text(tokenizer, text) for text in texts]
+    texts = [tasks.prompt_text(tokenizer, p.question, instruction, template) for p in problems]
+    prompts = [tasks.encode_text(tokenizer, text, template) for text in texts]
     keys = keys or [(0, i) for i in range(len(problems))]
     quiet = parallel.rank() > 0
     with tqdm(total=samples * len(prompts), desc="answering", leave=False, disable=quiet) as bar:
@@ -95,14 +96,19 @@ def grade(record: dict) -> dict:
 
 
 def evaluate(
-    sampler: Sampler, tokenizer, problems: list[tasks.Problem], instruction: str, max_new_tokens: int
+    sampler: Sampler,
+    tokenizer,
+    problems: list[tasks.Problem],
+    instruction: str,
+    max_new_tokens: int,
+    template: str = "",
 ) -> tuple[dict[str, float], list[dict]]:
     """Greedy pass@1 of the sampler's weights: ({group: accuracy, "average": …}, one record per problem).
 
     "average" is the plain mean over the groups, as the paper averages over benchmarks.
     """
     mine = range(parallel.rank(), len(problems), parallel.world())
-    records = answer(sampler, tokenizer, [problems[i] for i in mine], instruction, max_new_tokens)
+    records = answer(sampler, tokenizer, [problems[i] for i in mine], instruction, max_new_tokens, template=template)
     records = parallel.gather([record | {"id": i} for i, record in zip(mine, records, strict=True)])
     accuracy = {group: float(verdicts(rows).mean()) for group, rows in sorted(by_problem(records).items())}
     return {**accuracy, "average": sum(accuracy.values()) / len(accuracy)}, records
@@ -200,7 +206,8 @@ def find_problems(args: argparse.Namespace, settings: dict) -> tuple[list[tasks.
         print(*notes, sep="\n", end="\n" * bool(notes))
         return problems[: args.problems or None], tasks.INSTRUCTION
     if rl_data := settings.get("rl_data", ""):
-        task = tasks.from_files(rl_data, "", settings.get("eval_data", ""), settings["eval_problems"])
+        names = {name: settings.get(name, "") for name in ("rl_fields", "rl_filter")}
+        task = tasks.from_files(rl_data, "", settings.get("eval_data", ""), settings["eval_problems"], **names)
         return task.evaluation[: args.problems or None], tasks.INSTRUCTION
     return toy.evaluation(args.problems or settings.get("eval_problems", 100)), ""
 
@@ -224,11 +231,12 @@ def run(args: argparse.Namespace) -> None:
     own = not (args.benchmarks or args.data)
     sampling = choose_sampling(args, list(groups), settings.get("max_new_tokens", 96) if own else None)
     limit = sampling["max_new_tokens"]
-    tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings)
+    template = settings.get("template", "") if args.template is None else args.template
+    tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings, template)
     header = dict(
         model=os.path.normpath(args.source), dtype=str(model.dtype),
         weights=getattr(model.config, "_commit_hash", None) or weights_hash(source),
-        prompt=tasks.prompt_text(tokenizer, "{question}", instruction), sampling=sampling,
+        prompt=tasks.prompt_text(tokenizer, "{question}", instruction, template), sampling=sampling,
         seed=args.seed, options_seed=OPTIONS_SEED, grader=rewards.VERSION, torch=torch.__version__,
         transformers=transformers.__version__,
         data={g: dict(problems=len(p), sha256=data_hash(p)) for g, p in groups.items()},
@@ -238,7 +246,9 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out or (folder / name if settings else Path("evals") / folder.name / name))
     records = open_results(out, header) if rank == 0 else []
 
-    sampler = Sampler(model, stop_tokens(model, tokenizer), slots=args.slots, dtype=model.dtype)
+    end = tasks.end_of_turn(tokenizer, template)
+    stop = sorted({*stop_tokens(model, tokenizer), *([] if end is None else [end])})
+    sampler = Sampler(model, stop, slots=args.slots, dtype=model.dtype)
     del model
     done = parallel.first({(r["group"], r["id"]) for r in records})
     for group, of_group in groups.items():
@@ -250,7 +260,7 @@ def run(args: argparse.Namespace) -> None:
             keys = [(args.seed, zlib.crc32(group.encode()), i) for i in mine]
             fresh = answer(
                 sampler, tokenizer, [of_group[i] for i in mine], instruction, limit, keys, samples,
-                sampling["temperature"], sampling["top_p"],
+                sampling["temperature"], sampling["top_p"], template,
             )  # fmt: skip
             fresh = parallel.gather([record | {"id": mine[n // samples]} for n, record in enumerate(fresh)])
             fresh.sort(key=lambda r: (r["group"], r["id"], r["sample"]))
@@ -304,6 +314,7 @@ def main() -> None:
     add("--benchmark-dir", default="benchmarks", help="where NAME.jsonl is looked for before the hub is asked")
     add("--data", default="", help="problems to evaluate on, .jsonl with question and answer")
     add("--problems", type=int, default=0, help="only the first N of each (for the built-in task: N per length)")
+    add("--template", help="prompt: qwen-boxed or plain instead of the chat template (default: the run's)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="paper: greedy, one answer; sampled: T 0.6, top-p 0.95")
     add("--samples", type=int, default=0, help="answers per problem (default: the protocol's, by benchmark)")
     add("--temperature", type=float, help="0 is greedy (default: the protocol's)")

@@ -19,7 +19,7 @@ from transformers import GenerationConfig
 
 import lora
 import plot
-import tasks
+import prompts
 import toy
 from scores import markdown, table
 from settings import Settings
@@ -131,12 +131,12 @@ def front_matter(s: Settings) -> str:
 
 def usage(run: Run) -> str:
     instruction, tokenizer = run.task.instruction, run.tokenizer
-    if tokenizer.chat_template:
+    if not run.task.template:
         content = f"question + {instruction!r}" if instruction else "question"
         prompt = f"""messages = [{{"role": "user", "content": {content}}}]
 prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"""
     else:
-        before, after = tasks.prompt_text(tokenizer, "\0", instruction).split("\0")
+        before, after = prompts.prompt_text(tokenizer, "\0", instruction, run.task.template).split("\0")
         prompt = f"prompt = {before!r} + question + {after!r}"
     return f"""```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,7 +144,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
 {prompt}
-inputs = tokenizer(prompt, add_special_tokens={not tokenizer.chat_template}, return_tensors="pt")
+inputs = tokenizer(prompt, add_special_tokens={bool(run.task.template)}, return_tensors="pt")
 output = model.generate(inputs.input_ids, attention_mask=inputs.attention_mask, max_new_tokens={run.s.max_new_tokens})
 print(tokenizer.decode(output[0, inputs.input_ids.shape[1]:]))
 ```

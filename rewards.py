@@ -14,8 +14,13 @@ for), except where the form is the answer:
 - two stated units must agree, and 7 % is 7 % or 0.07, while 0.07 and 700 are not 7.
 """
 
+import importlib.util
+import math
 import re
+import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from answers import MAX_ANSWER, MAX_ITEMS, by_letters, matches, read
 from expression import TooComplex, Unreadable
@@ -78,6 +83,63 @@ def score(verdict: Verdict, response: str = "", *, wrong: float = 0.0, format_we
     opened, closed = response.count("<think>"), response.count("</think>")
     formed = verdict.extracted is not None and closed <= 1 and opened <= closed
     return (1 - format_weight) * reward + format_weight * formed if format_weight else reward
+
+
+class RewardError(ValueError):
+    """A reward function of the user's that cannot be used; the message names it and says why."""
+
+
+def load_reward(spec: str) -> Callable[[str, object], float]:
+    """The reward as a function of (response, problem): the built-in grader, or `spec`'s FILE.py:FUNCTION.
+
+    Loading runs the file: it is the user's own code, named on the command line. Raises RewardError when it cannot be
+    loaded, and so does every call whose result is not a finite number.
+    """
+    if not spec:
+        return lambda response, problem: score(
+            is_correct(response, problem.answer, tolerance=problem.tolerance, unit=problem.unit)
+        )
+    file, colon, name = spec.rpartition(":")
+    if not (file.endswith(".py") and colon and name):
+        raise RewardError(f"reward: {spec!r} must be FILE.py:FUNCTION")
+    if not Path(file).is_file():
+        raise RewardError(f"reward: there is no file {file!r}")
+    module_spec = importlib.util.spec_from_file_location(Path(file).stem, file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        raise RewardError(f"reward: {_place(error, file)} while loading: {error!r}") from error
+    if not hasattr(module, name):
+        raise RewardError(f"reward: {file} has no function {name!r}")
+    function = getattr(module, name)
+    if not callable(function):
+        raise RewardError(f"reward: {name} in {file} is a {type(function).__name__}, not a function")
+
+    def reward(response: str, problem) -> float:
+        try:
+            value = function(response, problem)
+        except Exception as error:
+            raise RewardError(f"reward: {_place(error, file)} in {name}: {error!r}") from error
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise RewardError(
+                f"reward: {spec} must return a finite number, it returned {value!r} for {problem.question[:80]!r}"
+            )
+        return number
+
+    return reward
+
+
+def _place(error: Exception, file: str) -> str:
+    """The file and line of the user's code an exception comes from."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename}, line {error.lineno},"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f"{file}, line {lines[-1]}," if lines else file
 
 
 # ---------------------------------------------------------------------------------------------------------------------

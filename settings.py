@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import grpo
+import prompts
 
 
 def opt(default, help: str):
@@ -24,9 +25,34 @@ class Settings:
         "arithmetic-laptop", "hub name, model folder, or a built-in arithmetic-* model (paper: Qwen2.5-3B)"
     )
     revision: str = opt("", "of the model on the hub: a branch, tag or commit; empty: its newest")
-    rl_data: str = opt("", "D_RL: .jsonl with question and answer; empty: the built-in arithmetic (paper: LIMR)")
-    sft_data: str = opt("", "D_SFT: .jsonl with question and solution; empty: the built-in arithmetic")
-    eval_data: str = opt("", "evaluation problems; empty: the last eval_problems of rl_data, held out")
+    template: str = opt(
+        "",
+        "prompt: empty is the model's chat template, which is asked to box the answer; qwen-boxed and plain are "
+        "SimpleRL's (paper: SimpleRL's)",
+    )
+    rl_data: str = opt(
+        "",
+        "D_RL, question and answer: a comma list of .jsonl, .json, .parquet or .csv files and of hub names "
+        "owner/name[:config][:split]; empty: the built-in arithmetic (paper: LIMR)",
+    )
+    sft_data: str = opt("", "D_SFT, question and solution, as rl_data; empty: the built-in arithmetic")
+    eval_data: str = opt(
+        "",
+        "evaluation problems, as rl_data, or benchmarks: math500,aime24,…; empty: the last eval_problems of rl_data, "
+        "held out. Training rows that share 13 words in a row with any of them are dropped",
+    )
+    rl_fields: str = opt("", "names of rl_data's fields, if they are unusual: question=NAME,answer=NAME")
+    sft_fields: str = opt(
+        "",
+        "names of sft_data's: question=NAME,answer=NAME,solution=NAME|NAME (the first that is graded correct is used)",
+    )
+    rl_filter: str = opt("", "which rows of rl_data: FIELD=VALUE|VALUE,FIELD=LOW..HIGH; all must hold")
+    sft_filter: str = opt("", "which rows of sft_data")
+    reward: str = opt(
+        "",
+        "FILE.py:FUNCTION of (response, problem) giving a finite number, instead of the built-in grader; the file is "
+        "run as your own code. Evaluation stays with the grader",
+    )
     trust_remote_code: bool = opt(False, "run Python code that comes with the model")
     seed: int = opt(0, "of data order, adapter and samples")
     # method
@@ -93,14 +119,35 @@ class Settings:
     dynamic_sampling: int = opt(0, "sample up to n more batches to replace groups of equal rewards; 0: off")
     # evaluation and files
     eval_every: int = opt(25, "steps between evaluations")
-    eval_problems: int = opt(100, "evaluation problems (of each length, for the arithmetic)")
+    eval_problems: int = opt(100, "evaluation problems of each group: benchmark, level, length of the arithmetic")
     save_every: int = opt(25, "steps between checkpoints")
     track: str = opt("", "also send the metrics to tensorboard or wandb, which must be installed; empty: files only")
     profile_steps: str = opt("", "steps to trace with torch.profiler, as 3 or 3-4; empty: none")
 
 
+PAPER = dict(
+    prompts_per_step=64, group_size=5, max_new_tokens=3000, alpha=5e-7, beta=2.5e-5, lora_rank=16, lora_alpha=16.0,
+    lam=0.5, sft_batch=64, sft_steps=65, dtype="bfloat16", shard=True, checkpoint_layers=99, sampler_slots=64,
+    eval_data="math500,minerva_math,olympiadbench,aime24,amc23", sft_data="zwhe99/DeepMath-103K",
+    sft_fields="answer=final_answer,solution=r1_solution_1|r1_solution_2|r1_solution_3", sft_filter="difficulty=3..6",
+)  # fmt: skip
+MATH_HARD = dict(
+    rl_data="hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level3to5/train.parquet",
+    rl_fields="question=question,answer=gt_answer",
+)
 PRESETS: dict[str, dict] = {
     "laptop": {},  # the defaults: minutes on two cores
+    # The paper's three models. Its values: 64 prompts, 5 samples, 3000 tokens, α, rank and alpha 16, λ, the benchmarks,
+    # 6 epochs (read for Qwen2.5-3B; steps = 6·rows/64) and Qwen2.5-3B's D_RL. Not its values: β (not stated; α itself
+    # would hardly move B·A), sft_batch, sft_steps, the memory settings, and D_SFT: its R1 traces of the RL problems
+    # were not published. DeepMath-103K, whose procedure they follow, stands in: R1 too, of three solutions the first
+    # correct one. Names and fields were read in public cards and loaders, not tried on the hub.
+    "qwen2.5-3b": PAPER | dict(model="Qwen/Qwen2.5-3B", template="qwen-boxed", steps=130, sampler_slots=128,
+                               rl_data="GAIR/LIMR", rl_fields="question=prompt"),  # D_RL: the paper's, 1,389 rows
+    # D_RL: the paper's "MATH hard, 8.5K", read as SimpleRL's levels 3 to 5, 8,523 rows. Llama's template is not stated.
+    "llama-3.2-3b-instruct": PAPER | dict(model="meta-llama/Llama-3.2-3B-Instruct", steps=799) | MATH_HARD,
+    "qwen3-8b-base": PAPER | dict(model="Qwen/Qwen3-8B-Base", template="qwen-boxed", steps=799, sampler_slots=32,
+                                  tokens_per_micro_batch=8192) | MATH_HARD,
     "smoke": dict(model="arithmetic-smoke", steps=6, sft_steps=3, prompts_per_step=8, group_size=8, sft_batch=8,
                   eval_every=3, eval_problems=4, save_every=2, lora_rank=4, lora_alpha=8.0),
 }  # fmt: skip
@@ -144,6 +191,10 @@ def check(s: Settings) -> Settings:
         raise SettingError(f"shadow_ratio_cap must be 0 or at least 1; got {s.shadow_ratio_cap}")
     if s.eval_data and not s.rl_data:
         raise SettingError("eval_data needs rl_data: the built-in arithmetic has its own evaluation problems")
+    if s.template and s.template not in prompts.TEMPLATES:
+        raise SettingError(
+            f"template must be {' or '.join(prompts.TEMPLATES)}, or empty for the model's own; got {s.template!r}"
+        )
     if s.lam > 1:
         raise SettingError(f"lam must be in [0, 1]; got {s.lam}")
     if s.clip_low > 1:

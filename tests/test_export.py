@@ -164,7 +164,7 @@ def test_the_card_s_code_loads_the_model_and_asks_it_as_it_was_trained(finished,
     scope = {"folder": str(finished / "model"), "question": "1+2*3"}
     exec(code((finished / "model" / "README.md").read_text(), 0), scope)
     assert capsys.readouterr().out.strip()
-    assert scope["inputs"].input_ids[0].tolist() == bridge.tasks.encode_prompt(scope["tokenizer"], "1+2*3", "")
+    assert scope["inputs"].input_ids[0].tolist() == bridge.prompts.encode_prompt(scope["tokenizer"], "1+2*3", "")
 
 
 def test_the_adapter_on_the_trained_theta_gives_the_logits_of_the_exported_model(finished):
@@ -198,11 +198,11 @@ def test_a_run_in_bfloat16_exports_bfloat16_and_finishing_again_replaces_it(tmp_
     assert not list((tmp_path / "run").glob("model.*"))
 
 
-def test_without_a_chat_template_the_card_spells_the_prompt_out_and_the_tokenizer_adds_its_bos():
+def test_with_a_named_template_the_card_spells_the_prompt_out_and_the_tokenizer_adds_its_bos():
     tokenizer, scope = toy.make_tokenizer(), {"question": "1+2"}
     tokenizer.chat_template = None
-    task, sampler = SimpleNamespace(instruction="\nThink."), SimpleNamespace(stop=[0])
+    task, sampler = SimpleNamespace(instruction="\nThink.", template="plain"), SimpleNamespace(stop=[0])
     text = export.usage(SimpleNamespace(task=task, tokenizer=tokenizer, s=bridge.Settings(), sampler=sampler))
     exec(re.search("^prompt = .*", text, re.MULTILINE)[0], scope)
-    assert scope["prompt"] == bridge.tasks.prompt_text(tokenizer, "1+2", "\nThink.")
+    assert scope["prompt"] == bridge.prompts.prompt_text(tokenizer, "1+2", "\nThink.", "plain")
     assert "add_special_tokens=True" in text

@@ -329,7 +329,7 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     data.write_text("".join(rows))
     text_model(tmp_path / "model", rows)
     flags = ["--preset", "smoke", "--out", tmp_path / "run", "--steps", "1", "--model", tmp_path / "model",
-             "--rl-data", data, "--sft-data", data, "--max-new-tokens", "40"]  # fmt: skip
+             "--rl-data", data, "--sft-data", data, "--max-new-tokens", "40", "--template", "plain"]  # fmt: skip
     bridge.main([str(f) for f in flags])
     data.write_text("".join(rows[:20]))
     assert "has changed since the run" in refused(*flags, "--resume")
@@ -391,9 +391,9 @@ def test_real_text_takes_the_same_path(tmp_path):
     text_model(tmp_path / "model", [r["question"] + r["answer"] for r in rows])
     out = tmp_path / "run"
     flags = ["--model", tmp_path / "model", "--rl-data", data, "--sft-data", data, "--max-new-tokens", "200"]
-    assert "evaluation problems occur in training" in refused(
-        "--preset", "smoke", "--out", out, *flags, "--eval-data", data
-    )
+    assert "choose one with --template, qwen-boxed or plain" in refused("--preset", "smoke", "--out", out, *flags)
+    flags += ["--template", "plain"]
+    assert "rl_data: no usable row is left" in refused("--preset", "smoke", "--out", out, *flags, "--eval-data", data)
     bridge.main([str(f) for f in ("--preset", "smoke", "--out", out, "--steps", "3", *flags)])
     metrics, evals, samples = (lines(out / f"{n}.jsonl") for n in ("metrics", "evals", "samples"))
     assert metrics[-1]["sft_nll"] < metrics[0]["sft_nll"] < math.log(600) + 1

@@ -120,13 +120,13 @@ def test_a_broken_file_is_named_with_line_and_field(tmp_path, rows, message):
 
 def test_a_missing_file_is_named():
     with pytest.raises(DataError, match=r"sft_data: there is no file 'nowhere\.jsonl'"):
-        tasks.read_rows("nowhere.jsonl", "sft_data")
+        list(tasks.read_rows("nowhere.jsonl", "sft_data"))
 
 
 def test_text_that_is_not_utf8_is_reported(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff"}\n')
     with pytest.raises(DataError, match="is not UTF-8"):
-        tasks.read_rows(str(tmp_path / "a.jsonl"), "rl_data")
+        list(tasks.read_rows(str(tmp_path / "a.jsonl"), "rl_data"))
 
 
 def test_rows_whose_gold_cannot_be_read_are_dropped_and_counted(tmp_path):
@@ -149,9 +149,17 @@ def small_task(**changes):
     return Task(**(fields | changes))
 
 
-def test_evaluation_problems_in_training_are_refused(tokenizer):
-    for leak in ({"problems": [Problem("3+3", "6")]}, {"demonstrations": [Demonstration("3+3", "\\boxed{6}", "6")]}):
-        with pytest.raises(DataError, match=r"1 evaluation problems occur in training, the first is '3\+3"):
+def test_evaluation_problems_in_training_are_dropped_and_refused_when_nothing_else_is_left(tokenizer):
+    problem, demonstration = Problem("3+3", "6"), Demonstration("3+3", "\\boxed{6}", "6")
+    task = small_task(
+        problems=[problem, *small_task().problems], demonstrations=[demonstration, *small_task().demonstrations]
+    )
+    assert len(tasks.prepare(task, tokenizer, 20, 64, True)) == 1
+    assert task.problems == small_task().problems
+    for name, note in zip(("rl_data", "sft_data"), task.notes, strict=True):
+        assert note == f"{name}: 1 of 2 share 13 words in a row with an evaluation problem: dropped"
+    for name, leak in (("rl", {"problems": [problem]}), ("sft", {"demonstrations": [demonstration]})):
+        with pytest.raises(DataError, match=rf"{name}_data: no usable row is left.*1 of 1 share 13 words"):
             tasks.prepare(small_task(**leak), tokenizer, 20, 64, True)
 
 
