@@ -31,7 +31,11 @@ def start(timeout: timedelta = TIMEOUT) -> None:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    # after a restart torchrun's store still has the addresses of the ranks before it
+    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
 
 
 def end() -> None:
