@@ -40,6 +40,8 @@ def test_every_flag_named_in_the_readme_exists():
     known |= set(re.findall(r'add\("(--[a-z-]+)"', (ROOT / "evaluate.py").read_text()))
     known |= {
         "--nproc-per-node",
+        "--standalone",
+        "--max-restarts",
         "--method",
         "--resume",
         "--help",

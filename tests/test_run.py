@@ -17,12 +17,20 @@ import pytest
 import safetensors.torch
 import torch
 from conftest import tensors_in
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 import bridge
 import checkpoint
 import evaluate
 import plot
+import toy
 from settings import CHOICES, Settings
 
 ROOT = Path(__file__).parents[1]
@@ -361,10 +369,9 @@ def test_evaluate_and_plot_work_on_their_own(tmp_path, capsys, monkeypatch):
         plot.main()
 
 
-def text_model(folder, texts):
-    """A random two-layer Qwen2 with a byte-pair tokenizer trained on the spot, no chat template."""
+def text_model(folder, texts, config_class=Qwen2Config, **options):
+    """A random two-layer model with a byte-pair tokenizer trained on the spot, no chat template."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -373,12 +380,33 @@ def text_model(folder, texts):
     tokenizer.train_from_iterator(texts, trainer)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>").save_pretrained(folder)
     torch.manual_seed(0)
-    config = Qwen2Config(
+    config = config_class(
         vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0,
-        tie_word_embeddings=True,
+        **dict(tie_word_embeddings=True) | options,
     )  # fmt: skip
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [(LlamaConfig, dict(attention_bias=True)), (Qwen2Config, {}), (Qwen3Config, dict(tie_word_embeddings=False))],
+)
+def test_models_of_three_families_train_on_real_mathematics(tmp_path, family, options):
+    source = DATA / "math_test_solutions.jsonl"
+    if not source.exists():
+        pytest.skip("shared/data/math_test_solutions.jsonl is absent")
+    rows = [json.loads(line) for line in source.open()][:200]
+    text_model(tmp_path / "model", [r["problem"] + r["solution"] for r in rows], family, **options)
+    run(tmp_path / "run", "--model", str(tmp_path / "model"), "--template", "plain", "--rl-data",
+        str(DATA / "math_train_problems.json"), "--rl-filter", "difficulty=1..3", "--sft-data", str(source),
+        "--sft-filter", "level=Level 1|Level 2", "--eval-data", str(DATA / "math500.jsonl"), "--eval-problems", "4",
+        "--max-new-tokens", "48", "--sft-batch", "4", "--prompts-per-step", "2", "--group-size", "2",
+        steps=3)  # fmt: skip
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(metrics) == 3
+    assert all(m["skipped_in_a_row"] == 0 and m["logp_gap_max"] < 1e-3 for m in metrics)
+    assert metrics[-1]["lora_norm"] > 0
 
 
 def test_real_text_takes_the_same_path(tmp_path):
@@ -406,7 +434,7 @@ def test_real_text_takes_the_same_path(tmp_path):
 
 def test_a_model_folder_that_lacks_weights_is_refused(tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(ROOT / "models" / "arithmetic-smoke", folder)
+    shutil.copytree(toy.build_base("arithmetic-smoke"), folder)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
