@@ -371,7 +371,7 @@ def test_math_500_is_found_in_the_test_set_it_was_drawn_from():
     tasks.decontaminate(task)
     assert not held_out & {" ".join(r.question.split()) for r in (*task.problems, *task.demonstrations)}
     for before, after in ((problems, task.problems), (demonstrations, task.demonstrations)):
-        assert 495 <= len(before) - len(after) <= 800
+        assert 500 <= len(before) - len(after) <= 800
         assert len(after) > 4000
 
 

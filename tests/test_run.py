@@ -303,7 +303,7 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     data.write_text("".join(rows))
     text_model(tmp_path / "model", rows)
     flags = ["--preset", "smoke", "--out", tmp_path / "run", "--steps", "1", "--model", tmp_path / "model",
-             "--rl-data", data, "--sft-data", data, "--max-new-tokens", "40"]  # fmt: skip
+             "--rl-data", data, "--sft-data", data, "--max-new-tokens", "40", "--template", "plain"]  # fmt: skip
     bridge.main([str(f) for f in flags])
     data.write_text("".join(rows[:20]))
     assert "has changed since the run" in refused(*flags, "--resume")
