@@ -1,10 +1,12 @@
 """prompts.py and data.py: templates, sources, fields, filters, contamination, presets, the user's own reward."""
 
+import copy
 import json
 import time
 from pathlib import Path
 
 import pytest
+from conftest import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -18,6 +20,7 @@ import tasks
 import toy
 from data import DataError, Demonstration, Problem
 from model import ModelError
+from sampler import Completion
 from tasks import Task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -121,6 +124,28 @@ def test_a_template_that_cannot_be_trained_on_is_refused_in_one_line(chat_templa
     assert "\n" not in str(refused.value)
 
 
+def test_a_run_samples_and_evaluates_in_its_template_and_stops_at_its_end_of_turn(tmp_path, monkeypatch):
+    tokenizer, model = make(CHATML), tiny_model()
+    model.resize_token_embeddings(len(tokenizer))
+    model.config.max_position_embeddings, model.generation_config.eos_token_id = 1000, None
+    monkeypatch.setattr(bridge, "load", lambda *_: (copy.deepcopy(model), tokenizer))
+    rows = [{"question": f"{i}+{i}?", "answer": str(2 * i), "solution": f"\\boxed{{{2 * i}}}"} for i in range(9)]
+    path, asked, answered = write(tmp_path / "a.jsonl", rows), [], Completion([0], [0.0], "stop")
+    for template, stop in (
+        ("qwen-boxed", ["<end>", "<|im_end|>"]),
+        ("", ["<end>", "<|im_end|>"]),
+        ("plain", ["<end>"]),
+    ):
+        s = settings.Settings(rl_data=path, sft_data=path, eval_problems=1, template=template)
+        run = bridge.set_up(s, tmp_path)
+        assert [SPECIAL[i] for i in run.sampler.stop] == stop
+        expected = prompts.encode_prompt(tokenizer, "8+8?", prompts.INSTRUCTION, template)
+        assert run.demonstrations[0][0] == prompts.encode_prompt(tokenizer, "0+0?", prompts.INSTRUCTION, template)
+        monkeypatch.setattr(run.sampler, "generate", lambda ids, *_, **__: asked.extend(ids) or [[answered]] * len(ids))
+        bridge.evaluate_policies(run, 0)
+        assert asked[-1] == expected
+
+
 def test_an_unknown_template_is_refused_before_anything_is_loaded():
     with pytest.raises(settings.SettingError, match=r"template must be qwen-boxed or plain, or empty.*got 'qwen'"):
         settings.parse(["--template", "qwen", "--model", "nowhere/nothing"])
@@ -136,7 +161,7 @@ ROWS = [
     {"ask": "one and one?", "gold": "2", "level": "Level 3", "hard": 3.0, "tries": ["\\boxed{3}", "\\boxed{2}"]},
     {"ask": "one and two?", "gold": "3", "level": "Level 4", "hard": "4.5", "tries": ["\\boxed{5}", "\\boxed{6}"]},
     {"ask": "one and three?", "gold": "4", "level": "Level 5", "hard": 8, "tries": ["\\boxed{4}"]},
-    {"ask": "one and four?", "gold": "5", "level": "Level 1", "hard": None, "tries": ["\\boxed{5}"]},
+    {"ask": "one and four?", "gold": "5", "level": "Level 1", "hard": None, "tries": ["\\boxed{5}", "5: \\boxed{5}"]},
 ]
 FIELDS = "question=ask,answer=gold"
 
@@ -310,6 +335,11 @@ def test_thirteen_shared_words_are_contamination_and_twelve_are_not():
         f"{name}: 2 of 5 share 13 words in a row with an evaluation problem: dropped"
         for name in ("rl_data", "sft_data")
     ]
+
+
+def test_a_question_of_just_thirteen_words_is_compared_by_words():
+    words = "one two three four five six seven eight nine ten eleven twelve thirteen"
+    assert tasks.ngrams(words + ".") == tasks.ngrams(words.upper()) == [tuple(words.split())]
 
 
 def test_the_built_in_task_loses_nothing():
