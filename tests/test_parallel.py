@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import rows, tensors_in
 
+import checkpoint
 import parallel
 from model import micro_batches
 
@@ -108,6 +109,20 @@ def test_a_killed_rank_is_started_again_and_the_result_is_exactly_that_of_an_und
     assert code == 0, err[-3000:]
     assert "exitcode: -9" in err
     assert_equal(tmp_path / "undisturbed", tmp_path / "killed", 0)
+
+
+def test_a_signal_to_one_rank_lets_both_finish_the_step_and_save(tmp_path):
+    out = tmp_path / "run"
+    process = start(out, 2, "--steps", "500", "--eval-every", "500", "--save-every", "500")
+    while not (out / "metrics.jsonl").exists() and process.poll() is None:
+        time.sleep(0.01)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    os.kill(int(children.stdout.split()[-1]), signal.SIGTERM)
+    code, said, _ = finish(process)
+    assert code != 0
+    assert "stopped by SIGTERM after step" in said
+    saved = checkpoint.newest(out / "checkpoint").facts
+    assert saved["step"] == lines(out / "metrics.jsonl")[-1]["step"] < 500
 
 
 UNEVEN = """
