@@ -120,7 +120,6 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("parallel.py", "[range(0)] * (most - len(batches))", "[]"),
     ("parallel.py", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(2.0)"),
     ("parallel.py", "and not isinstance(p.grad, DTensor)", "and True"),
-    ("parallel.py", "total.full_tensor() if isinstance", "total.to_local() if isinstance"),
     ("parallel.py", "attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", "attempt"),
     ("checkpoint.py", "if name in ALLOWED.get(module, ()):", "if True:"),
     ("checkpoint.py", "if int((path / \"checksum\").read_text()) != _checksum(path):", "if False:"),

@@ -65,6 +65,9 @@ def one(tmp_path_factory):
 def assert_equal(a, b, tolerance):
     """Same samples, and every parameter the same to within `tolerance`."""
     assert lines(a / "samples.jsonl") == lines(b / "samples.jsonl")
+    for m, n in zip(lines(a / "metrics.jsonl"), lines(b / "metrics.jsonl"), strict=True):
+        norms = [k for k in m if "norm" in k and m[k] is not None]
+        assert [m[k] for k in norms] == pytest.approx([n[k] for k in norms], rel=1e-4)
     x, y = tensors_in(a / "checkpoint"), tensors_in(b / "checkpoint")
     assert x.keys() == y.keys()
     for name in x:
