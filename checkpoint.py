@@ -107,11 +107,12 @@ def _look_into(path: Path) -> Saved:
     for piece in pieces[parallel.rank() :: parallel.world()]:
         with open(path / piece.relative_path, "rb") as file:
             file.seek(piece.offset)
-            with zipfile.ZipFile(io.BytesIO(file.read(piece.length))) as archive:
-                if (broken := archive.testzip()) is not None:
-                    raise zipfile.BadZipFile(f"checksum of {broken} in {piece.relative_path} does not match")
-            file.seek(piece.offset)
-            torch.load(io.BytesIO(file.read(piece.length)), weights_only=True)  # torch is stricter than zipfile
+            content = io.BytesIO(file.read(piece.length))
+        with zipfile.ZipFile(content) as archive:
+            if (broken := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"checksum of {broken} in {piece.relative_path} does not match")
+        content.seek(0)
+        torch.load(content, weights_only=True)  # torch is stricter than zipfile
     return Saved(path, facts, {name: entry.size for name, entry in metadata.state_dict_metadata.items()})
 
 
