@@ -43,15 +43,16 @@ def read_rows(source: str, setting: str) -> Iterator[tuple[str, dict]]:
 
     Raises DataError, naming the setting, for a source that is not there, cannot be read or is empty.
     """
-    name, *part = source.split(":")
-    if Path(source).suffix == ".jsonl" and not part:
-        rows = _json_lines(source, setting)
-    elif Path(source).suffix == ".json" and not part:
-        rows = _json_list(source, setting)
-    elif Path(source).suffix in FILES and not part:
+    (name, *part), kind = source.split(":"), Path(source).suffix
+    if kind in FILES and not part:
         if not Path(source).is_file():
             raise DataError(f"{setting}: there is no file {source!r}")
-        rows = _load(source, setting, Path(source).suffix[1:], data_files=source, split="train")
+        if kind == ".jsonl":
+            rows = _json_lines(source, setting)
+        elif kind == ".json":
+            rows = _json_list(source, setting)
+        else:
+            rows = _load(source, setting, kind[1:], data_files=source, split="train")
     elif name.count("/") == 1 and len(part) <= 2 and all((*name.split("/"), *part)):
         if part and Path(part[0]).suffix in FILES:
             rows = _load(source, setting, name, data_files={"train": part[0]}, split="train")
@@ -64,36 +65,30 @@ def read_rows(source: str, setting: str) -> Iterator[tuple[str, dict]]:
             "(owner/name, owner/name:split, owner/name:config:split)"
         )
     row = None
-    for row in rows:
-        yield row
+    try:
+        for row in rows:
+            yield row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{setting}: {source} is not UTF-8 text") from error
     if row is None:
         raise DataError(f"{setting}: {source} holds no row")
 
 
 def _json_lines(source: str, setting: str) -> Iterator[tuple[str, dict]]:
-    try:
-        with open(source, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    where = f"{source}, line {number}"
-                    try:
-                        row = json.loads(line)
-                    except (json.JSONDecodeError, RecursionError) as error:
-                        raise DataError(f"{setting}: {where}: not valid JSON ({error})") from error
-                    yield where, _object(row, where, setting)
-    except FileNotFoundError as error:
-        raise DataError(f"{setting}: there is no file {source!r}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{setting}: {source} is not UTF-8 text") from error
+    with open(source, encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                where = f"{source}, line {number}"
+                try:
+                    row = json.loads(line)
+                except (json.JSONDecodeError, RecursionError) as error:
+                    raise DataError(f"{setting}: {where}: not valid JSON ({error})") from error
+                yield where, _object(row, where, setting)
 
 
 def _json_list(source: str, setting: str) -> Iterator[tuple[str, dict]]:
     try:
         rows = json.loads(Path(source).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{setting}: there is no file {source!r}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{setting}: {source} is not UTF-8 text") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise DataError(
             f"{setting}: {source}: not valid JSON ({error}); a file with one object per line must be named .jsonl"
@@ -149,7 +144,8 @@ def kept_rows(sources: str, setting: str, condition: str, notes: list[str]) -> I
     A condition is a comma list of FIELD=VALUE|VALUE… and FIELD=LOW..HIGH, both ends included; all must hold. Raises
     DataError when no row has the field, and when nothing is left.
     """
-    conditions = parse_condition(condition, setting.replace("data", "filter"))
+    asked_by = setting.replace("data", "filter")
+    conditions = parse_condition(condition, asked_by)
     for source in (part.strip() for part in sources.split(",")):
         count, kept, fields, values = 0, 0, {}, {}
         for where, row in read_rows(source, setting):
@@ -164,15 +160,11 @@ def kept_rows(sources: str, setting: str, condition: str, notes: list[str]) -> I
         for name in conditions:
             if name not in fields:
                 raise DataError(
-                    f"{setting.replace('data', 'filter')}: no row of {source} has a field {name!r}; there are "
-                    f"{', '.join(map(str, fields))}"
+                    f"{asked_by}: no row of {source} has a field {name!r}; there are {', '.join(map(str, fields))}"
                 )
         if not kept:
             seen = "; ".join(f"{name} is {', '.join(of_field)}, …" for name, of_field in values.items())
-            raise DataError(
-                f"{setting.replace('data', 'filter')}: {condition!r} keeps none of the {count} rows of "
-                f"{source}, where {seen}"
-            )
+            raise DataError(f"{asked_by}: {condition!r} keeps none of the {count} rows of {source}, where {seen}")
         if conditions:
             notes.append(f"{setting}: {condition} keeps {kept} of {count} rows of {source}")
 
