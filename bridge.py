@@ -140,7 +140,7 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
         lora.attach(model, w, s.lora_alpha / s.lora_rank)
     if shadow is not None:
         lora.attach(shadow, w, s.lora_alpha / s.lora_rank, sign=-1.0)  # the minus of eq. (8)
-    if s.shard and parallel.world() > 1:
+    if s.shard:
         for m in filter(None, (model, shadow, reference)):
             parallel.shard(m, w.values(), train=m is not reference)
     sets = {"theta": (lora.base_parameters(model).values(), s.alpha)}
@@ -552,8 +552,7 @@ def set_up(s: Settings, out: Path) -> Run:
             toy.resolve(s.model), s.trust_remote_code, torch.device("cpu") if sharded else None, s.revision
         )
     task.template, reward = s.template, rewards.load_reward(s.reward)
-    end = prompts.end_of_turn(tokenizer, s.template)
-    stop = sorted({*stop_tokens(model, tokenizer), *([] if end is None else [end])})
+    stop = stop_tokens(model, tokenizer, prompts.end_of_turn(tokenizer, s.template))
     demonstrations = tasks.prepare(
         task, tokenizer, s.max_new_tokens, model.config.max_position_embeddings, with_demonstrations=s.method != "rl"
     )
@@ -600,9 +599,10 @@ def evaluate_policies(run: Run, step: int) -> None:
     for name, model in (("policy", run.m.policy), ("shadow", run.m.shadow)):
         if model is not None:
             run.sampler.refresh(model)
-            problems, limit = run.task.evaluation, run.s.max_new_tokens
-            prompt = run.task.instruction, limit, run.task.template
-            record[name], _ = evaluate(run.sampler, run.tokenizer, problems, *prompt)
+            task, limit = run.task, run.s.max_new_tokens
+            record[name], _ = evaluate(
+                run.sampler, run.tokenizer, task.evaluation, task.instruction, limit, task.template
+            )
     log_line(run, "evals.jsonl", record)
     run.log(step, record)
     averages = ", ".join(f"{name} {record[name]['average']:.3f}" for name in record if name != "step")

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import checkpoint
 import parallel
+import prompts
 import rewards
 import tasks
 import toy
@@ -68,12 +69,12 @@ def answer(
     """One graded record per problem and sample; sample i of a problem draws from (*key, i), whatever else there is."""
     if not problems:  # a rank may have none
         return []
-    texts = [tasks.prompt_text(tokenizer, p.question, instruction, template) for p in problems]
-    prompts = [tasks.encode_text(tokenizer, text, template) for text in texts]
+    texts = [prompts.prompt_text(tokenizer, p.question, instruction, template) for p in problems]
+    encoded = [prompts.encode_text(tokenizer, text, template) for text in texts]
     keys = keys or [(0, i) for i in range(len(problems))]
     quiet = parallel.rank() > 0
-    with tqdm(total=samples * len(prompts), desc="answering", leave=False, disable=quiet) as bar:
-        groups = sampler.generate(prompts, keys, samples, max_new_tokens, temperature, top_p, progress=bar.update)
+    with tqdm(total=samples * len(encoded), desc="answering", leave=False, disable=quiet) as bar:
+        groups = sampler.generate(encoded, keys, samples, max_new_tokens, temperature, top_p, progress=bar.update)
     records = []
     for problem, text, completions in zip(problems, texts, groups, strict=True):
         for i, completion in enumerate(completions):
@@ -200,15 +201,15 @@ def find_problems(args: argparse.Namespace, settings: dict) -> tuple[list[tasks.
         if unknown := [n for n in names if n not in BENCHMARKS]:
             raise tasks.DataError(f"--benchmarks: no {unknown[0]!r}; there are paper, {', '.join(BENCHMARKS)}")
         problems = [p for n in names for p in read_benchmark(n, args.benchmark_dir)[: args.problems or None]]
-        return problems, tasks.INSTRUCTION
+        return problems, prompts.INSTRUCTION
     if args.data:
         problems = tasks.read_problems(args.data, "--data", notes := [])
         print(*notes, sep="\n", end="\n" * bool(notes))
-        return problems[: args.problems or None], tasks.INSTRUCTION
+        return problems[: args.problems or None], prompts.INSTRUCTION
     if rl_data := settings.get("rl_data", ""):
         names = {name: settings.get(name, "") for name in ("rl_fields", "rl_filter")}
         task = tasks.from_files(rl_data, "", settings.get("eval_data", ""), settings["eval_problems"], **names)
-        return task.evaluation[: args.problems or None], tasks.INSTRUCTION
+        return task.evaluation[: args.problems or None], prompts.INSTRUCTION
     return toy.evaluation(args.problems or settings.get("eval_problems", 100)), ""
 
 
@@ -236,7 +237,7 @@ def run(args: argparse.Namespace) -> None:
     header = dict(
         model=os.path.normpath(args.source), dtype=str(model.dtype),
         weights=getattr(model.config, "_commit_hash", None) or weights_hash(source),
-        prompt=tasks.prompt_text(tokenizer, "{question}", instruction, template), sampling=sampling,
+        prompt=prompts.prompt_text(tokenizer, "{question}", instruction, template), sampling=sampling,
         seed=args.seed, options_seed=OPTIONS_SEED, grader=rewards.VERSION, torch=torch.__version__,
         transformers=transformers.__version__,
         data={g: dict(problems=len(p), sha256=data_hash(p)) for g, p in groups.items()},
@@ -246,8 +247,7 @@ def run(args: argparse.Namespace) -> None:
     out = Path(args.out or (folder / name if settings else Path("evals") / folder.name / name))
     records = open_results(out, header) if rank == 0 else []
 
-    end = tasks.end_of_turn(tokenizer, template)
-    stop = sorted({*stop_tokens(model, tokenizer), *([] if end is None else [end])})
+    stop = stop_tokens(model, tokenizer, prompts.end_of_turn(tokenizer, template))
     sampler = Sampler(model, stop, slots=args.slots, dtype=model.dtype)
     del model
     done = parallel.first({(r["group"], r["id"]) for r in records})

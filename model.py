@@ -71,12 +71,13 @@ def load(name_or_folder: str, trust_remote_code: bool = False, device: torch.dev
     return model.to(device or pick_device()).eval(), tokenizer
 
 
-def stop_tokens(model: nn.Module, tokenizer) -> list[int]:
-    """Ids that end a completion: the tokenizer's EOS, which demonstrations end with, and the generation config's."""
+def stop_tokens(model: nn.Module, tokenizer, end_of_turn: int | None = None) -> list[int]:
+    """Ids that end a completion: the tokenizer's EOS, the generation config's, and the template's end of turn."""
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer names no EOS token: set eos_token in its tokenizer_config.json")
     ids = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *([] if ids is None else [ids] if isinstance(ids, int) else ids)})
+    several = ids if isinstance(ids, list) else [ids]
+    return sorted({tokenizer.eos_token_id, end_of_turn, *several} - {None})
 
 
 @dataclass

@@ -115,6 +115,8 @@ def shard(model: nn.Module, w: Iterable[nn.Parameter], train: bool = True) -> No
     `model.run`'s beginning to the end of the backward pass. Gradients arrive as sums over ranks, cut in the same way.
     `w`, the adapter, is left whole: both θ and θ̂ wear it, and its gradient is summed by `add_gradients`.
     """
+    if world() == 1:
+        return
     mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, ignored_params=set(w))

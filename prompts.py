@@ -76,6 +76,12 @@ def end_of_turn(tokenizer, template: str = "") -> int | None:
     return next((i for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None)
 
 
+def last_token(tokenizer, template: str = "") -> int:
+    """The id that a demonstration ends with: the template's end of turn, or else EOS."""
+    end = end_of_turn(tokenizer, template)
+    return tokenizer.eos_token_id if end is None else end
+
+
 def _chat(tokenizer, messages: list[dict], **options) -> str:
     if not tokenizer.chat_template:
         raise ModelError(f"the model has no chat template: choose one with --template, {' or '.join(TEMPLATES)}")

@@ -11,10 +11,7 @@ import numpy as np
 import rewards
 from benchmarks import BENCHMARKS, read_benchmark
 from data import DataError, Demonstration, Problem, kept_rows, parse_fields, text_of, texts_of
-from data import read_rows as read_rows
-from prompts import INSTRUCTION, encode_prompt, end_of_turn
-from prompts import encode_text as encode_text
-from prompts import prompt_text as prompt_text
+from prompts import INSTRUCTION, encode_prompt, last_token
 
 NGRAM = 13  # words in a row that training may not share with evaluation
 
@@ -35,10 +32,9 @@ def encode_demonstration(
 ) -> tuple[list[int], list[int]]:
     """(prompt ids, response ids); the response ends with exactly one end-of-turn or else EOS, which is trained.
 
-    `end` is prompts.end_of_turn's answer, found here if it is not given.
+    `end` is prompts.last_token's answer, found here if it is not given.
     """
-    end = end_of_turn(tokenizer, template) if end is None else end
-    end = tokenizer.eos_token_id if end is None else end
+    end = last_token(tokenizer, template) if end is None else end
     response = tokenizer.encode(demonstration.response, add_special_tokens=False)
     while response and response[-1] in (tokenizer.eos_token_id, end):
         response.pop()
@@ -207,8 +203,7 @@ def prepare(
     problems = [p for p in task.problems if len(encode_prompt(tokenizer, p.question, *prompt)) <= room]
     if dropped := len(task.problems) - len(problems):
         task.notes.append(f"rl_data: {dropped} of {len(task.problems)} prompts exceed {room} tokens: dropped")
-    end, kept, wrong = end_of_turn(tokenizer, task.template), [], []
-    end = tokenizer.eos_token_id if end is None else end
+    end, kept, wrong = last_token(tokenizer, task.template), [], []
     for d in task.demonstrations:
         row = encode_demonstration(tokenizer, d, *prompt, end)
         if len(row[0]) <= room and len(row[1]) <= max_new_tokens:

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+import data
 import rewards
 import tasks
 import toy
@@ -120,13 +121,13 @@ def test_a_broken_file_is_named_with_line_and_field(tmp_path, rows, message):
 
 def test_a_missing_file_is_named():
     with pytest.raises(DataError, match=r"sft_data: there is no file 'nowhere\.jsonl'"):
-        list(tasks.read_rows("nowhere.jsonl", "sft_data"))
+        list(data.read_rows("nowhere.jsonl", "sft_data"))
 
 
 def test_text_that_is_not_utf8_is_reported(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff"}\n')
     with pytest.raises(DataError, match="is not UTF-8"):
-        list(tasks.read_rows(str(tmp_path / "a.jsonl"), "rl_data"))
+        list(data.read_rows(str(tmp_path / "a.jsonl"), "rl_data"))
 
 
 def test_rows_whose_gold_cannot_be_read_are_dropped_and_counted(tmp_path):
