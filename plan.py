@@ -147,9 +147,9 @@ def adapter(s: Settings, m: Shapes) -> tuple[int, int]:
 # Memory
 
 
-def state(s: Settings, m: Shapes, world: int, shard: bool) -> dict[str, float]:
+def state(s: Settings, m: Shapes, world: int) -> dict[str, float]:
     """Weights, gradients (which are freed when the optimizers have stepped) and Adam's two moments."""
-    share, b = world if shard else 1, torch.finfo(getattr(torch, s.dtype)).bits // 8
+    share, b = world if s.shard else 1, getattr(torch, s.dtype).itemsize
     (w, w_tensors), out = adapter(s, m), {}
     for name in ("θ", "θ̂") if s.method == "bridge" else ("θ",):
         out[f"{name} weights"] = out[f"{name} gradients"] = 4 * m.parameters / share
@@ -164,7 +164,7 @@ def state(s: Settings, m: Shapes, world: int, shard: bool) -> dict[str, float]:
 
 def cache(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> tuple[int, int, int]:
     """(samples of a rank, slots, bytes of the sampler's keys and values)."""
-    b = torch.finfo(getattr(torch, s.dtype)).bits // 8
+    b = getattr(torch, s.dtype).itemsize
     samples = math.ceil(s.prompts_per_step / world) * s.group_size
     slots = max(min(s.sampler_slots, samples), s.group_size)
     return samples, slots, m.layers * 2 * slots * (prompt + s.max_new_tokens) * m.kv_heads * m.head_dim * b
@@ -172,7 +172,7 @@ def cache(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> tuple[int
 
 def sampling(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMPT) -> dict[str, float]:
     """What the sampler needs while it samples; evaluation is taken to need no more."""
-    b, K = torch.finfo(getattr(torch, s.dtype)).bits // 8, s.max_new_tokens
+    b, K = getattr(torch, s.dtype).itemsize, s.max_new_tokens
     samples, slots, kv = cache(s, m, world, prompt)
     moved = min(0.5, (STEPS if cuda else 1) / max(1, MEAN_RESPONSE * K))  # slots that end at one time: they are copied
     fed = max(min(PREFILL_TOKENS, samples // s.group_size * prompt), slots)
@@ -199,9 +199,9 @@ def kept(m: Shapes, b: int, padded: bool) -> int:
     return norms + 8 + head_norms + attention + b * 4 * m.mlp
 
 
-def training(s: Settings, m: Shapes, world: int, shard: bool, cuda: bool, prompt: int = PROMPT) -> dict[str, float]:
+def training(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMPT) -> dict[str, float]:
     """The largest moment of a micro-batch's forward and backward, by part."""
-    b, (w, _), row = torch.finfo(getattr(torch, s.dtype)).bits // 8, adapter(s, m), prompt + s.max_new_tokens
+    b, (w, _), row = getattr(torch, s.dtype).itemsize, adapter(s, m), prompt + s.max_new_tokens
     rows = max(
         math.ceil(s.prompts_per_step * s.group_size / world) * (s.method != "sft"),
         math.ceil(s.sft_batch / world) * (s.method != "rl"),
@@ -232,19 +232,19 @@ def training(s: Settings, m: Shapes, world: int, shard: bool, cuda: bool, prompt
     out = {"activations": activations, "merged weights": merged, "vocabulary head": head}
     if s.method == "bridge":
         out["w's gradients, apart"] = 4 * w  # θ's and θ̂'s parts are summed apart
-    if shard:  # gathered: the root and two layers; whole gradients: of the root and one layer; the reference's root
+    if s.shard:  # gathered: the root and two layers; whole gradients: of the root and one layer; the reference's root
         out["FSDP, gathered"] = 4 * (2 * m.root + 3 * m.layer + m.root * (s.kl_coef > 0))
     return out
 
 
 def memory(
-    s: Settings, m: Shapes, world: int, shard: bool, cuda: bool = True, prompt: int = PROMPT
+    s: Settings, m: Shapes, world: int, cuda: bool = True, prompt: int = PROMPT
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
     """(state, sampling, training, peak) of one GPU, or of the process on a CPU: bytes by part, and the largest sum."""
-    everything = state(s, m, world, shard)
+    everything = state(s, m, world)
     gradients = {name: size for name, size in everything.items() if "gradients" in name}
     always = {name: size for name, size in everything.items() if name not in gradients}
-    parts = always, sampling(s, m, world, cuda, prompt), gradients | training(s, m, world, shard, cuda, prompt)
+    parts = always, sampling(s, m, world, cuda, prompt), gradients | training(s, m, world, cuda, prompt)
     resident, sampled, trained = (sum(part.values()) for part in parts)
     most = resident + max(sampled * (s.method != "sft"), trained)
     return *parts, most * (1 + FRAGMENTS) + (CONTEXT if cuda else CPU_PROCESS)
@@ -294,13 +294,12 @@ def seconds(
     m: Shapes,
     gpu: GPU,
     world: int,
-    shard: bool,
     compute=COMPUTE,
     bandwidth=BANDWIDTH,
     prompt: int = PROMPT,
 ) -> dict[str, float]:
     """Estimated seconds by phase; communication is counted in full, as if none were hidden behind computing."""
-    b = torch.finfo(getattr(torch, s.dtype)).bits // 8
+    b = getattr(torch, s.dtype).itemsize
     phases, rate, wide = work(s, m, prompt), compute * (gpu.bf16 if b == 2 else gpu.fp32), bandwidth * gpu.bandwidth
     out = {name: phase["flops"] / world / rate for name, phase in phases.items()}
     if "sample" in phases:
@@ -311,14 +310,14 @@ def seconds(
         kv = sample["tokens"] / world * sample["context"] * m.layers * 2 * m.kv_heads * m.head_dim * b / wide
         multiply = 2 * (m.linear + m.vocabulary * m.hidden) * sample["tokens"] / world / rate
         out["sample"] = out.pop("prefill") + max(weights, multiply) + kv
-    share, sets = world if shard else 1, 2 if s.method == "bridge" else 1
+    share, sets = world if s.shard else 1, 2 if s.method == "bridge" else 1
     updates = s.updates_per_rollout * (2 if s.method == "alternating" else 1)
     out["optimizer"] = updates * sets * 28 * m.parameters / share / wide  # reads w, g, m, v and writes w, m, v, fp32
     if world > 1:
         passes = {
             name: phases[name]["tokens"] / world for name in ("rl", "shadow", "sft", "reference") if name in phases
         }
-        if shard:  # fp32 weights twice and gradients once for each micro-batch; the merged copy once
+        if s.shard:  # fp32 weights twice and gradients once for each micro-batch; the merged copy once
             batches = {name: math.ceil(tokens / s.tokens_per_micro_batch) for name, tokens in passes.items()}
             sent = 4 + sum(count * (4 if name == "reference" else 12) for name, count in batches.items())
         else:  # the gradients of every set, summed once for each update
@@ -331,12 +330,12 @@ def seconds(
 # What the user sees
 
 
-def remedies(s: Settings, m: Shapes, world: int, shard: bool, limit: float, cuda: bool = True) -> list[str]:
+def remedies(s: Settings, m: Shapes, world: int, limit: float, cuda: bool = True) -> list[str]:
     """Changes that make the run fit, tried by the same formulas: each alone, else the memory settings together, and the
     smallest number of GPUs."""
 
-    def fits(world: int = world, shard: bool = shard, **changed) -> bool:
-        return memory(replace(s, **changed), m, world, shard, cuda)[-1] <= limit
+    def fits(world: int = world, **changed) -> bool:
+        return memory(replace(s, **changed), m, world, cuda)[-1] <= limit
 
     row, (_, slots, kv) = PROMPT + s.max_new_tokens, cache(s, m, world)
     candidates = {
@@ -352,20 +351,20 @@ def remedies(s: Settings, m: Shapes, world: int, shard: bool, limit: float, cuda
     least = {name: values[-1] for name, values in candidates.items() if values}
     if not ways and fits(**least):
         ways.append(" with ".join(["", *(f"{name} {value}" for name, value in least.items())])[6:])
-    if world > 1 and not shard and fits(shard=True):
+    if world > 1 and not s.shard and fits(shard=True):
         ways.append("--shard")
     for changed in ({}, least) if cuda and "--shard" not in ways else ():
-        n = next((n for n in (2, 4, 8, 16, 32, 64) if n > world and fits(n, True, **changed)), None)
+        n = next((n for n in (2, 4, 8, 16, 32, 64) if n > world and fits(n, shard=True, **changed)), None)
         if n:
             return [*ways, " with ".join([f"{n} GPUs with --shard", *(f"{k} {v}" for k, v in changed.items())])]
     return ways
 
 
-def check(s: Settings, m: Shapes, world: int, shard: bool, limit: float, cuda: bool = True) -> None:
+def check(s: Settings, m: Shapes, world: int, limit: float, cuda: bool = True) -> None:
     """Raises SettingError if `limit` bytes, of each GPU or of a computer without one, are too few."""
-    need = memory(s, m, world, shard, cuda)[-1]
+    need = memory(s, m, world, cuda)[-1]
     if need > limit:
-        ways = "; or ".join(remedies(s, m, world, shard, limit, cuda)) or "a smaller model"
+        ways = "; or ".join(remedies(s, m, world, limit, cuda)) or "a smaller model"
         where = "of each GPU" if cuda else "of memory"
         raise SettingError(f"{need / GiB:.1f} GiB {where} needed, {limit / GiB:.1f} there; it would fit with {ways}")
 
@@ -383,11 +382,11 @@ def machine(name: str | None) -> tuple[GPU | None, float, bool]:
     return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False
 
 
-def report(s: Settings, m: Shapes, gpu: GPU | None, world: int, shard: bool, limit: float, cuda: bool) -> str:
+def report(s: Settings, m: Shapes, gpu: GPU | None, world: int, limit: float, cuda: bool) -> str:
     """Tables of memory, tokens and, for a known GPU, seconds. "estimated" rests on the assumptions above."""
-    *groups, peak = memory(s, m, world, shard, cuda)
+    *groups, peak = memory(s, m, world, cuda)
     what = (
-        f"{world} GPU{'s' * (world > 1)}, {'sharded' if shard else 'nothing sharded'}"
+        f"{world} GPU{'s' * (world > 1)}, {'sharded' if s.shard else 'nothing sharded'}"
         if cuda
         else "this computer's CPU"
     )
@@ -405,7 +404,7 @@ def report(s: Settings, m: Shapes, gpu: GPU | None, world: int, shard: bool, lim
     phases = work(s, m)
     lines += [f"a step of all ranks: {PROMPT} tokens in a prompt, responses of {MEAN_RESPONSE * s.max_new_tokens:.0f} "
               f"and demonstrations of {MEAN_DEMONSTRATION * s.max_new_tokens:.0f} on average (assumed)"]  # fmt: skip
-    times = seconds(s, m, gpu, world, shard) if gpu else {}
+    times = seconds(s, m, gpu, world) if gpu else {}
     for name in [*phases, *(n for n in times if n not in phases)]:
         phase = phases.get(name)
         counts = f"{phase['tokens']:14,.0f} tokens {phase['flops'] / 1e12:12,.2f} TFLOP" if phase else " " * 40
@@ -424,5 +423,5 @@ def dry_run(s: Settings, name: str | None, gpus: int) -> None:
     model has no config, or the run does not fit."""
     gpu, limit, cuda = machine(name)
     m = shapes(config_of(s.model, s.trust_remote_code))
-    print(report(s, m, gpu, gpus, s.shard, limit, cuda))
-    check(s, m, gpus, s.shard, limit, cuda)
+    print(report(s, m, gpu, gpus, limit, cuda))
+    check(s, m, gpus, limit, cuda)

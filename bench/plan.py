@@ -15,7 +15,7 @@ from step import one_step
 
 import bridge
 import plan
-import tasks
+import prompts
 from settings import parse
 
 
@@ -32,8 +32,10 @@ def main() -> None:
         run = bridge.set_up(s, Path(folder))
         for k in range(3):
             one_step(run, k)
-    longest = max(len(tasks.encode_prompt(run.tokenizer, p.question, run.task.instruction)) for p in run.task.problems)
-    computed = (plan.memory(s, m, 1, False, cuda=False, prompt=longest)[-1] - plan.CPU_PROCESS) / plan.GiB
+    longest = max(
+        len(prompts.encode_prompt(run.tokenizer, p.question, run.task.instruction)) for p in run.task.problems
+    )
+    computed = (plan.memory(s, m, 1, cuda=False, prompt=longest)[-1] - plan.CPU_PROCESS) / plan.GiB
     row = {"preset": preset, "libraries GiB": before, "peak RSS GiB": peak(), "of the run GiB": peak() - before,
            "computed GiB": computed, "command": f"python bench/plan.py{' --quick' * args.quick}"}  # fmt: skip
     write([row], list(row), args.out)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import plan
-from settings import Settings, check
+from settings import PAPER, Settings
 
 
 def main() -> None:
@@ -19,15 +19,14 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for model in plan.PUBLISHED:
         m = plan.shapes(plan.config_of(model))
-        paper = dict(prompts_per_step=64, group_size=5, sft_batch=64, lora_rank=16, max_new_tokens=3000)
-        s = check(Settings(model=model, dtype="bfloat16", checkpoint_layers=m.layers, sampler_slots=320, **paper))
         for name in ("h100", "h200"):
             gpu = plan.GPUS[name]
             for world, shard in ((1, False), (4, False), (4, True), (8, False), (8, True)):
-                state, *_, peak = plan.memory(s, m, world, shard)
+                s = Settings(**PAPER | dict(model=model, sampler_slots=320, shard=shard))
+                state, *_, peak = plan.memory(s, m, world)
                 fits = peak <= gpu.memory
-                time = f"{sum(plan.seconds(s, m, gpu, world, shard).values()):.0f}" if fits else ""
-                ways = "" if fits else "; ".join(plan.remedies(s, m, world, shard, gpu.memory))
+                time = f"{sum(plan.seconds(s, m, gpu, world).values()):.0f}" if fits else ""
+                ways = "" if fits else "; ".join(plan.remedies(s, m, world, gpu.memory))
                 cells = [model, name, world, "yes" if shard else "no", f"{sum(state.values()) / plan.GiB:.1f}"]
                 cells += [f"{peak / plan.GiB:.1f}", "yes" if fits else "no", time, ways]
                 print("| " + " | ".join(map(str, cells)) + " |")

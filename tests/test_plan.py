@@ -46,9 +46,9 @@ def test_the_paper_s_models_have_their_published_sizes_without_a_network(name):
     ],
 )
 def test_the_state_of_theta_and_its_shadow_is_sixteen_bytes_a_parameter_each_divided_by_the_ranks(name, world, gib):
-    parts = plan.state(large(), of(name), world, shard=True)
+    parts = plan.state(large(shard=True), of(name), world)
     assert sum(v for k, v in parts.items() if k[0] == "θ") / plan.GiB == pytest.approx(gib, abs=0.05)
-    whole = plan.state(large(), of(name), world, shard=False)
+    whole = plan.state(large(), of(name), world)
     assert whole["θ weights"] == world * parts["θ weights"]
     assert whole["sampler's merged copy"] == parts["sampler's merged copy"]
 
@@ -71,7 +71,7 @@ def test_weights_gradients_moments_and_caches_are_to_the_byte_what_a_run_allocat
     def moments(name: str) -> int:
         return size(t for each in policies.optimizers[name].state.values() for t in each.values())
 
-    parts = plan.state(s, m, 1, shard=False)
+    parts = plan.state(s, m, 1)
     expected = {
         "reference": size(policies.reference.parameters()),
         "sampler's merged copy": size(sampler.model.parameters()),
@@ -148,14 +148,14 @@ def test_the_peak_of_a_forward_and_backward_is_computed_closely_and_not_below(dt
     parameters = list(model.parameters())
     with Live([*parameters, *(p.grad for p in parameters)]) as live:
         bridge.sft_backward(policies.policy, rows, 1.0, s)
-    computed = sum(plan.training(s, plan.shapes(model.config), 1, False, cuda=False, prompt=40).values())
+    computed = sum(plan.training(s, plan.shapes(model.config), 1, cuda=False, prompt=40).values())
     assert 0.98 < computed / live.peak < above
 
 
 def test_the_decode_floor_of_the_paper_s_step_is_the_hand_calculation_s(monkeypatch):
     monkeypatch.setattr(plan, "MEAN_RESPONSE", 950 / 3000)
     ceilings = plan.GPU(790e12, 67e12, 4.3e12, 139 * plan.GiB, 450e9)
-    times = plan.seconds(large(), of("Qwen/Qwen2.5-3B"), ceilings, 1, False, compute=1, bandwidth=1, prompt=150)
+    times = plan.seconds(large(), of("Qwen/Qwen2.5-3B"), ceilings, 1, compute=1, bandwidth=1, prompt=150)
     assert times["sample"] == pytest.approx(7.1, rel=0.05)
     assert times["rl"] + times["shadow"] + times["sft"] == pytest.approx(27.2, rel=0.15)
 
@@ -163,11 +163,11 @@ def test_the_decode_floor_of_the_paper_s_step_is_the_hand_calculation_s(monkeypa
 def test_what_is_said_to_fit_fits_and_a_run_that_fits_is_not_refused():
     m, limit = of("Qwen/Qwen2.5-3B"), plan.GPUS["h100"].memory
     with pytest.raises(SettingError, match="GPUs with --shard"):
-        plan.check(large(), m, 1, False, limit)
-    plan.check(large(), m, 8, True, limit)
-    tight = plan.memory(large(sampler_slots=100), m, 4, True)[-1]
+        plan.check(large(), m, 1, limit)
+    plan.check(large(shard=True), m, 8, limit)
+    tight = plan.memory(large(sampler_slots=100, shard=True), m, 4)[-1]
     with pytest.raises(SettingError, match="sampler_slots"):
-        plan.check(large(prompts_per_step=256), m, 4, True, tight)
+        plan.check(large(prompts_per_step=256, shard=True), m, 4, tight)
 
 
 def test_a_dry_run_prints_the_plan_and_makes_no_folder(tmp_path, capsys):
