@@ -1,6 +1,8 @@
 """Tiny random models on the CPU; every test is deterministic."""
 
+import json
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; read when transformers is imported
 
@@ -46,6 +48,11 @@ def rows(count: int, seed: int = 0, longest: int = 9):
         return torch.randint(1, VOCABULARY, (n,), generator=g).tolist()
 
     return [(ids(1, 6), ids(1, longest)) for _ in range(count)]
+
+
+def lines(path):
+    """The objects of a file with one JSON object per line."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def tensors_in(folder):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import lines
 
 import benchmarks
 import evaluate
@@ -21,10 +22,6 @@ from scores import interval, majority, paired_test, pass_at_k, summarise
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
-
-
-def lines(path):
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
 def call(*flags) -> None:

@@ -1,6 +1,5 @@
 """Two ranks on a CPU, joined by gloo: the same run as one, uneven data, kills and other numbers of ranks."""
 
-import json
 import os
 import signal
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import rows, tensors_in
+from conftest import lines, rows, tensors_in
 
 import checkpoint
 import parallel
@@ -48,10 +47,6 @@ def run(out, ranks, *flags, **options):
     code, said, err = finish(start(out, ranks, *flags, **options))
     assert code == 0, err[-3000:]
     return said
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import tensors_in
+from conftest import lines, tensors_in
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -48,10 +48,6 @@ def _signals():
 
 def run(out, *flags, steps=4):
     bridge.main(["--preset", "smoke", "--out", str(out), "--steps", str(steps), *flags])
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def results(out):
