@@ -63,6 +63,7 @@ from model import (
     response_loss,
     response_scores,
     stop_tokens,
+    twin,
 )
 from plan import dry_run
 from sampler import Sampler
@@ -129,12 +130,13 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
     `model` may be on the CPU if it is to be sharded: then each rank's slices go to its device.
     """
     checkpoint_layers(model, s.checkpoint_layers)
-    shadow = copy.deepcopy(model) if s.method == "bridge" else None
-    reference = copy.deepcopy(model).requires_grad_(False) if s.kl_coef > 0 else None
+    another = twin if s.shard and parallel.world() > 1 else copy.deepcopy  # slices are new memory
+    shadow = another(model) if s.method == "bridge" else None
+    reference = another(model).requires_grad_(False) if s.kl_coef > 0 else None
     w: lora.Adapter = {}
     if s.method in ("mix_lora", "bridge"):
         try:
-            w = lora.create(model, s.lora_targets.split(","), s.lora_rank, s.seed)
+            w = lora.create(model, s.lora_targets.split(","), s.lora_rank, s.seed, pick_device())
         except ValueError as error:
             raise SettingError(str(error)) from error
         lora.attach(model, w, s.lora_alpha / s.lora_rank)
@@ -683,7 +685,7 @@ def restore(run: Run, saved: checkpoint.Saved) -> int:
     for name, optimizer in run.m.optimizers.items():
         for i, p in enumerate(run.m.parameters[name]):
             if f"{name}.{i}.step" in saved.shapes:  # what AdamW makes in its first step
-                optimizer.state[p] = {"step": torch.zeros(()), **{m: torch.zeros_like(p) for m in MOMENTS}}
+                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **{m: torch.zeros_like(p) for m in MOMENTS}}
     tensors = tensors_of(run.m)
     if {name: tensor.shape for name, tensor in tensors.items()} != saved.shapes:
         raise SettingError(f"model {run.s.model} is not the one the run in {run.out} began with: its shapes differ")

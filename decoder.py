@@ -15,7 +15,6 @@ g = h/h_kv, d head size; H hidden, I intermediate size.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from logprob import UPCAST, jit, project, tl, triton, use_kernels
-from model import ModelError, causal_attention, pack, pick_device, refuse_other_attention
+from model import ModelError, causal_attention, pack, pick_device, refuse_other_attention, twin
 
 
 @dataclass
@@ -74,10 +73,10 @@ class Decoder:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype):
         """Raises ModelError if the model is not built like Llama, Qwen2 or Qwen3, or computes anything else."""
-        self.model = copy.deepcopy(model).requires_grad_(False).eval().to(pick_device())
-        for p in self.model.parameters():
-            p.data = p.data.to(dtype)  # not .to(dtype) of the model: the frequencies of its rotations must stay fp32
-        self.model.set_attn_implementation("packed")
+        self.model, device = twin(model).requires_grad_(False).eval(), pick_device()
+        for p in self.model.parameters():  # the model's frequencies of rotation must stay fp32
+            p.data = p.data.to(device, dtype, copy=True)
+        self.model.to(device).set_attn_implementation("packed")
         c = model.config
         self.kv_heads = c.num_key_value_heads
         self.heads = c.num_attention_heads

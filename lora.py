@@ -60,8 +60,8 @@ class LoRALinear(nn.Module):
             return torch.addmm(whole(self.base.weight), B, A, alpha=self.scale)
 
 
-def create(model: nn.Module, targets: list[str], rank: int, seed: int) -> Adapter:
-    """A fresh adapter for every nn.Linear of `model` whose last name is in `targets`.
+def create(model: nn.Module, targets: list[str], rank: int, seed: int, device: torch.device | None = None) -> Adapter:
+    """A fresh adapter for every nn.Linear of `model` whose last name is in `targets`; on `device`, or else the model's.
 
     A is uniform in ±1/√in (PEFT's Kaiming initialisation), B is zero: a fresh adapter changes nothing.
     Raises ValueError when a target matches no linear layer, listing the names that would.
@@ -76,7 +76,7 @@ def create(model: nn.Module, targets: list[str], rank: int, seed: int) -> Adapte
     w: Adapter = {}
     for name, linear in linears.items():
         if name.split(".")[-1] in targets:
-            bound, device = 1 / math.sqrt(linear.in_features), linear.weight.device
+            bound, device = 1 / math.sqrt(linear.in_features), device or linear.weight.device
             A = (torch.rand(rank, linear.in_features, generator=generator) * 2 - 1) * bound  # [r, in]
             w[f"{name}.lora_A.weight"] = nn.Parameter(A.to(device))
             w[f"{name}.lora_B.weight"] = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))

@@ -7,6 +7,7 @@ restarting positions. Attention is causal within each sequence: by variable-leng
 Shapes: B sequences, T packed tokens, L longest sequence, R response tokens, H hidden, h heads, d head size.
 """
 
+import copy
 import inspect
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +70,11 @@ def load(name_or_folder: str, trust_remote_code: bool = False, device: torch.dev
         )
     model.set_attn_implementation("packed")
     return model.to(device or pick_device()).eval(), tokenizer
+
+
+def twin(model: nn.Module) -> nn.Module:
+    """A copy whose parameters are still the model's memory: give each memory of its own before it is written to."""
+    return copy.deepcopy(model, {id(p): nn.Parameter(p.detach(), p.requires_grad) for p in model.parameters()})
 
 
 def stop_tokens(model: nn.Module, tokenizer, end_of_turn: int | None = None) -> list[int]:

@@ -232,7 +232,8 @@ def training(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMP
     out = {"activations": activations, "merged weights": merged, "vocabulary head": head}
     if s.method == "bridge":
         out["w's gradients, apart"] = 4 * w  # θ's and θ̂'s parts are summed apart
-    if s.shard:  # gathered: the root and two layers; whole gradients: of the root and one layer; the reference's root
+    if s.shard and world > 1:
+        # weights of the root and two layers, gradients of the root and one layer, and the reference's root
         out["FSDP, gathered"] = 4 * (2 * m.root + 3 * m.layer + m.root * (s.kl_coef > 0))
     return out
 
@@ -386,7 +387,7 @@ def report(s: Settings, m: Shapes, gpu: GPU | None, world: int, limit: float, cu
     """Tables of memory, tokens and, for a known GPU, seconds. "estimated" rests on the assumptions above."""
     *groups, peak = memory(s, m, world, cuda)
     what = (
-        f"{world} GPU{'s' * (world > 1)}, {'sharded' if s.shard else 'nothing sharded'}"
+        f"{world} GPU{'s' * (world > 1)}, {'sharded' if s.shard and world > 1 else 'nothing sharded'}"
         if cuda
         else "this computer's CPU"
     )

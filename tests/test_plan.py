@@ -49,6 +49,7 @@ def test_the_state_of_theta_and_its_shadow_is_sixteen_bytes_a_parameter_each_div
     parts = plan.state(large(shard=True), of(name), world)
     assert sum(v for k, v in parts.items() if k[0] == "θ") / plan.GiB == pytest.approx(gib, abs=0.05)
     whole = plan.state(large(), of(name), world)
+    assert plan.memory(large(shard=True), of(name), 1) == plan.memory(large(), of(name), 1)  # nothing to cut
     assert whole["θ weights"] == world * parts["θ weights"]
     assert whole["sampler's merged copy"] == parts["sampler's merged copy"]
 
