@@ -685,7 +685,8 @@ def restore(run: Run, saved: checkpoint.Saved) -> int:
     for name, optimizer in run.m.optimizers.items():
         for i, p in enumerate(run.m.parameters[name]):
             if f"{name}.{i}.step" in saved.shapes:  # what AdamW makes in its first step
-                optimizer.state[p] = {"step": torch.zeros((), device=p.device), **{m: torch.zeros_like(p) for m in MOMENTS}}
+                step = torch.zeros((), device=p.device)
+                optimizer.state[p] = {"step": step, **{m: torch.zeros_like(p) for m in MOMENTS}}
     tensors = tensors_of(run.m)
     if {name: tensor.shape for name, tensor in tensors.items()} != saved.shapes:
         raise SettingError(f"model {run.s.model} is not the one the run in {run.out} began with: its shapes differ")
