@@ -213,7 +213,8 @@ def _response_hidden(model: nn.Module, rows: list[Row], dtype: torch.dtype) -> t
     targets = torch.tensor([t for _, r in rows for t in r], device=device)  # [R]
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
         hidden = hidden_states(model, packed, dtype)  # [T, H]
-    return hidden[torch.tensor(predicts, device=device)].to(dtype), model.get_output_embeddings().weight, targets
+    chosen = torch.tensor(predicts).nonzero()[:, 0].to(device)  # [R]; found on the host, which need not wait for a GPU
+    return hidden[chosen].to(dtype), model.get_output_embeddings().weight, targets
 
 
 def hidden_states(model: nn.Module, packed: Packed, dtype: torch.dtype | None = None) -> Tensor:

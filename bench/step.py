@@ -2,7 +2,8 @@
 
     python bench/step.py [--quick] [--out FILE.jsonl]
 
-Without a GPU: the preset `laptop` (--quick: `smoke`) as it runs, five steps; a phase's seconds are their median.
+Without a GPU: the preset `laptop` (--quick: `smoke`, after one step as below on a tiny model) as it runs, five steps; a
+phase's seconds are their median.
 
 With a GPU: a step of the paper's size, 64 prompts × 5 rollouts of at most 3,000 tokens and 64 demonstrations of at most
 2,500, α = 5e-7, r = 16, on Qwen2.5-3B (on less than 120 GiB: Qwen2.5-1.5B) with random weights: an
@@ -27,6 +28,7 @@ from measure import DEVICE, arguments, attempt, write
 from random_models import build
 
 import bridge
+import rewards
 from sampler import Sampler
 from settings import Settings, check, parse
 from tasks import Problem, Stream, Task
@@ -38,7 +40,7 @@ LONGEST_DEMONSTRATION = 2500
 class Noise:
     """Stands in for a tokenizer: a question is the seed of a prompt of random tokens, a response says 0 or 1."""
 
-    chat_template = None
+    bos_token_id = None
 
     def __init__(self, vocabulary: int, scale: float):
         self.vocabulary, self.scale = vocabulary, scale
@@ -65,8 +67,8 @@ def paper_run(model: torch.nn.Module, s: Settings, lengths: float = 1.0) -> brid
     demonstrations = [(noise.encode(f"question of solution {i}"), solution) for i, solution in enumerate(solutions)]
     sampler = Sampler(model, stop, s.sampler_slots, getattr(torch, s.dtype))  # before w is attached
     return bridge.Run(
-        s, Path(), bridge.make_policies(model, s), Task(problems, [], []), demonstrations, noise, sampler,
-        Stream(len(problems), (0, 0)), Stream(len(demonstrations), (0, 1)), "",
+        s, Path(), bridge.make_policies(model, s), Task(problems, [], [], template="plain"), demonstrations, noise,
+        sampler, Stream(len(problems), (0, 0)), Stream(len(demonstrations), (0, 1)), "", rewards.load_reward(""),
     )  # fmt: skip
 
 
@@ -133,6 +135,12 @@ def paper_steps(out) -> None:
             report(f"{name}, the paper's batches", [full], out)
 
 
+def tiny_step() -> None:
+    """The paper's step as it is, but for its sizes: what is run on a GPU is tried on a CPU."""
+    s = replace(paper_settings(1 / 16, 1), max_new_tokens=30)
+    one_step(paper_run(build("tiny", torch.float32, DEVICE), s, lengths=0.02), 0)
+
+
 def laptop_steps(preset: str, out) -> None:
     with tempfile.TemporaryDirectory() as folder:
         s, _ = parse(["--preset", preset])
@@ -145,8 +153,11 @@ def main() -> None:
     args = arguments(__doc__.splitlines()[0])
     if DEVICE.type == "cuda" and not args.quick:
         paper_steps(args.out)
+    elif args.quick:
+        tiny_step()
+        laptop_steps("smoke", args.out)
     else:
-        laptop_steps("smoke" if args.quick else "laptop", args.out)
+        laptop_steps("laptop", args.out)
 
 
 if __name__ == "__main__":
