@@ -701,9 +701,9 @@ def finish(run: Run) -> None:
     """Exports the trained policy and shows what it has become."""
     s, out = run.s, run.out
     run.sampler.refresh(run.m.policy)
+    export.save(run)
     if parallel.rank() > 0:
         return
-    export.save(run)
     evals = plot.read(out / "evals.jsonl")
     columns = {"before": evals[0]["policy"], f"{s.method}, step {evals[-1]['step']}": evals[-1]["policy"]}
     if "shadow" in evals[-1]:

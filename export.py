@@ -1,7 +1,8 @@
 """What a run leaves for others to load: the merged policy as a transformers folder with a card, and w for PEFT.
 
-`model/` is the sampler's copy of the policy: θ + s·B·A, added in fp32 and rounded once, to the run's dtype. A folder is
-written under a temporary name and renamed, so that `model/` is whole or absent. Nothing here waits for other ranks.
+`model/` is the sampler's copy of the policy: θ + s·B·A, added in fp32 and rounded once, to the run's dtype; the card
+says what the rounding does to logits. A folder is written under a temporary name and renamed, so that `model/` is whole
+or absent.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from torch import nn
 from transformers import GenerationConfig
 
 import lora
+import parallel
 import plot
 import prompts
 import toy
+from model import logits
 from scores import markdown, table
 from settings import Settings
 
 if TYPE_CHECKING:
     from bridge import Run
 
+PROBES = 8  # evaluation prompts on which the card's change of logits is taken
 METHODS = {  # what happened to the weights, for the card
     "sft": "The baseline `sft`: supervised fine-tuning alone.",
     "rl": "The baseline `rl`: reinforcement learning (GRPO) alone, without demonstrations.",
@@ -60,17 +64,34 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def save(run: Run) -> None:
-    """Writes model/ and adapter/ of a run. The sampler must hold the policy's weights (`Sampler.refresh`).
+    """Writes model/ and adapter/ of a run, on rank 0; all ranks call it. The sampler must hold the policy's weights
+    (`Sampler.refresh`).
 
     Raises FloatingPointError if a weight is not finite; nothing is written then.
     """
     s, w = run.s, run.m.w
-    save_model(run.out / "model", run.sampler.model, run.tokenizer, run.sampler.stop, card(run))
+    questions = [p.question for p in run.task.evaluation[:PROBES]]
+    sequences = [prompts.encode_prompt(run.tokenizer, q, run.task.instruction, run.task.template) for q in questions]
+    rounding = rounding_change(run.m.policy, run.sampler.model, sequences)
+    if parallel.rank() > 0:
+        return
+    save_model(run.out / "model", run.sampler.model, run.tokenizer, run.sampler.stop, card(run, rounding))
     if w:
         with whole(run.out / "adapter") as folder:
             lora.save(folder, w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
         if lora.delta_norm(w, 1.0) == 0:
             print(f"WARNING: w is zero (beta is {s.beta:g}): {run.out}/adapter changes nothing")
+
+
+def rounding_change(policy: nn.Module, rounded: nn.Module, sequences: list[list[int]]) -> tuple[float, float]:
+    """(largest change of a logit, share of positions at which another token becomes the likeliest) from the fp32 policy
+    to its rounded copy, over token sequences. All ranks call it, since a sharded policy needs them."""
+    largest, other = 0.0, []
+    for ids in sequences:
+        exact, after = logits(policy, ids), logits(rounded, ids)  # [T, V]
+        largest = max(largest, (after - exact).abs().max().item())
+        other += (after.argmax(-1) != exact.argmax(-1)).tolist()
+    return largest, sum(other) / len(other)
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readme: str) -> None:
@@ -96,7 +117,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readm
 # The card
 
 
-def card(run: Run) -> str:
+def card(run: Run, rounding: tuple[float, float]) -> str:
     """model/README.md: what was done to which model with which data, what came out, how to load it."""
     s, config = run.s, json.loads((run.out / "config.json").read_text())
     parts = [
@@ -108,6 +129,9 @@ def card(run: Run) -> str:
         usage(run),
         "## Results",
         results(run),
+        f"The weights were added up in fp32 and rounded to {s.dtype}. On {min(PROBES, len(run.task.evaluation))} "
+        f"evaluation prompts that changed a logit by {rounding[0]:.2g} at most, and the likeliest token at "
+        f"{rounding[1]:.2%} of the positions.",
         "## Data",
         data(run),
         "## Settings",

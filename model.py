@@ -224,6 +224,13 @@ def hidden_states(model: nn.Module, packed: Packed, dtype: torch.dtype | None = 
     return model.model(inputs_embeds=embedded.to(dtype or embedded.dtype), **where).last_hidden_state[0]
 
 
+@torch.no_grad()
+def logits(model: nn.Module, ids: list[int]) -> Tensor:
+    """All logits of one sequence, computed in the precision of the model's weights: [T, V] fp32."""
+    packed = pack([ids], next(model.parameters()).device)
+    return run(model, lambda m: F.linear(hidden_states(m, packed), m.get_output_embeddings().weight).float())
+
+
 def checkpoint_layers(model: nn.Module, count: int) -> None:
     """Has the first `count` layers, and no others, keep only their inputs and compute the rest again in the backward.
 

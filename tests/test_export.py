@@ -48,6 +48,19 @@ def test_the_exported_weights_are_the_fp32_sum_rounded_once(tmp_path, tied):
         assert torch.equal(weights[name], exact.bfloat16()), name
 
 
+def test_what_rounding_does_to_logits_is_nothing_in_fp32_and_in_bf16_what_transformers_sees(tmp_path):
+    sequences = [[3, 1, 4, 1, 5], [9, 2, 6]]
+    policy, sampler = exported(tmp_path / "exact", torch.float32)
+    assert export.rounding_change(policy, sampler.model, sequences) == (0.0, 0.0)
+    policy, sampler = exported(tmp_path / "rounded", torch.bfloat16)
+    exact, rounded = (AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype="auto") for n in ("exact", "rounded"))
+    with torch.no_grad():
+        pairs = [[m(torch.tensor([ids])).logits[0].float() for m in (exact, rounded)] for ids in sequences]
+    largest, other = export.rounding_change(policy, sampler.model, sequences)
+    assert 0 < largest == pytest.approx(max((a - b).abs().max().item() for a, b in pairs), rel=0.1)
+    assert other == sum((a.argmax(-1) != b.argmax(-1)).sum().item() for a, b in pairs) / 8
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_files_have_standard_names_and_tied_weights_once_and_name_no_attention_of_ours(tmp_path, tied):
     exported(tmp_path / "model", torch.bfloat16, tied)
@@ -144,6 +157,7 @@ def test_the_card_says_what_was_done_and_what_came_out(finished):
     assert "arxiv.org/abs/2509.06948" in card
     evals = plot.read(finished / "evals.jsonl")
     assert table({"step 0": evals[0]["policy"], "step 3": evals[-1]["policy"]}) in card
+    assert "On 8 evaluation prompts that changed a logit by 0 at most" in card  # it ran in fp32
     bold = re.findall(r"\| \*\*(\w+)\*\* \| \*\*(.*?)\*\* \|", card)
     assert ("beta", "0.01") in bold
     assert ("steps", "3") in bold
