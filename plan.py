@@ -27,8 +27,9 @@ GiB = 2**30
 PROMPT = 200  # assumed: tokens of every prompt
 MEAN_RESPONSE, MEAN_DEMONSTRATION = 0.33, 0.8  # assumed, for seconds: mean length as a part of max_new_tokens
 COMPUTE, BANDWIDTH, LINK = 0.5, 0.55, 0.7  # assumed: what a step reaches of the data sheet's rates
-CONTEXT, FRAGMENTS = 1.5 * GiB, 0.05  # assumed: CUDA context, libraries and graphs; what the allocator cannot use
-CPU_PROCESS = 0.45 * GiB  # Python with torch and transformers loaded: see bench/plan.py
+# By whether it is a GPU: what libraries take, and the share that is lost between allocations. On a GPU, with CUDA's
+# context and graphs, assumed; on a CPU seen in bench/plan.py: glibc keeps freed pieces of up to 32 MiB for later use.
+LIBRARIES, LOST = {True: 1.5 * GiB, False: 0.45 * GiB}, {True: 0.05, False: 0.12}
 
 
 @dataclass(frozen=True)
@@ -248,7 +249,7 @@ def memory(
     parts = always, sampling(s, m, world, cuda, prompt), gradients | training(s, m, world, cuda, prompt)
     resident, sampled, trained = (sum(part.values()) for part in parts)
     most = resident + max(sampled * (s.method != "sft"), trained)
-    return *parts, most * (1 + FRAGMENTS) + (CONTEXT if cuda else CPU_PROCESS)
+    return *parts, most * (1 + LOST[cuda]) + LIBRARIES[cuda]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -396,10 +397,9 @@ def report(s: Settings, m: Shapes, gpu: GPU | None, world: int, limit: float, cu
     for title, parts in zip(("always", "while sampling", "while training"), groups, strict=True):
         lines.append(f"  {title:<28}{sum(parts.values()) / GiB:8.2f}  computed")
         lines += [f"    {name:<26}{value / GiB:8.2f}" for name, value in parts.items()]
-    own, extra = (CONTEXT, "CUDA context and libraries") if cuda else (CPU_PROCESS, "Python and its libraries")
-    lines.append(
-        f"  {f'{extra}, {FRAGMENTS:.0%} lost':<28}{(peak * FRAGMENTS + own) / (1 + FRAGMENTS) / GiB:8.2f}  assumed"
-    )
+    rest, most = LIBRARIES[cuda], (peak - LIBRARIES[cuda]) / (1 + LOST[cuda])
+    title = f"{'CUDA, ' * cuda}libraries, {LOST[cuda]:.0%} lost"
+    lines.append(f"  {title:<28}{(rest + most * LOST[cuda]) / GiB:8.2f}  assumed")
     lines.append(f"  {'peak':<28}{peak / GiB:8.2f}  of {limit / GiB:.1f}")
     lines.append(f"  host memory while loading: {4 * m.parameters * world / GiB:.1f} GiB" * cuda)
     phases = work(s, m)

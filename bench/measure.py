@@ -31,11 +31,16 @@ except ImportError:
     pass
 
 
+def parser(description: str) -> argparse.ArgumentParser:
+    """With the flags that all benchmarks have."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--quick", action="store_true", help="small sizes: does everything run, is everything right?")
+    options.add_argument("--out", type=Path, help="append the rows to this file")
+    return options
+
+
 def arguments(description: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--quick", action="store_true", help="small sizes: does everything run, is everything right?")
-    parser.add_argument("--out", type=Path, help="append the rows to this file")
-    return parser.parse_args()
+    return parser(description).parse_args()
 
 
 @cache
