@@ -9,6 +9,15 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
+def test_the_plan_is_measured_phase_by_phase(tmp_path):
+    command = [sys.executable, ROOT / "bench" / "plan.py", "--quick", "--out", tmp_path / "rows.jsonl"]
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [row["phase"] for row in rows] == ["sample", "rl", "shadow", "sft", "optimizer"]
+    assert all(row["peak GiB"] > 0 and row["computed GiB"] > 0 for row in rows)
+
+
 def test_every_benchmark_runs_in_its_quick_form(tmp_path):
     out = tmp_path / "rows.jsonl"
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"OMP_NUM_THREADS": "1"}
