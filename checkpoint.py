@@ -177,7 +177,10 @@ def rewrite(path: Path, text: str) -> None:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM ask the loop to end after this step; a second one ends the process at once."""
+    """SIGINT and SIGTERM ask the loop to end after this step; a second one ends the process at once.
+
+    Not under torchrun: it passes on what the ranks have got from the terminal already, and kills them after 30 s.
+    """
 
     def __init__(self):
         self.requested: signal.Signals | None = None
@@ -186,6 +189,7 @@ class StopSignal:
 
     def _handle(self, number, frame) -> None:
         self.requested = signal.Signals(number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         print(f"\n{self.requested.name}: finishing this step, then saving", flush=True)

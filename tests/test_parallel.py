@@ -115,7 +115,9 @@ def test_a_signal_to_one_rank_lets_both_finish_the_step_and_save(tmp_path):
     while not (out / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGTERM)
+    for _ in range(2):  # as torchrun does when it has got the signal, too
+        os.kill(int(children.stdout.split()[-1]), signal.SIGTERM)
+        time.sleep(0.1)
     code, said, _ = finish(process)
     assert code != 0
     assert "stopped by SIGTERM after step" in said
