@@ -719,9 +719,8 @@ def main(argv: list[str]) -> None:
         s, args = parse(argv)
         if args.dry_run:
             return dry_run(s, args.gpu, args.gpus)
-        parallel.start()
-        out = args.out
-        resume = args.resume or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # torchrun --max-restarts
+        restarted = parallel.start()
+        out, resume = args.out, args.resume or restarted
         if parallel.first(not resume and out.exists() and any(out.iterdir())):
             raise SettingError(f"{out} exists: --resume continues it, --out names another folder")
         say(f"method {s.method}, settings " + " ".join(f"{k}={v}" for k, v in asdict(s).items() if v != ""))

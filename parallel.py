@@ -10,11 +10,13 @@ With one process all of this does nothing.
 """
 
 import os
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate, pairwise
 from types import MethodType
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -25,17 +27,44 @@ from torch.distributed.tensor import DTensor
 TIMEOUT = timedelta(hours=1)  # in a collective, before a rank gives up: one may sample for long, while others wait
 
 
-def start(timeout: timedelta = TIMEOUT) -> None:
-    """Joins the ranks that torchrun started; alone, does nothing. On GPUs, each rank of a machine takes its own."""
+def start(timeout: timedelta = TIMEOUT) -> bool:
+    """Joins the ranks that torchrun started; alone, does nothing. On GPUs, each rank of a machine takes its own.
+
+    Returns whether torchrun has started these ranks before: with --max-restarts it does so after a failure.
+    """
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return
+        return restarted
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    # after a restart torchrun's store still has the addresses of the ranks before it
-    store = dist.PrefixStore(f"attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    attempt = agree(store, rank, world)
+    backend, store = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", dist.PrefixStore(attempt, store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
+    return attempt != "attempt 1" or any(gather([restarted]))
+
+
+def agree(store: dist.Store, rank: int, world: int) -> str:
+    """A name for this attempt, the same on all ranks: "attempt 1", or a later one after a restart.
+
+    torchrun keeps its store over restarts, with the addresses of ranks that are gone, and its agents, one per machine,
+    each count their own failures only. So rank 0 counts, and tells every rank that shows by a word of its own that it
+    is there now.
+    """
+    if rank > 0:
+        word = uuid4().hex
+        store.set(f"rank {rank}", word)
+        name = store.get(word).decode()  # waits for it
+        store.set(f"{name}, rank {rank}", "")
+        return name
+    name, absent = f"attempt {store.add('attempts', 1)}", range(1, world)
+    while absent:
+        for other in absent:
+            if store.check([f"rank {other}"]):  # perhaps from an earlier attempt: then nobody reads the answer
+                store.set(store.get(f"rank {other}").decode(), name)
+        time.sleep(0.02)
+        absent = [other for other in absent if not store.check([f"{name}, rank {other}"])]
+    return name
 
 
 def end() -> None:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,16 +21,10 @@ SMOKE = ["--preset", "smoke", "--steps", "3", "--alpha", "1e-4", "--beta", "5e-4
 KILLED = 60  # seconds after which a run counts as hanging
 
 
-def start(out, ranks, *flags, restarts=0, script=ROOT / "bridge.py"):
+def start(out, ranks, *flags, restarts=0, script=ROOT / "bridge.py", meet=("--standalone",)):
     """A run on so many ranks, as a process."""
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={ranks}",
-        f"--max-restarts={restarts}",
-    ]
-    command = [sys.executable, *(launcher if ranks > 1 else []), script, *SMOKE, "--out", out, *flags]
+    launcher = ["-m", "torch.distributed.run", *meet, f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
+    command = [sys.executable, *(launcher if ranks > 1 or len(meet) > 1 else []), script, *SMOKE, "--out", out, *flags]
     return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
 
@@ -96,17 +91,41 @@ def test_a_run_saved_by_two_ranks_is_resumed_by_one_and_by_two_sharded_ones(tmp_
     assert_equal(one, tmp_path / "run", 1e-6)
 
 
-def test_a_killed_rank_is_started_again_and_the_result_is_exactly_that_of_an_undisturbed_run(tmp_path):
-    run(tmp_path / "undisturbed", 2)
-    process = start(tmp_path / "killed", 2, restarts=1)
-    while not (tmp_path / "killed" / "checkpoint" / "step-000001").exists() and process.poll() is None:
-        time.sleep(0.01)
+def of(process):
+    """The ids of the ranks that a torchrun has started."""
     children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
-    os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
-    code, _, err = finish(process)
-    assert code == 0, err[-3000:]
-    assert "exitcode: -9" in err
-    assert_equal(tmp_path / "undisturbed", tmp_path / "killed", 0)
+    return [int(pid) for pid in children.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("two") / "run"
+    run(out, 2)
+    return out
+
+
+def kill_one(processes, out):
+    """SIGKILL for the last rank of the last torchrun, when there is a checkpoint; waits for the end of all."""
+    while not (out / "checkpoint" / "step-000001").exists() and processes[0].poll() is None:
+        time.sleep(0.01)
+    os.kill(of(processes[-1])[-1], signal.SIGKILL)
+    ended = [finish(process) for process in processes]
+    assert [code for code, *_ in ended] == [0] * len(processes), ended[-1][-1][-3000:]
+    assert "exitcode: -9" in ended[-1][-1]
+
+
+def test_a_killed_rank_is_started_again_and_the_result_is_exactly_that_of_an_undisturbed_run(tmp_path, undisturbed):
+    kill_one([start(tmp_path / "run", 2, restarts=1)], tmp_path / "run")
+    assert_equal(undisturbed, tmp_path / "run", 0)
+
+
+def test_so_it_is_on_two_machines_of_which_only_one_has_counted_a_failure(tmp_path, undisturbed):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--rdzv-id={port}"]
+    kill_one([start(tmp_path / "run", 1, restarts=1, meet=meet) for _ in range(2)], tmp_path / "run")
+    assert_equal(undisturbed, tmp_path / "run", 0)
 
 
 def test_a_signal_to_one_rank_lets_both_finish_the_step_and_save(tmp_path):
@@ -114,9 +133,9 @@ def test_a_signal_to_one_rank_lets_both_finish_the_step_and_save(tmp_path):
     process = start(out, 2, "--steps", "500", "--eval-every", "500", "--save-every", "500")
     while not (out / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True)
+    rank = of(process)[-1]
     for _ in range(2):  # as torchrun does when it has got the signal, too
-        os.kill(int(children.stdout.split()[-1]), signal.SIGTERM)
+        os.kill(rank, signal.SIGTERM)
         time.sleep(0.1)
     code, said, _ = finish(process)
     assert code != 0
