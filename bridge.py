@@ -201,8 +201,7 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
     advantage = grpo.group_advantages(reward, s.divide_by_std).flatten().repeat_interleave(lengths)  # [T]
     problem, _, group, responses, first_reward = groups[0]
     device = pick_device()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # what the sampler held is training's now
+    give_back()  # what the sampler held is training's now
     return Rollouts(
         rows=[(prompt, c.ids) for _, prompt, group, _, _ in groups for c in group],
         reward=reward,
@@ -329,7 +328,7 @@ def bilevel_gradients(
             with clock("shadow"):
                 truncate = s.shadow_ratio_cap if rollouts_hat is rollouts and s.shadow_ratio_cap else None
                 joint_w = [p.grad for p in m.w.values()]
-                m.optimizers["w"].zero_grad()  # summed apart, so that at θ̂ = θ the difference is exactly 0
+                m.optimizers["w"].zero_grad()  # summed apart, so that at θ̂ = θ the difference is 0 (on a CPU, exactly)
                 solo = rl_backward(m.shadow, rollouts_hat, m.reference, s, truncate)  # θ̂: ∇L_RL(θ̂,w)   w: − that
                 for p, joint_grad in zip(m.w.values(), joint_w, strict=True):
                     p.grad += joint_grad  # w: ∇L_RL(θ,w) − ∇L_RL(θ̂,w)
@@ -394,8 +393,15 @@ def clip_and_step(m: Policies, stats: dict, s: Settings) -> dict[str, float]:
         for optimizer in m.optimizers.values():
             optimizer.step()
     for optimizer in m.optimizers.values():
-        optimizer.zero_grad()  # their memory is the sampler's now
+        optimizer.zero_grad()
+    give_back()  # the gradients' memory is the sampler's now
     return norms
+
+
+def give_back() -> None:
+    """Lets go of GPU memory that is free: FSDP2's streams and the sampler's graphs keep theirs from each other."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def all_finite(stats: dict[str, float]) -> bool:
@@ -738,9 +744,9 @@ def main(argv: list[str]) -> None:
         parallel.end()
     except (SettingError, tasks.DataError, rewards.RewardError, ModelError, Diverged, FloatingPointError,
             SafetensorError, OSError) as error:  # fmt: skip
-        sys.exit(f"bridge.py{rank}: {error}{where(error)}")
+        parallel.fail(f"bridge.py{rank}: {error}{where(error)}")
     except torch.OutOfMemoryError as error:
-        sys.exit(
+        parallel.fail(
             f"bridge.py{rank}: out of GPU memory{where(error)}: in sampling lower --sampler-slots, in training lower "
             f"--tokens-per-micro-batch or raise --checkpoint-layers; --dry-run tells what takes how much ({error})"
         )

@@ -23,10 +23,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.tensor import DTensor
 
 import parallel
 
 KEEP = 2  # checkpoints that are kept
+FILE = 2**30  # bytes
 
 
 def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor]) -> None:
@@ -43,7 +45,7 @@ def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor]) -> No
             scratch.mkdir(parents=True)
         parallel.first(None)  # rank 0's folder is there
         with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is but one process
-            dcp.save(tensors, storage_writer=FileSystemWriter(scratch, sync_files=True), no_dist=parallel.world() == 1)
+            dcp.save(tensors, storage_writer=_Writer(scratch, tensors), no_dist=parallel.world() == 1)
         if parallel.rank() == 0:
             (scratch / "facts.json").write_text(json.dumps(facts))
             (scratch / "checksum").write_text(str(_checksum(scratch)))
@@ -118,6 +120,22 @@ def _look_into(path: Path) -> Saved:
 
 def _checksum(path: Path) -> int:
     return zlib.crc32((path / "facts.json").read_bytes() + (path / ".metadata").read_bytes())
+
+
+class _Writer(FileSystemWriter):
+    """Writes a rank's tensors in files of about FILE bytes, one after the other.
+
+    torch keeps in host memory what goes into a file until the file is complete, and with its default of one file and
+    of copying ahead that is the whole checkpoint, in pinned memory if it comes from a GPU.
+    """
+
+    def __init__(self, path: Path, tensors: dict[str, Tensor]):
+        mine = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
+        super().__init__(path, sync_files=True, thread_count=-(-mine // FILE), per_thread_copy_ahead=0)
+
+    def _write_data(self, planner, files):
+        self.thread_count = 1  # there are as many files as were threads; these would hold all of them at a time
+        return super()._write_data(planner, files)
 
 
 class _Reader(FileSystemReader):

@@ -14,7 +14,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
@@ -227,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
     with parallel.in_turns():  # a built-in model is built, another may be downloaded
         source = str(folder / "model") if settings else toy.resolve(args.source)
         model, tokenizer = load(source)
-    model.to(torch.bfloat16 if model.device.type == "cuda" else torch.float32)
+    dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32  # of weights; rotations stay fp32
 
     own = not (args.benchmarks or args.data)
     sampling = choose_sampling(args, list(groups), settings.get("max_new_tokens", 96) if own else None)
@@ -235,7 +234,7 @@ def run(args: argparse.Namespace) -> None:
     template = settings.get("template", "") if args.template is None else args.template
     tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings, template)
     header = dict(
-        model=os.path.normpath(args.source), dtype=str(model.dtype),
+        model=os.path.normpath(args.source), dtype=str(dtype),
         weights=getattr(model.config, "_commit_hash", None) or weights_hash(source),
         prompt=prompts.prompt_text(tokenizer, "{question}", instruction, template), sampling=sampling,
         seed=args.seed, options_seed=OPTIONS_SEED, grader=rewards.VERSION, torch=torch.__version__,
@@ -248,7 +247,7 @@ def run(args: argparse.Namespace) -> None:
     records = open_results(out, header) if rank == 0 else []
 
     stop = stop_tokens(model, tokenizer, prompts.end_of_turn(tokenizer, template))
-    sampler = Sampler(model, stop, slots=args.slots, dtype=model.dtype)
+    sampler = Sampler(model, stop, slots=args.slots, dtype=dtype)
     del model
     done = parallel.first({(r["group"], r["id"]) for r in records})
     for group, of_group in groups.items():
@@ -346,13 +345,13 @@ def main() -> None:
         else:
             run(args)
     except (tasks.DataError, ModelError) as error:
-        sys.exit(f"evaluate.py: {error}")
+        parallel.fail(f"evaluate.py: {error}")
     except torch.cuda.OutOfMemoryError as error:
-        sys.exit(
+        parallel.fail(
             f"evaluate.py: out of memory, lower --slots {args.slots} (but not below the samples per problem): {error}"
         )
     except OSError as error:
-        sys.exit(f"evaluate.py: {error}; what was answered before is kept")
+        parallel.fail(f"evaluate.py: {error}; what was answered before is kept")
 
 
 if __name__ == "__main__":

@@ -144,7 +144,10 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, segments: Segmen
         ends, longest = segments.starts, segments.longest
         return varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, window_size=(-1, 0), **GQA)
     q, k, v = (segments.spread(x) for x in (query, key, value))
-    return segments.gather(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True))
+    if q.is_cuda:  # its one fp32 kernel that keeps no [L, L] wants as many heads in k and v
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    several = k.shape[1] != q.shape[1]
+    return segments.gather(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=several))
 
 
 def packed_attention(module, query, key, value, attention_mask, scaling, segments: Segments, dropout=0.0, **kwargs):

@@ -9,13 +9,17 @@ If a model does not fit on every GPU, `shard` cuts its weights, gradients and mo
 With one process all of this does nothing.
 """
 
+import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from itertools import accumulate, pairwise
+from pathlib import Path
 from types import MethodType
+from typing import NoReturn
 from uuid import uuid4
 
 import torch
@@ -72,6 +76,14 @@ def end() -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+def fail(text: str) -> NoReturn:
+    """Ends the process with a message, which torchrun shows again below all that it has to say itself."""
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        error = {"message": text, "extraInfo": {"timestamp": int(time.time())}}
+        Path(path).write_text(json.dumps({"message": error}))
+    sys.exit(text)
 
 
 def rank() -> int:

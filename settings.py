@@ -122,7 +122,11 @@ class Settings:
     eval_problems: int = opt(100, "evaluation problems of each group: benchmark, level, length of the arithmetic")
     save_every: int = opt(25, "steps between checkpoints")
     track: str = opt("", "also send the metrics to tensorboard or wandb, which must be installed; empty: files only")
-    profile_steps: str = opt("", "steps to trace with torch.profiler, as 3 or 3-4; empty: none")
+    profile_steps: str = opt(
+        "",
+        "steps to trace with torch.profiler, as 3 or 3-4; empty: none. On a GPU lower max_new_tokens for it: long "
+        "sampling fills the tracer's buffer, and the phases after it would be missing",
+    )
 
 
 PAPER = dict(

@@ -205,7 +205,9 @@ def test_a_failing_rank_says_its_rank_phase_and_step(tmp_path):
 def test_more_ranks_than_prompts_are_refused(tmp_path):
     code, _, err = finish(start(tmp_path / "run", 2, "--prompts-per-step", "1"))
     assert code != 0
-    assert "prompts_per_step is 1, but there are 2 ranks" in err
+    said = "prompts_per_step is 1, but there are 2 ranks"
+    assert said in err
+    assert said in err.rpartition("Root Cause")[2]  # of torchrun's own last words
     assert not (tmp_path / "run").exists()
 
 

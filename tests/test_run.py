@@ -219,6 +219,24 @@ def test_a_checkpoint_that_would_call_something_is_not_opened(tmp_path, capsys):
     assert not (tmp_path / "called").exists()
 
 
+def test_a_large_checkpoint_is_written_in_several_files_one_after_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "FILE", 1000)
+    tensors = {f"{i}": torch.full((60 + i,), float(i)) for i in range(20)}  # 5,560 bytes
+    threads, write = [], checkpoint.FileSystemWriter._write_data
+
+    def watched(self, *args):
+        threads.append(self.thread_count)
+        return write(self, *args)
+
+    monkeypatch.setattr(checkpoint.FileSystemWriter, "_write_data", watched)
+    checkpoint.save(tmp_path, 1, {"step": 1}, tensors)
+    assert threads == [1]
+    assert len(list((tmp_path / "step-000001").glob("*.distcp"))) == 6
+    again = {name: torch.zeros_like(t) for name, t in tensors.items()}
+    checkpoint.newest(tmp_path).load(again)
+    assert all(torch.equal(again[name], t) for name, t in tensors.items())
+
+
 def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one_intact(tmp_path):
     state = {"tensor": torch.arange(100_000.0)}
     checkpoint.save(tmp_path, 1, {"step": 1}, state)
