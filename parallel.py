@@ -43,13 +43,14 @@ def start(timeout: timedelta = TIMEOUT) -> bool:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     attempt = agree(store, rank, world)
-    backend, store = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", dist.PrefixStore(attempt, store)
+    store = dist.PrefixStore(f"attempt {attempt}", store)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
-    return attempt != "attempt 1" or any(gather([restarted]))
+    return attempt > 1 or any(gather([restarted]))
 
 
-def agree(store: dist.Store, rank: int, world: int) -> str:
-    """A name for this attempt, the same on all ranks: "attempt 1", or a later one after a restart.
+def agree(store: dist.Store, rank: int, world: int) -> int:
+    """The number of this attempt to run, from 1, the same on all ranks.
 
     torchrun keeps its store over restarts, with the addresses of ranks that are gone, and its agents, one per machine,
     each count their own failures only. So rank 0 counts, and tells every rank that shows by a word of its own that it
@@ -58,17 +59,17 @@ def agree(store: dist.Store, rank: int, world: int) -> str:
     if rank > 0:
         word = uuid4().hex
         store.set(f"rank {rank}", word)
-        name = store.get(word).decode()  # waits for it
-        store.set(f"{name}, rank {rank}", "")
-        return name
-    name, absent = f"attempt {store.add('attempts', 1)}", range(1, world)
+        attempt = int(store.get(word))  # waits for it
+        store.set(f"attempt {attempt}, rank {rank}", "")
+        return attempt
+    attempt, absent = store.add("attempts", 1), range(1, world)
     while absent:
         for other in absent:
             if store.check([f"rank {other}"]):  # perhaps from an earlier attempt: then nobody reads the answer
-                store.set(store.get(f"rank {other}").decode(), name)
+                store.set(store.get(f"rank {other}").decode(), str(attempt))
         time.sleep(0.02)
-        absent = [other for other in absent if not store.check([f"{name}, rank {other}"])]
-    return name
+        absent = [other for other in absent if not store.check([f"attempt {attempt}, rank {other}"])]
+    return attempt
 
 
 def end() -> None:
