@@ -1,37 +1,39 @@
 """What a run takes, phase by phase, beside what plan.py says: peak memory, and on a GPU that it knows, seconds.
 
-    python bench/plan.py [--quick] [--size laptop] [--shard] [--out FILE.jsonl]
+    python bench/plan.py [--quick] [--size laptop] [--out FILE.jsonl] [flags of bridge.py]
     torchrun --standalone --nproc-per-node 2 bench/plan.py --size Qwen2.5-0.5B --shard
+    python bench/plan.py --iterations 20 --rl-data math.json --sft-data solutions.jsonl --template plain    (on a GPU)
 
 --size is the preset laptop (--quick: smoke) or a model of random_models.py with random weights, on a GPU by default
-Qwen2.5-3B. Such a model never ends an answer: every response has max_new_tokens, which is what memory is computed for.
+Qwen2.5-3B. Such a model reads bytes and never ends an answer: every response has max_new_tokens, which is what memory
+is computed for.
 
-measured: of the second of two steps, on rank 0. On a GPU what torch's allocator held; on a CPU the process's peak RSS,
-less what it was before the model was loaded, with glibc told to give back what is freed (--heap: not told). computed:
-plan.memory, with the run's own longest prompt, without what it takes libraries and lost pieces to be. The three passes
-have one number there, their largest.
+measured: peaks and median seconds of all steps but the first, on rank 0. On a GPU what torch's allocator held; on a CPU
+the process's peak RSS, less what it was before anything was loaded, with glibc told to give back what is freed
+(--heap: not told). computed: plan.memory, with the run's own longest prompt, without what it takes libraries and lost
+pieces to be. The three passes have one number there, their largest.
 """
 
 import ctypes
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean, median
 from typing import ClassVar
 
 import torch
 from measure import DEVICE, parser, write
-from random_models import SIZES, build
+from random_models import SIZES, build, byte_tokenizer
 from step import one_step
 
 import bridge
 import parallel
 import plan
-import prompts
-import toy
-from settings import Settings, check, parse
+from settings import Settings, parse
 
-SMALL = dict(prompts_per_step=4, group_size=2, sft_batch=8, max_new_tokens=32)  # what two cores can do of a large model
-LARGE = dict(prompts_per_step=16, group_size=5, sft_batch=16, max_new_tokens=1024)
+PAPER = ["--dtype", "bfloat16", "--checkpoint-layers", "99", "--lora-rank", "16", "--alpha", "5e-7", "--beta", "5e-5"]
+LARGE = ["--prompts-per-step", "16", "--group-size", "5", "--sft-batch", "16", "--max-new-tokens", "1024"]
+SMALL = ["--prompts-per-step", "4", "--group-size", "2", "--sft-batch", "8", "--max-new-tokens", "32"]  # for two cores
 PASSES = ("sample", "rl", "shadow", "sft", "optimizer")
 
 
@@ -55,52 +57,53 @@ class Watched(bridge.Clock):
         with super().__call__(phase):
             yield
         gpu = DEVICE.type == "cuda"
-        self.peaks[phase] = torch.cuda.max_memory_allocated() / plan.GiB if gpu else resident("VmHWM")
+        peak = torch.cuda.max_memory_allocated() / plan.GiB if gpu else resident("VmHWM")
+        self.peaks[phase] = max(peak, self.peaks.get(phase, 0.0))
 
 
-def settings_of(size: str, shard: bool, folder: Path) -> Settings:
+def settings_of(size: str, folder: Path, flags: list[str]) -> Settings:
     """The settings of a run; of a random model it makes the folder first."""
     if size not in SIZES:
-        return parse(["--preset", size, *["--shard"] * shard])[0]
+        return parse(["--preset", size, *flags])[0]
     with parallel.in_turns():
         if not folder.exists():
             build(size, torch.bfloat16, "cpu").save_pretrained(folder)
-            toy.make_tokenizer().save_pretrained(folder)
-    batches = LARGE if DEVICE.type == "cuda" else SMALL
-    layers = SIZES[size]["num_hidden_layers"]
-    return check(Settings(model=str(folder), dtype="bfloat16", checkpoint_layers=layers, lora_rank=16, lora_alpha=16.0,
-                          alpha=5e-7, beta=5e-5, shard=shard, **batches))  # fmt: skip
+            byte_tokenizer().save_pretrained(folder)
+    return parse(["--model", str(folder), *PAPER, *(LARGE if DEVICE.type == "cuda" else SMALL), *flags])[0]
 
 
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--size", default="Qwen2.5-3B" if DEVICE.type == "cuda" else "laptop")
-    options.add_argument("--shard", action="store_true", help="over the ranks that torchrun starts")
+    options.add_argument("--iterations", type=int, default=2, help="steps; all are measured but the first")
     options.add_argument("--heap", action="store_true", help="let glibc keep freed memory, as it does in a run")
-    args = options.parse_args()
+    args, flags = options.parse_known_args()
     if DEVICE.type == "cpu" and not args.heap:
         ctypes.CDLL(None).mallopt(-3, 2**18)  # M_MMAP_THRESHOLD
     parallel.start()
     size = "smoke" if args.quick else args.size
     bridge.Clock, before = Watched, resident("VmRSS") if DEVICE.type == "cpu" else 0.0
     with tempfile.TemporaryDirectory() as folder:
-        s = settings_of(size, args.shard, Path(parallel.first(folder)) / "model")
+        s = settings_of(size, Path(parallel.first(folder)) / "model", flags)
         run = bridge.set_up(s, Path(folder))
-        for k in range(2):
-            row = one_step(run, k)
+        one_step(run, 0)  # makes the optimizers' moments, compiles kernels
+        Watched.peaks.clear()
+        steps = [one_step(run, k) for k in range(1, args.iterations)]
         m, *_ = parallel.gather([plan.shapes(plan.config_of(s.model))])  # then rank 0 takes its folder away
-    questions = [p.question for p in run.task.problems]
-    longest = max(len(prompts.encode_prompt(run.tokenizer, q, run.task.instruction)) for q in questions)
-    world, gpu = parallel.world(), plan.machine(None)[0]
-    always, sampling, training, _ = plan.memory(s, m, world, DEVICE.type == "cuda", longest)
-    state, trained = sum(always.values()), sum(training.values())
+    lengths = [len(bridge.encode(run, problem.question)) for problem in run.task.problems]
+    world, gpu, K = parallel.world(), plan.machine(None)[0], s.max_new_tokens
+    always, sampling, training, _ = plan.memory(s, m, world, DEVICE.type == "cuda", max(lengths))
     gradients = sum(size for name, size in training.items() if "gradients" in name)
-    computed = {"sample": sum(sampling.values()), "optimizer": gradients}
-    seconds = plan.seconds(s, m, gpu, world, prompt=longest) if gpu else {}
+    more = {"sample": sum(sampling.values()), "optimizer": gradients}
+    # what the plan must assume is known here
+    plan.MEAN_RESPONSE = mean(step["sampled"] for step in steps) / (s.prompts_per_step * s.group_size * K)
+    plan.MEAN_DEMONSTRATION = mean(len(response) for _, response in run.demonstrations) / K
+    seconds = plan.seconds(s, m, gpu, world, prompt=round(mean(lengths))) if gpu else {}
     rows = [
         {"size": size, "ranks": world, "sharded": s.shard, "heap": args.heap, "phase": phase,
-         "peak GiB": Watched.peaks[phase] - before, "computed GiB": (state + computed.get(phase, trained)) / plan.GiB,
-         "s": row[phase], "estimated s": seconds.get(phase)}
+         "peak GiB": Watched.peaks[phase] - before,
+         "computed GiB": (sum(always.values()) + more.get(phase, sum(training.values()))) / plan.GiB,
+         "s": median(step[phase] for step in steps), "estimated s": seconds.get(phase), "flags": " ".join(flags)}
         for phase in PASSES
     ]  # fmt: skip
     if parallel.rank() == 0:

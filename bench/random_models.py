@@ -5,11 +5,13 @@ import sys
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import model as _registers_the_packed_attention  # noqa: F401
+import toy
 
 SHARED = dict(vocab_size=151936, max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 SIZES = {
@@ -34,6 +36,14 @@ def build(size: str, dtype: torch.dtype, device: torch.device | str) -> nn.Modul
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.set_attn_implementation("packed")
     return model.eval()
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A token for every byte, and <eos>."""
+    alphabet = ["<eos>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", chat_template=toy.CHAT_TEMPLATE)
 
 
 def matmul_parameters(model: nn.Module) -> int:
