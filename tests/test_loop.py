@@ -70,6 +70,16 @@ def test_rewards_advantages_and_weights_belong_to_the_tokens_of_their_own_sequen
     assert rollouts.stats["dead_groups"] == 1 / 3
 
 
+def test_groups_stand_as_their_prompts_were_drawn_whichever_rank_has_sampled_them(tmp_path, monkeypatch):
+    run = make_run(tmp_path, prompts_per_step=5, group_size=2)
+    again = copy.deepcopy(run.prompts)
+    alone = bridge.collect(run, run.prompts, 0)
+    monkeypatch.setattr(bridge.parallel, "gather", lambda groups: [*groups[::2], *groups[1::2]])  # as two ranks would
+    several = bridge.collect(run, again, 0)
+    assert several.rows == alone.rows
+    assert same([several.reward, several.sampler_logp], [alone.reward, alone.sampler_logp])
+
+
 @pytest.mark.parametrize("cap", [0, 1, 5])
 def test_dynamic_sampling_replaces_dead_groups_up_to_its_cap(tmp_path, monkeypatch, cap):
     run = make_run(tmp_path, prompts_per_step=2, group_size=2, dynamic_sampling=cap)
