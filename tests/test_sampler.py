@@ -6,7 +6,7 @@ from conftest import VOCABULARY, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora
-from model import ModelError, response_logprobs
+from model import ModelError, response_logprobs, twin
 from sampler import Sampler, choose, generate_naive, uniforms
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [12, 30, 2, 2]]
@@ -191,6 +191,18 @@ def test_biases_of_all_linears_are_added():
     sampler = Sampler(model, STOP)
     for prompt, key, (completion,) in zip(PROMPTS, KEYS, sampler.generate(PROMPTS, KEYS, 1, 8, 1.0), strict=True):
         assert generate_naive(sampler, prompt, (*key, 0), 8, 1.0).ids == completion.ids
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_twin_takes_no_memory_for_parameters_and_the_sampler_s_copy_has_its_own(tied):
+    model = tiny_model(tied=tied)
+    other = twin(model)
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert p is not q, name
+        assert p.data_ptr() == q.data_ptr(), name
+    assert (other.get_input_embeddings().weight is other.get_output_embeddings().weight) == tied
+    copied = dict(Sampler(model, [0]).model.named_parameters())
+    assert all(p.data_ptr() != copied[name].data_ptr() for name, p in model.named_parameters())
 
 
 def test_a_bf16_sampler_rotates_by_fp32_frequencies():
