@@ -598,6 +598,8 @@ def describe(run: Run) -> str:
     if run.demonstrations:
         prompt, response = (run.tokenizer.decode(ids) for ids in run.demonstrations[0])
         lines.insert(-3, f"          the first demonstration, trained tokens in ⟦ ⟧: {prompt!r}⟦{response!r}⟧")
+    if parallel.world() == 1 and (count := torch.cuda.device_count()) > 1:
+        lines.append(f"idle      {count - 1} of {count} GPUs: torchrun --standalone --nproc-per-node {count} uses all")
     return "\n".join(lines)
 
 

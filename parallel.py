@@ -40,7 +40,10 @@ def start(timeout: timedelta = TIMEOUT) -> bool:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return restarted
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= count:
+            fail(f"there is no GPU {local} on this machine, which has {count}: lower --nproc-per-node")
+        torch.cuda.set_device(local)
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     attempt = agree(store, rank, world)
     store = dist.PrefixStore(f"attempt {attempt}", store)

@@ -211,6 +211,15 @@ def test_more_ranks_than_prompts_are_refused(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch):
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_RANK": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit, match="no GPU 2 on this machine, which has 2: lower --nproc-per-node"):
+        parallel.start()
+
+
 def test_shares_are_consecutive_complete_and_balanced_to_within_one_row():
     sizes = [len(p) + len(r) for p, r in rows(40, seed=1)]
     for parts in (1, 2, 3, 7, 40, 64):
