@@ -247,17 +247,18 @@ def test_running_on_beyond_the_end_in_graphs_with_unused_slots_changes_no_comple
         return real_graphed(step_of_current, size)
 
     @contextlib.contextmanager
-    def capture(graph, pool):
+    def capture(graph, pool, stream):
         yield
         graph.step, graph.bucket = current["step"], current["bucket"]
 
     current, real_graphed = {}, sampler._graphed
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = dict(CUDAGraph=Graph, graph=capture, Stream=lambda: stream, current_stream=lambda: stream,
-                 stream=contextlib.nullcontext, graph_pool_handle=lambda: None)  # fmt: skip
+    fakes = dict(CUDAGraph=Graph, graph=capture, current_stream=lambda: stream, stream=contextlib.nullcontext,
+                 graph_pool_handle=lambda: None)  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(sampler, "_graphed", graphed)
+    monkeypatch.setattr(sampler, "_side_stream", lambda: stream)
     engine.graphs = True
     found = engine.generate(prompts, keys, 2, 21, 1.0)
     assert [[c.ids for c in group] for group in found] == [[c.ids for c in group] for group in expected]
