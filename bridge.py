@@ -176,6 +176,7 @@ def collect(run: "Run", prompts: tasks.Stream, step: int) -> Rollouts:
     `dynamic_sampling` more batches provide them.
     """
     s, groups = run.s, []
+    give_back()  # what training held is the sampler's now
     for _ in range(1 + s.dynamic_sampling):
         draws = prompts.take(s.prompts_per_step)[parallel.rank() :: parallel.world()]
         problems = [run.task.problems[i] for _, i in draws]
@@ -393,8 +394,7 @@ def clip_and_step(m: Policies, stats: dict, s: Settings) -> dict[str, float]:
         for optimizer in m.optimizers.values():
             optimizer.step()
     for optimizer in m.optimizers.values():
-        optimizer.zero_grad()
-    give_back()  # the gradients' memory is the sampler's now
+        optimizer.zero_grad()  # their memory is the sampler's now
     return norms
 
 

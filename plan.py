@@ -397,9 +397,9 @@ def report(s: Settings, m: Shapes, gpu: GPU | None, world: int, limit: float, cu
     for title, parts in zip(("always", "while sampling", "while training"), groups, strict=True):
         lines.append(f"  {title:<28}{sum(parts.values()) / GiB:8.2f}  computed")
         lines += [f"    {name:<26}{value / GiB:8.2f}" for name, value in parts.items()]
-    rest, most = LIBRARIES[cuda], (peak - LIBRARIES[cuda]) / (1 + LOST[cuda])
+    computed = (peak - LIBRARIES[cuda]) / (1 + LOST[cuda])
     title = f"{'CUDA, ' * cuda}libraries, {LOST[cuda]:.0%} lost"
-    lines.append(f"  {title:<28}{(rest + most * LOST[cuda]) / GiB:8.2f}  assumed")
+    lines.append(f"  {title:<28}{(peak - computed) / GiB:8.2f}  assumed")
     lines.append(f"  {'peak':<28}{peak / GiB:8.2f}  of {limit / GiB:.1f}")
     lines.append(f"  host memory while loading: {4 * m.parameters * world / GiB:.1f} GiB" * cuda)
     phases = work(s, m)

@@ -50,13 +50,13 @@ class Watched(bridge.Clock):
 
     @contextmanager
     def __call__(self, phase: str):
-        if DEVICE.type == "cuda":
+        gpu = DEVICE.type == "cuda"
+        if gpu:
             torch.cuda.reset_peak_memory_stats()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         with super().__call__(phase):
             yield
-        gpu = DEVICE.type == "cuda"
         peak = torch.cuda.max_memory_allocated() / plan.GiB if gpu else resident("VmHWM")
         self.peaks[phase] = max(peak, self.peaks.get(phase, 0.0))
 

@@ -1,10 +1,11 @@
 """The benchmarks run, in their small form, and say of every row where it comes from."""
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+
+from conftest import lines
 
 ROOT = Path(__file__).parents[1]
 
@@ -13,7 +14,7 @@ def test_the_plan_is_measured_phase_by_phase(tmp_path):
     command = [sys.executable, ROOT / "bench" / "plan.py", "--quick", "--out", tmp_path / "rows.jsonl"]
     finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    rows = lines(tmp_path / "rows.jsonl")
     assert [row["phase"] for row in rows] == ["sample", "rl", "shadow", "sft", "optimizer"]
     assert all(row["peak GiB"] > 0 and row["computed GiB"] > 0 for row in rows)
 
@@ -24,7 +25,7 @@ def test_every_benchmark_runs_in_its_quick_form(tmp_path):
     command = [sys.executable, ROOT / "bench" / "all.py", "--quick", "--out", out]
     finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stdout[-1000:] + finished.stderr[-2000:]
-    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    rows = lines(out)
     assert {row["bench"] for row in rows} == {"head", "attention", "sampling", "decode", "train", "step"}
     for row in rows:
         assert row["quick"] is True
