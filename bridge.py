@@ -39,19 +39,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 from tqdm import tqdm
 
-import checkpoint
-import export
 import grpo
 import lora
-import parallel
 import plot
-import prompts
 import rewards
-import tasks
-import toy
-import track
 from evaluate import evaluate
-from model import (
+from grading.scores import table
+from infra import checkpoint, export, parallel
+from infra import run as track
+from infra.memory import dry_run
+from infra.model import (
     ModelError,
     Row,
     checkpoint_layers,
@@ -65,10 +62,11 @@ from model import (
     stop_tokens,
     twin,
 )
-from plan import dry_run
 from sampler import Sampler
-from scores import table
 from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings, parse, profile_range
+from tasks import arithmetic as toy
+from tasks import prompts
+from tasks import task as tasks
 
 MAX_SKIPPED = 5  # updates with a non-finite loss or gradient, no clean step between them, before the run stops
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW

@@ -24,16 +24,15 @@ import torch
 import transformers
 from tqdm import tqdm
 
-import checkpoint
-import parallel
-import prompts
 import rewards
-import tasks
-import toy
-from benchmarks import BENCHMARKS, OPTIONS_SEED, PAPER, read_benchmark
-from model import ModelError, load, stop_tokens
+from grading.scores import by_problem, compare, report, summarise, verdicts
+from infra import checkpoint, parallel
+from infra.model import ModelError, load, stop_tokens
 from sampler import Sampler
-from scores import by_problem, compare, report, summarise, verdicts
+from tasks import arithmetic as toy
+from tasks import prompts
+from tasks import task as tasks
+from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, PAPER, read_benchmark
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from answers import MAX_ANSWER, MAX_ITEMS, by_letters, matches, read
-from expression import TooComplex, Unreadable
-from notation import canonical_unit, normalise
+from grading.answers import MAX_ANSWER, MAX_ITEMS, by_letters, matches, read
+from grading.expression import TooComplex, Unreadable
+from grading.notation import canonical_unit, normalise
 
 VERSION = "2"  # of the grader; raise it whenever a verdict may change, results name it
 MAX_RESPONSE = 50_000  # characters searched for a box, from the end

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from decoder import Cache, Decoder
+from infra.model import hidden_states, pack
 from logprob import jit, project, tl, use_kernels
-from model import hidden_states, pack
+from ops.decoder import Cache, Decoder
 
 STEPS = 8  # decode steps on a GPU between looks of the host; a sequence that ends in between runs on, unread
 PREFILL_TOKENS = 16384  # prompts are run in batches of about so many tokens

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import grpo
-import prompts
+from tasks import prompts
 
 
 def opt(default, help: str):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from measure import DEVICE, arguments, attempt, ceilings, interleaved, write
 
-import decoder
+from ops import decoder
 
 MODELS = {"Qwen2.5-3B": (16, 2, 128), "Llama-3.2-3B": (24, 8, 128), "Qwen3-8B": (32, 8, 128)}  # h, h_kv, d
 COLUMNS = ["impl", "model", "n", "context", "lengths", "ms", "GB/s", "% of copy", "error"]

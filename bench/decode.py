@@ -30,10 +30,10 @@ from measure import DEVICE, arguments, attempt, ceilings, write
 from random_models import build, head_size, matmul_parameters
 from transformers import GenerationConfig, StoppingCriteriaList
 
-import tasks
-import toy
-from model import load, micro_batches, response_scores
+from infra.model import load, micro_batches, response_scores
 from sampler import STEPS, Sampler, generate_naive
+from tasks import arithmetic as toy
+from tasks import task as tasks
 
 PROMPTS = 8  # that a full batch is sampled from
 SHAPES = [(64, 1024), (64, 4096), (256, 1024), (256, 4096)]  # batch, context

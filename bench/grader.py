@@ -21,10 +21,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import hostile  # noqa: E402
 from grader_cases import CASES  # noqa: E402
 
-import answers  # noqa: E402
-import expression  # noqa: E402
-import notation  # noqa: E402
 import rewards  # noqa: E402
+from grading import (
+    answers,
+    expression,
+    notation,
+)
 
 
 def responses(rows: list[tuple[str, str]], length: int) -> list[tuple[str, str]]:

@@ -27,8 +27,8 @@ from random_models import SIZES, build, byte_tokenizer
 from step import one_step
 
 import bridge
-import parallel
-import plan
+from infra import memory as plan
+from infra import parallel
 from settings import Settings, parse
 
 PAPER = ["--dtype", "bfloat16", "--checkpoint-layers", "99", "--lora-rank", "16", "--alpha", "5e-7", "--beta", "5e-5"]

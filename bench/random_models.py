@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import model as _registers_the_packed_attention  # noqa: F401
-import toy
+from infra import model as _registers_the_packed_attention  # noqa: F401
+from tasks import arithmetic as toy
 
 SHARED = dict(vocab_size=151936, max_position_embeddings=32768, bos_token_id=None, eos_token_id=None, pad_token_id=None)
 SIZES = {

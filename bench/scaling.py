@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import plan
+from infra import memory as plan
 from settings import PAPER, Settings
 
 

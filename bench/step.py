@@ -31,7 +31,7 @@ import bridge
 import rewards
 from sampler import Sampler
 from settings import Settings, check, parse
-from tasks import Problem, Stream, Task
+from tasks.task import Problem, Stream, Task
 
 MEAN_LENGTH = 950  # of a rollout
 LONGEST_DEMONSTRATION = 2500

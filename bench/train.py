@@ -24,9 +24,9 @@ from measure import DEVICE, arguments, attempt, ceilings, time_ms, write
 from random_models import build, head_size, matmul_parameters
 from torch import nn
 
-import toy
+from infra.model import Row, checkpoint_layers, load, response_logprobs, response_loss
 from logprob import head_loss, token_logprobs
-from model import Row, checkpoint_layers, load, response_logprobs, response_loss
+from tasks import arithmetic as toy
 
 
 def milliseconds(run) -> float:

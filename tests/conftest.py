@@ -14,8 +14,8 @@ if not torch.cuda.is_available():  # kernels that a test asks for run on the CPU
 
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-import checkpoint
-import model as _registers_the_packed_attention  # noqa: F401
+from infra import checkpoint
+from infra import model as _registers_the_packed_attention  # noqa: F401
 
 torch.set_num_threads(1)  # the models are tiny: two threads only get in each other's way
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}

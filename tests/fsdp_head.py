@@ -10,7 +10,7 @@ import torch.distributed as dist
 from conftest import rows, tiny_model
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-from model import response_loss
+from infra.model import response_loss
 
 
 def negative_logp(logp, entropy, tokens):

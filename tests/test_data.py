@@ -12,16 +12,16 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import bridge
-import data
-import prompts
 import rewards
 import settings
-import tasks
-import toy
-from data import DataError, Demonstration, Problem
-from model import ModelError
+from infra.model import ModelError
 from sampler import Completion
-from tasks import Task
+from tasks import arithmetic as toy
+from tasks import prompts
+from tasks import sources as data
+from tasks import task as tasks
+from tasks.sources import DataError, Demonstration, Problem
+from tasks.task import Task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CHATML = (

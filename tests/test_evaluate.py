@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from conftest import lines
 
-import benchmarks
 import evaluate
 import rewards
-import tasks
-import toy
-from benchmarks import BENCHMARKS, PAPER, read_benchmark
-from scores import interval, majority, paired_test, pass_at_k, summarise
+from grading.scores import interval, majority, paired_test, pass_at_k, summarise
+from tasks import arithmetic as toy
+from tasks import benchmarks
+from tasks import task as tasks
+from tasks.benchmarks import BENCHMARKS, PAPER, read_benchmark
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

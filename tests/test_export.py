@@ -11,12 +11,12 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bridge
-import export
 import lora
 import plot
-import toy
+from grading.scores import table
+from infra import export
 from sampler import Sampler
-from scores import table
+from tasks import arithmetic as toy
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 

@@ -19,9 +19,9 @@ import torch
 from conftest import exact, tiny_model
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-import decoder
 import logprob
 import sampler
+from ops import decoder
 from sampler import Sampler, uniforms
 
 pytest.importorskip("triton")

@@ -11,9 +11,9 @@ from conftest import VOCABULARY, exact, rows, tiny_model
 from transformers import AutoModelForCausalLM
 
 import logprob
-import model
 from grpo import grpo_loss
-from model import ModelError, checkpoint_layers, micro_batches, offsets, pack, packed_attention, response_logprobs
+from infra import model
+from infra.model import ModelError, checkpoint_layers, micro_batches, offsets, pack, packed_attention, response_logprobs
 
 
 def unpacked(model, row):

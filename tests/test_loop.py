@@ -7,10 +7,10 @@ import pytest
 import torch
 
 import bridge
-import checkpoint
 import grpo
 import settings
-from model import response_logprobs
+from infra import checkpoint
+from infra.model import response_logprobs
 from sampler import Completion
 
 SMOKE = settings.PRESETS["smoke"]

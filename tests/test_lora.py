@@ -7,7 +7,7 @@ import torch
 from conftest import rows, tiny_model
 
 import lora
-from model import response_logprobs
+from infra.model import response_logprobs
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.tensor([[1, 5, 3, 9, 2]])

@@ -12,9 +12,8 @@ import pytest
 import torch
 from conftest import lines, rows, tensors_in
 
-import checkpoint
-import parallel
-from model import micro_batches
+from infra import checkpoint, parallel
+from infra.model import micro_batches
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["--preset", "smoke", "--steps", "3", "--alpha", "1e-4", "--beta", "5e-4", "--save-every", "1"]
@@ -147,7 +146,8 @@ def test_a_signal_to_one_rank_lets_both_finish_the_step_and_save(tmp_path):
 UNEVEN = """
 import sys
 import torch
-import bridge, parallel
+import bridge
+from infra import parallel
 from sampler import Sampler
 
 real_loss, real_generate = bridge.grpo.grpo_loss, Sampler.generate
@@ -189,7 +189,7 @@ def test_ranks_with_uneven_data_do_not_hang_and_decide_the_same(tmp_path, flags)
 def test_a_failing_rank_says_its_rank_phase_and_step(tmp_path):
     script = tmp_path / "failing.py"
     script.write_text(
-        "import sys, bridge, parallel\n"
+        "import sys, bridge\nfrom infra import parallel\n"
         "real = bridge.sft_backward\n"
         "def fail(*args):\n"
         "    if parallel.rank() == 1: raise FloatingPointError('no good')\n"

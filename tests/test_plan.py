@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 import bridge
-import model as M
-import plan
+from infra import memory as plan
+from infra import model as M
 from sampler import Sampler
 from settings import SettingError, Settings, check, parse
 

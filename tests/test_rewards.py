@@ -14,13 +14,11 @@ from grader_heldout import STILL_REFUSED
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import answers
-import expression
-import notation
 import rewards
-from answers import MAX_ANSWER, read
-from expression import TooComplex, parse, proportional, same
-from notation import normalise
+from grading import answers, expression, notation
+from grading.answers import MAX_ANSWER, read
+from grading.expression import TooComplex, parse, proportional, same
+from grading.notation import normalise
 from rewards import equivalent, extract, is_correct, is_gold, score
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

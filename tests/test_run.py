@@ -27,11 +27,11 @@ from transformers import (
 )
 
 import bridge
-import checkpoint
 import evaluate
 import plot
-import toy
+from infra import checkpoint
 from settings import CHOICES, Settings
+from tasks import arithmetic as toy
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"

@@ -6,7 +6,7 @@ from conftest import VOCABULARY, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora
-from model import ModelError, response_logprobs, twin
+from infra.model import ModelError, response_logprobs, twin
 from sampler import Sampler, choose, generate_naive, uniforms
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [12, 30, 2, 2]]

@@ -5,11 +5,11 @@ import random
 
 import pytest
 
-import data
 import rewards
-import tasks
-import toy
-from tasks import DataError, Demonstration, Problem, Stream, Task
+from tasks import arithmetic as toy
+from tasks import sources as data
+from tasks import task as tasks
+from tasks.task import DataError, Demonstration, Problem, Stream, Task
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 
 import bridge
 import settings
-import track
+from infra import run as track
 from plot import read
 from settings import SettingError
 

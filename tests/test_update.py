@@ -10,7 +10,7 @@ from conftest import rows, tiny_model
 import bridge
 import grpo
 import lora
-from model import response_logprobs
+from infra.model import response_logprobs
 from settings import Settings
 
 RATES = dict(alpha=0.01, beta=0.02, lora_rank=4, lora_alpha=8.0)

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infra.model import ModelError, causal_attention, pack, pick_device, refuse_other_attention, twin
 from logprob import UPCAST, jit, project, tl, triton, use_kernels
-from model import ModelError, causal_attention, pack, pick_device, refuse_other_attention, twin
 
 
 @dataclass

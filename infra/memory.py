@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import toy
 from logprob import CHUNK
 from sampler import PREFILL_TOKENS, STEPS
 from settings import SettingError, Settings
+from tasks import arithmetic as toy
 
 GiB = 2**30
 PROMPT = 200  # assumed: tokens of every prompt

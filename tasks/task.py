@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import rewards
-from benchmarks import BENCHMARKS, read_benchmark
-from data import DataError, Demonstration, Problem, kept_rows, parse_fields, text_of, texts_of
-from prompts import INSTRUCTION, encode_prompt, last_token
+from tasks.benchmarks import BENCHMARKS, read_benchmark
+from tasks.prompts import INSTRUCTION, encode_prompt, last_token
+from tasks.sources import DataError, Demonstration, Problem, kept_rows, parse_fields, text_of, texts_of
 
 NGRAM = 13  # words in a row that training may not share with evaluation
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 import rewards
-from data import DataError, Problem, read_rows
+from tasks.sources import DataError, Problem, read_rows
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,8 @@ from tokenizers.decoders import Fuse
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
 
-from model import pick_device, response_loss
-from tasks import DataError, Demonstration, Problem, Task, encode_prompt
+from infra.model import pick_device, response_loss
+from tasks.task import DataError, Demonstration, Problem, Task, encode_prompt
 
 MODULUS = 100
 TRAIN_LENGTHS, EVAL_LENGTHS = range(3, 7), range(3, 9)
@@ -154,7 +154,7 @@ RECIPES = {
     "arithmetic-laptop": Recipe(),
     "arithmetic-smoke": Recipe(hidden=32, layers=2, mlp=64, steps=200, batch=32),
 }
-MODELS = Path(__file__).parent / "models"
+MODELS = Path(__file__).parents[1] / "models"
 
 
 def resolve(model: str) -> str:

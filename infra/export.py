@@ -19,13 +19,13 @@ from torch import nn
 from transformers import GenerationConfig
 
 import lora
-import parallel
 import plot
-import prompts
-import toy
-from model import logits
-from scores import markdown, table
+from grading.scores import markdown, table
+from infra import parallel
+from infra.model import logits
 from settings import Settings
+from tasks import arithmetic as toy
+from tasks import prompts
 
 if TYPE_CHECKING:
     from bridge import Run

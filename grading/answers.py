@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from fractions import Fraction
 
-from expression import (
+from grading.expression import (
     INFINITY,
     MAX_DEPTH,
     Scalar,
@@ -24,7 +24,7 @@ from expression import (
     proportional,
     same,
 )
-from notation import UNITS, canonical_unit, normalise
+from grading.notation import UNITS, canonical_unit, normalise
 
 MAX_ANSWER = 1_000  # characters of an answer that is still read; the longest gold of the benchmarks has 210
 MAX_ITEMS = 40  # of a list, a tuple or a matrix

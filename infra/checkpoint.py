@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.tensor import DTensor
 
-import parallel
+from infra import parallel
 
 KEEP = 2  # checkpoints that are kept
 FILE = 2**30  # bytes

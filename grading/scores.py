@@ -9,8 +9,8 @@ from collections import defaultdict
 import numpy as np
 
 import rewards
-from benchmarks import PAPER
-from tasks import DataError
+from tasks.benchmarks import PAPER
+from tasks.task import DataError
 
 
 def by_problem(records: list[dict]) -> dict[str, list[list[dict]]]:

@@ -6,7 +6,7 @@ prompt with a response behind it; no message of the assistant is ever rendered, 
 
 import jinja2
 
-from model import ModelError
+from infra.model import ModelError
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
 TEMPLATES = {  # SimpleRL's, which the paper follows; each is whole: the question is all that is put in

@@ -1,0 +1,1 @@
+"""What a run needs and the paper does not mention."""

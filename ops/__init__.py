@@ -1,0 +1,1 @@
+"""Hot paths, each in PyTorch with its Triton kernel below it."""
