@@ -1,315 +1,46 @@
 """Benchmarks: answers of a model, their grades, and numbers with their uncertainty.
 
     python evaluate.py RUN_OR_MODEL [--benchmarks paper] [--protocol sampled] [--out FILE]
-    torchrun --nproc-per-node 4 evaluate.py MODEL --benchmarks math500,aime24
     python evaluate.py --regrade FILE            grade the answers of a result file again, without generating
     python evaluate.py --table FILE FILE ...     compare result files; differences are against the first
 
-Without --benchmarks or --data a run is evaluated on the problems it was configured with, a model on the built-in
-arithmetic. A result file has a header line (model, prompt, sampling, seed, grader, data) and then one line per answer,
-so every number can be looked into and computed again. An interrupted evaluation continues where it stopped.
+Without --benchmarks or --data, a run is evaluated on its own evaluation problems and a model on the built-in
+arithmetic. The same command continues an interrupted evaluation.
 """
+# ruff: noqa: E402  (--help prints before the imports that load torch)
 
 import argparse
-import hashlib
-import json
 import os
+import sys
 import zlib
-from collections import Counter
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-import torch
-import transformers
-from tqdm import tqdm
 
-import rewards
-from grading.scores import by_problem, compare, report, summarise, verdicts
-from infra import checkpoint, parallel
-from infra.model import ModelError, load, stop_tokens
-from sampler import Sampler
-from tasks import arithmetic as toy
-from tasks import prompts
-from tasks import task as tasks
-from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, PAPER, read_benchmark
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How answers are sampled. `samples` None: as many as the benchmark's entry says."""
-
-    temperature: float
-    top_p: float
-    samples: int | None
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    temperature: float = 0.0  # 0 is greedy
+    top_p: float = 1.0
     max_new_tokens: int
+    samples: int | None = 1  # answers per problem; None: each benchmark's own number
 
 
-PROTOCOLS = {"paper": Protocol(0.0, 1.0, 1, 5000), "sampled": Protocol(0.6, 0.95, None, 8192)}
+PROTOCOLS = {
+    "paper": Sampling(max_new_tokens=5000),
+    "sampled": Sampling(temperature=0.6, top_p=0.95, max_new_tokens=8192, samples=None),
+}
+NAMES = "math500,minerva_math,olympiadbench,aime24,amc23,gsm8k,gpqa,mmlu_pro"  # see tasks/benchmarks.py
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answers
-
-
-def answer(
-    sampler: Sampler,
-    tokenizer,
-    problems: list[tasks.Problem],
-    instruction: str,
-    max_new_tokens: int,
-    keys: list[tuple[int, ...]] | None = None,
-    samples: int = 1,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    template: str = "",
-) -> list[dict]:
-    """One graded record per problem and sample; sample i of a problem draws from (*key, i), whatever else there is."""
-    if not problems:  # a rank may have none
-        return []
-    texts = [prompts.prompt_text(tokenizer, p.question, instruction, template) for p in problems]
-    encoded = [prompts.encode_text(tokenizer, text, template) for text in texts]
-    keys = keys or [(0, i) for i in range(len(problems))]
-    quiet = parallel.rank() > 0
-    with tqdm(total=samples * len(encoded), desc="answering", leave=False, disable=quiet) as bar:
-        groups = sampler.generate(encoded, keys, samples, max_new_tokens, temperature, top_p, progress=bar.update)
-    records = []
-    for problem, text, completions in zip(problems, texts, groups, strict=True):
-        for i, completion in enumerate(completions):
-            record = dict(
-                group=problem.group, labels=problem.labels, sample=i, question=problem.question, prompt=text,
-                answer=problem.answer, tolerance=problem.tolerance, unit=problem.unit,
-                response=tokenizer.decode(completion.ids, skip_special_tokens=True), tokens=len(completion.ids),
-                finish_reason=completion.finish_reason,
-            )  # fmt: skip
-            records.append(record | grade(record))
-    return records
-
-
-def grade(record: dict) -> dict:
-    """correct, extracted and reason of a record's response. A response that was cut off may still hold its answer."""
-    verdict = rewards.is_correct(
-        record["response"], record["answer"], tolerance=record["tolerance"], unit=record["unit"]
-    )
-    return dict(correct=verdict.correct, extracted=verdict.extracted, reason=verdict.reason)
-
-
-def evaluate(
-    sampler: Sampler,
-    tokenizer,
-    problems: list[tasks.Problem],
-    instruction: str,
-    max_new_tokens: int,
-    template: str = "",
-) -> tuple[dict[str, float], list[dict]]:
-    """Greedy pass@1 of the sampler's weights: ({group: accuracy, "average": …}, one record per problem).
-
-    "average" is the plain mean over the groups, as the paper averages over benchmarks.
-    """
-    mine = range(parallel.rank(), len(problems), parallel.world())
-    records = answer(sampler, tokenizer, [problems[i] for i in mine], instruction, max_new_tokens, template=template)
-    records = parallel.gather([record | {"id": i} for i, record in zip(mine, records, strict=True)])
-    accuracy = {group: float(verdicts(rows).mean()) for group, rows in sorted(by_problem(records).items())}
-    return {**accuracy, "average": sum(accuracy.values()) / len(accuracy)}, records
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Result files
-
-
-def read_results(path: Path) -> tuple[dict, list[dict]]:
-    """(header, records) of a result file, up to a torn last line. Raises tasks.DataError if it is none."""
-    if not path.is_file():
-        raise tasks.DataError(f"there is no result file {path}")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-        header, records = rows[0]["header"], rows[1:]
-        return header, list({(r["group"], r["id"], r["sample"]): r for r in records}.values())
-    except (UnicodeDecodeError, json.JSONDecodeError, LookupError, TypeError) as error:
-        raise tasks.DataError(f"{path} is no result file of evaluate.py: {error!r}") from error
-
-
-def whole(header: dict, records: list[dict]) -> list[dict]:
-    """The records of the problems of which every sample is there."""
-    count = Counter((r["group"], r["id"]) for r in records)
-    return [r for r in records if count[r["group"], r["id"]] == header["sampling"]["samples"][r["group"]]]
-
-
-def read_finished(path: Path) -> tuple[dict, list[dict]]:
-    """As `read_results`. Raises tasks.DataError if answers are missing."""
-    header, records = read_results(path)
-    asked = sum(header["sampling"]["samples"][g] * data["problems"] for g, data in header["data"].items())
-    if len(whole(header, records)) < asked:
-        raise tasks.DataError(
-            f"{path} holds {len(records)} of {asked} answers: the command that made it will finish it"
-        )
-    return header, records
-
-
-def write_results(path: Path, header: dict, records: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    checkpoint.rewrite(path, "".join(json.dumps(r) + "\n" for r in ({"header": header}, *records)))
-
-
-def write_summary(path: Path, header: dict, records: list[dict]) -> str:
-    """Writes all numbers beside a result file, as NAME.summary.json; returns the printed report."""
-    summary = summarise(records)
-    named = path.with_name(path.name.removesuffix(".jsonl") + ".summary.json")
-    named.write_text(json.dumps(header | summary, indent=1), encoding="utf-8")
-    return report(header, summary)
-
-
-def regrade(path: Path, out: str) -> str:
-    """Grades the answers of a result file again and writes them to `out`, by default NAME.regraded.jsonl beside it."""
-    header, records = read_finished(path)
-    graded = [record | grade(record) for record in records]
-    changed = [(old, new) for old, new in zip(records, graded, strict=True) if old["correct"] != new["correct"]]
-    header |= dict(grader=rewards.VERSION)
-    target = Path(out or path.with_name(path.name.removesuffix(".jsonl") + ".regraded.jsonl"))
-    write_results(target, header, graded)
-    shown = [f"  {new['correct']!s:5} now: {new['extracted']!r} for {new['answer']!r}" for _, new in changed[:20]]
-    counted = f"{len(changed)} of {len(records)} verdicts changed, written to {target}"
-    return "\n".join([write_summary(target, header, graded), counted, *shown])
-
-
-def data_hash(problems: list[tasks.Problem]) -> str:
-    text = json.dumps([(p.question, p.answer, p.tolerance, p.unit) for p in problems])
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def weights_hash(folder: str) -> str:
-    """A hash of a folder's weight files and configuration."""
-    digest = hashlib.sha256()
-    for path in sorted(Path(folder).glob("*")):
-        if path.suffix in (".safetensors", ".bin") or path.name == "config.json":
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:16]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
-
-
-def find_problems(args: argparse.Namespace, settings: dict) -> tuple[list[tasks.Problem], str]:
-    """(problems, instruction): benchmarks, a file, what the run was configured with, or the built-in arithmetic."""
-    if args.benchmarks:
-        names = list(dict.fromkeys(args.benchmarks.replace("paper", ",".join(PAPER)).split(",")))
-        if unknown := [n for n in names if n not in BENCHMARKS]:
-            raise tasks.DataError(f"--benchmarks: no {unknown[0]!r}; there are paper, {', '.join(BENCHMARKS)}")
-        problems = [p for n in names for p in read_benchmark(n, args.benchmark_dir)[: args.problems or None]]
-        return problems, prompts.INSTRUCTION
-    if args.data:
-        problems = tasks.read_problems(args.data, "--data", notes := [])
-        print(*notes, sep="\n", end="\n" * bool(notes))
-        return problems[: args.problems or None], prompts.INSTRUCTION
-    if rl_data := settings.get("rl_data", ""):
-        names = {name: settings.get(name, "") for name in ("rl_fields", "rl_filter")}
-        task = tasks.from_files(rl_data, "", settings.get("eval_data", ""), settings["eval_problems"], **names)
-        return task.evaluation[: args.problems or None], prompts.INSTRUCTION
-    return toy.evaluation(args.problems or settings.get("eval_problems", 100)), ""
-
-
-def run(args: argparse.Namespace) -> None:
-    """Answers what is still unanswered, appends it to the result file, and prints the report."""
-    parallel.start(timedelta(days=1))  # only texts travel; a rank may have the long answers
-    rank, world = parallel.rank(), parallel.world()
-    folder, settings = Path(args.source), {}
-    if (folder / "evals.jsonl").exists():  # a run of bridge.py
-        if not (folder / "model").is_dir():
-            raise tasks.DataError(f"{folder} has no model/ yet: the run has not finished, --resume continues it")
-        settings = json.loads((folder / "config.json").read_text()).get("settings", {})
-    problems, instruction = find_problems(args, settings)
-    groups = {g: [p for p in problems if p.group == g] for g in dict.fromkeys(p.group for p in problems)}
-    with parallel.in_turns():  # a built-in model is built, another may be downloaded
-        source = str(folder / "model") if settings else toy.resolve(args.source)
-        model, tokenizer = load(source)
-    dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32  # of weights; rotations stay fp32
-
-    own = not (args.benchmarks or args.data)
-    sampling = choose_sampling(args, list(groups), settings.get("max_new_tokens", 96) if own else None)
-    limit = sampling["max_new_tokens"]
-    template = settings.get("template", "") if args.template is None else args.template
-    tasks.check_evaluation(problems, tokenizer, instruction, limit, model.config.max_position_embeddings, template)
-    header = dict(
-        model=os.path.normpath(args.source), dtype=str(dtype),
-        weights=getattr(model.config, "_commit_hash", None) or weights_hash(source),
-        prompt=prompts.prompt_text(tokenizer, "{question}", instruction, template), sampling=sampling,
-        seed=args.seed, options_seed=OPTIONS_SEED, grader=rewards.VERSION, torch=torch.__version__,
-        transformers=transformers.__version__,
-        data={g: dict(problems=len(p), sha256=data_hash(p)) for g, p in groups.items()},
-    )  # fmt: skip
-    what = "" if own else "-" + (args.benchmarks or Path(args.data).stem).replace(",", "+")
-    name = f"answers{what}-{args.protocol}.jsonl"
-    out = Path(args.out or (folder / name if settings else Path("evals") / folder.name / name))
-    records = open_results(out, header) if rank == 0 else []
-
-    stop = stop_tokens(model, tokenizer, prompts.end_of_turn(tokenizer, template))
-    sampler = Sampler(model, stop, slots=args.slots, dtype=dtype)
-    del model
-    done = parallel.first({(r["group"], r["id"]) for r in records})
-    for group, of_group in groups.items():
-        samples = sampling["samples"][group]
-        todo = [i for i in range(len(of_group)) if (group, i) not in done]
-        size = world * max(1, 2 * args.slots // samples)  # problems between two writes
-        for start in range(0, len(todo), size):
-            mine = todo[start : start + size][rank::world]
-            keys = [(args.seed, zlib.crc32(group.encode()), i) for i in mine]
-            fresh = answer(
-                sampler, tokenizer, [of_group[i] for i in mine], instruction, limit, keys, samples,
-                sampling["temperature"], sampling["top_p"], template,
-            )  # fmt: skip
-            fresh = parallel.gather([record | {"id": mine[n // samples]} for n, record in enumerate(fresh)])
-            fresh.sort(key=lambda r: (r["group"], r["id"], r["sample"]))
-            for record in fresh if rank == 0 else []:
-                checkpoint.append(out, record)
-            records += fresh
-    if rank == 0:
-        print(write_summary(out, header, records))
-        print(f"\n{sampling} · seed {args.seed} · grader {rewards.VERSION} · answers in {out}")
-    parallel.end()
-
-
-def choose_sampling(args: argparse.Namespace, groups: list[str], own_limit: int | None) -> dict:
-    """temperature, top_p, max_new_tokens and {group: samples}: the flags', else the protocol's."""
-    protocol = PROTOCOLS[args.protocol]
-    temperature = protocol.temperature if args.temperature is None else args.temperature
-    if temperature == 0 and args.samples > 1:
-        raise tasks.DataError(f"--samples {args.samples} greedy answers would be the same: set --temperature too")
-    samples = {g: protocol.samples or (BENCHMARKS[g].samples if g in BENCHMARKS else 4) for g in groups}
-    return dict(
-        temperature=temperature,
-        top_p=protocol.top_p if args.top_p is None else args.top_p,
-        max_new_tokens=args.max_new_tokens or own_limit or protocol.max_new_tokens,
-        samples={g: args.samples or (n if temperature else 1) for g, n in samples.items()},
-    )
-
-
-def open_results(out: Path, header: dict) -> list[dict]:
-    """The records that are already there, for problems all of whose samples are; or a new file. Rank 0 only.
-
-    Raises tasks.DataError when the file was made in another way.
-    """
-    if not out.exists():
-        write_results(out, header, [])
-        return []
-    before, records = read_results(out)
-    if changed := [key for key in header if before.get(key) != header[key]]:
-        raise tasks.DataError(f"{out} exists and was made with another {', '.join(changed)}: choose another --out")
-    records = whole(header, records)
-    write_results(out, header, records)
-    return records
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+def parse(argv: list[str]) -> argparse.Namespace:
+    """The command line. Exits with status 2 and a message if it is wrong."""
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     add("source", nargs="?", metavar="RUN_OR_MODEL", help="a run folder of bridge.py, a model folder or a hub name")
-    add("--benchmarks", default="", help=f"paper (the first five) or a list of {','.join(BENCHMARKS)}")
-    add("--benchmark-dir", default="benchmarks", help="where NAME.jsonl is looked for before the hub is asked")
+    add("--benchmarks", default="", help=f"paper (the first five) or a list of {NAMES}")
+    add("--benchmark-dir", default="benchmarks", help="folder of NAME.jsonl; the hub has benchmarks without a file")
     add("--data", default="", help="problems to evaluate on, .jsonl with question and answer")
     add("--problems", type=int, default=0, help="only the first N of each (for the built-in task: N per length)")
     add("--template", help="prompt: qwen-boxed or plain instead of the chat template (default: the run's)")
@@ -318,39 +49,203 @@ def main() -> None:
     add("--temperature", type=float, help="0 is greedy (default: the protocol's)")
     add("--top-p", type=float, help="sample from the likeliest tokens that reach this mass (default: the protocol's)")
     add("--max-new-tokens", type=int, default=0, help="tokens per answer (default: the protocol's; a run's own)")
-    add("--seed", type=int, default=0, help="of the samples, and of the order of options")
-    add("--slots", type=int, default=64, help="answers decoded at once per process; lower it when memory runs out")
-    add("--out", default="", help="the result file; an existing one is continued (default: beside the run, or evals/)")
+    add("--seed", type=int, default=0, help="of the samples")
+    add("--slots", type=int, default=64, help="answers decoded at once per process; lower it if memory runs out")
+    add("--out", default="", help="the result file; an existing one is continued (default: in the run, or in evals/)")
     add("--regrade", metavar="FILE", help="grade a result file's answers again")
     add("--table", nargs="+", metavar="FILE", help="compare result files")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if sum(map(bool, (args.source, args.regrade, args.table))) != 1:
         parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
     if min(args.samples, args.problems, args.max_new_tokens, args.seed) < 0 or args.slots < 1:
-        parser.error("--samples, --problems, --max-new-tokens, --seed and --slots cannot be negative")
-    if not (args.temperature in (None, 0) or 1e-3 <= args.temperature < float("inf")) or not (
-        0 < (1 if args.top_p is None else args.top_p) <= 1
-    ):
+        parser.error("--samples, --problems, --max-new-tokens and --seed cannot be negative, --slots not below 1")
+    temperature, top_p = args.temperature or 0, 1 if args.top_p is None else args.top_p
+    if not (temperature == 0 or 1e-3 <= temperature < float("inf")) or not 0 < top_p <= 1:
         parser.error("--temperature must be 0 or at least 0.001, --top-p above 0 and at most 1")
     if args.benchmarks and args.data:
         parser.error("--benchmarks and --data are two kinds of problems: give one")
+    return args
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
+    parse(sys.argv[1:])  # prints the help and exits
+
+import torch
+import transformers
+from tqdm import tqdm
+
+import rewards
+from grading.scores import PAPER, by_problem, verdicts
+from infra import parallel, results
+from infra.files import DataError, append_line, json_object
+from infra.model import load, stop_tokens
+from infra.run import one_line_errors, print0
+from sampler import Sampler
+from settings import Settings
+from tasks import arithmetic
+from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, read_benchmark
+from tasks.named import load_task
+from tasks.prompts import encode_text, end_of_turn, prompt_text
+from tasks.sources import read_problems
+from tasks.task import Problem, Task, check_evaluation, fingerprint
+
+
+def answer(
+    sampler: Sampler, tokenizer, task: Task, problems: list[Problem], keys: list[tuple[int, ...]], sampling: Sampling
+) -> list[dict]:
+    """One graded record per problem and sample, of all ranks; each rank answers its share.
+
+    keys: one per problem; the last number is the problem's id, and sample i is drawn from the seed (*key, i).
+    """
+    share = slice(parallel.rank(), None, parallel.world_size())
+    problems, keys = problems[share], keys[share]
+    texts = [prompt_text(tokenizer, p.question, task.instruction, task.template) for p in problems]
+    encoded = [encode_text(tokenizer, text, task.template) for text in texts]
+    completions = []
+    if problems:  # a rank has none if there are fewer problems than ranks
+        with tqdm(total=sampling.samples * len(problems), leave=False, disable=parallel.rank() > 0) as bar:
+            completions = sampler.generate(
+                encoded, keys, sampling.samples, sampling.max_new_tokens, sampling.temperature, sampling.top_p,
+                progress=bar.update,
+            )  # fmt: skip
+    records = []
+    for problem, key, text, samples in zip(problems, keys, texts, completions, strict=True):
+        for i, completion in enumerate(samples):
+            record = dict(
+                group=problem.group, id=key[-1], labels=problem.labels, sample=i, question=problem.question,
+                prompt=text, answer=problem.answer, tolerance=problem.tolerance, unit=problem.unit,
+                response=tokenizer.decode(completion.ids, skip_special_tokens=True), tokens=len(completion.ids),
+                finish_reason=completion.finish_reason,
+            )  # fmt: skip
+            records.append(record | grade(record))
+    return sorted(parallel.all_gather(records), key=lambda r: (r["group"], r["id"], r["sample"]))
+
+
+def evaluate(sampler: Sampler, tokenizer, task: Task, max_new_tokens: int) -> tuple[dict[str, float], list[dict]]:
+    """({group: greedy pass@1, "average": their plain mean}, records) of task.evaluation. All ranks call it."""
+    keys = [(0, i) for i in range(len(task.evaluation))]
+    records = answer(sampler, tokenizer, task, task.evaluation, keys, Sampling(max_new_tokens=max_new_tokens))
+    accuracy = {group: float(verdicts(rows).mean()) for group, rows in sorted(by_problem(records).items())}
+    return accuracy | {"average": sum(accuracy.values()) / len(accuracy)}, records
+
+
+def grade(record: dict) -> dict:
+    """correct, extracted and reason of a record's response. A truncated response may still contain its answer."""
+    gold = dict(tolerance=record["tolerance"], unit=record["unit"])
+    return asdict(rewards.is_correct(record["response"], record["answer"], **gold))
+
+
+def regrade(path: Path, out: str) -> str:
+    """Grades a result file's answers again and writes them to `out` or NAME.regraded.jsonl. Returns the report."""
+    header, records = results.read_results(path, finished=True)
+    graded = [record | grade(record) for record in records]
+    changed = sum(old["correct"] != new["correct"] for old, new in zip(records, graded, strict=True))
+    header |= dict(grader=rewards.VERSION)
+    target = Path(out or path.with_name(path.name.removesuffix(".jsonl") + ".regraded.jsonl"))
+    results.write_results(target, header, graded)
+    report = results.write_summary(target, header, graded)
+    return f"{report}\n{changed} of {len(records)} verdicts changed, written to {target}"
+
+
+def load_settings(run: Path) -> Settings:
+    """The settings of a finished run. Raises DataError for an unfinished run, and for unknown or damaged settings."""
+    if not (run / "model").is_dir():
+        raise DataError(f"{run} has no model/ yet: the run has not finished, --resume continues it")
+    path = run / "config.json"
     try:
+        return Settings(**json_object(path.read_bytes(), str(path))["settings"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: no settings of this version ({error})") from error
+
+
+def find_task(args: argparse.Namespace, s: Settings) -> Task:
+    """The problems of the benchmarks, the file, the run's task or the built-in one. Raises DataError."""
+    count, task = args.problems or None, Task(problems=[], demonstrations=[], evaluation=[])
+    if args.benchmarks:
+        names = list(dict.fromkeys(args.benchmarks.replace("paper", ",".join(PAPER)).split(",")))
+        if unknown := [n for n in names if n not in BENCHMARKS]:
+            raise DataError(f"--benchmarks: no {unknown[0]!r}; there are paper, {', '.join(BENCHMARKS)}")
+        task.evaluation = [p for n in names for p in read_benchmark(n, args.benchmark_dir)[:count]]
+    elif args.data:
+        task.evaluation = read_problems(args.data, "--data", task.notes)[:count]
+    elif s.task == "arithmetic" and not s.rl_data:
+        task.evaluation, task.instruction = arithmetic.evaluation(count or s.eval_problems), ""
+    else:
+        task = load_task(replace(s, sft_data=""))
+        task.evaluation = task.evaluation[:count]
+    task.template = s.template if args.template is None else args.template
+    return task
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answers the problems that the result file lacks, appends the records to it, and prints the report."""
+    parallel.start(timedelta(days=1))  # the timeout of collectives: one rank may generate much longer than another
+    folder = Path(args.source)
+    s = load_settings(folder) if (folder / "evals.jsonl").exists() else None  # None: a model, not a run
+    task = find_task(args, s or Settings())
+    for note in task.notes:
+        print0(note)
+    with parallel.rank0_first():  # rank 0 builds or downloads the model, then the other ranks read it from the disk
+        source = str(folder / "model") if s else arithmetic.resolve(args.source)
+        model, tokenizer = load(source)
+    dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32  # of weights; rotations stay fp32
+
+    named = (args.benchmarks or Path(args.data).stem).replace(",", "+")  # empty: the run's own or the built-in task
+    own_limit = s.max_new_tokens if s else 96
+    given = dict(temperature=args.temperature, top_p=args.top_p, samples=args.samples or None)
+    given["max_new_tokens"] = args.max_new_tokens or (None if named else own_limit)
+    sampling = replace(PROTOCOLS[args.protocol], **{flag: value for flag, value in given.items() if value is not None})
+    if sampling.temperature == 0:
+        if args.samples > 1:
+            raise DataError(f"--samples {args.samples} greedy answers would be the same: set --temperature too")
+        sampling = replace(sampling, samples=1)
+    limit, positions = sampling.max_new_tokens, model.config.max_position_embeddings
+    check_evaluation(task.evaluation, tokenizer, task.instruction, limit, positions, task.template)
+    groups = {g: [p for p in task.evaluation if p.group == g] for g in dict.fromkeys(p.group for p in task.evaluation)}
+    samples = {g: sampling.samples or (BENCHMARKS[g].samples if g in BENCHMARKS else 4) for g in groups}
+    header = dict(
+        model=os.path.normpath(args.source), dtype=str(dtype),
+        weights=getattr(model.config, "_commit_hash", None) or results.weights_hash(source),
+        prompt=prompt_text(tokenizer, "{question}", task.instruction, task.template),
+        sampling=asdict(sampling) | {"samples": samples}, seed=args.seed, options_seed=OPTIONS_SEED,
+        grader=rewards.VERSION, torch=torch.__version__, transformers=transformers.__version__,
+        data={g: dict(problems=len(p), sha256=fingerprint(Task(p, [], []), [])) for g, p in groups.items()},
+    )  # fmt: skip
+    name = f"answers-{named}-{args.protocol}.jsonl" if named else f"answers-{args.protocol}.jsonl"
+    out = Path(args.out or (folder / name if s else Path("evals") / folder.name / name))
+    records = parallel.broadcast(results.open_results(out, header) if parallel.rank() == 0 else None)
+
+    stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, task.template))
+    sampler = Sampler(model, stop, slots=args.slots, dtype=dtype)
+    del model
+    answered = {(r["group"], r["id"]) for r in records}
+    for group, problems in groups.items():
+        todo = [i for i in range(len(problems)) if (group, i) not in answered]
+        size = parallel.world_size() * max(1, 2 * args.slots // samples[group])  # problems between two writes
+        for start in range(0, len(todo), size):
+            ids = todo[start : start + size]
+            keys = [(args.seed, zlib.crc32(group.encode()), i) for i in ids]
+            with_count = replace(sampling, samples=samples[group])
+            graded = answer(sampler, tokenizer, task, [problems[i] for i in ids], keys, with_count)
+            records += graded
+            if parallel.rank() == 0:
+                for record in graded:
+                    append_line(out, record)
+    if parallel.rank() == 0:
+        print(results.write_summary(out, header, records))
+        print(f"\n{header['sampling']} · seed {args.seed} · grader {rewards.VERSION} · answers in {out}")
+    parallel.end()
+
+
+def main() -> None:
+    args = parse(sys.argv[1:])
+    with one_line_errors("evaluate.py", f"lower --slots {args.slots}, but not below the samples per problem"):
         if args.table:
-            print(
-                compare([("/".join(Path(f).with_suffix("").parts[-2:]), *read_finished(Path(f))) for f in args.table])
-            )
+            print(results.table([Path(name) for name in args.table]))
         elif args.regrade:
             print(regrade(Path(args.regrade), args.out))
         else:
             run(args)
-    except (tasks.DataError, ModelError) as error:
-        parallel.fail(f"evaluate.py: {error}")
-    except torch.cuda.OutOfMemoryError as error:
-        parallel.fail(
-            f"evaluate.py: out of memory, lower --slots {args.slots} (but not below the samples per problem): {error}"
-        )
-    except OSError as error:
-        parallel.fail(f"evaluate.py: {error}; what was answered before is kept")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,10 @@ sequences laid end to end (no padding anywhere).
 Where this differs from GRPO as first published (DeepSeekMath, arXiv 2402.03300):
   1. ε is added to the standard deviation, as in every code base; a group of equal rewards gives 0.
   2. The ratio's lower and upper clip are two numbers (DAPO, arXiv 2503.14476); equal by default.
-  3. Log-ratios are clamped to ±20 before exp, and tokens of weight 0 are cut out before exp, since
-     0·exp(large) is NaN, not 0.
-  4. The three aggregations are three ways to weight tokens; the loss is always Σ weight·token loss.
-     The weights are counted over the whole batch, so the split into micro-batches cannot matter.
-  5. The shadow θ̂ has its own surrogate (`truncated_surrogate`), since rollouts are off-policy for it.
+  3. Log-ratios are clamped to ±20 before exp. Tokens of weight 0 are masked before exp, since 0·exp(large) is NaN.
+  4. The three aggregations are three ways to weight tokens; the loss is always Σ weight·token loss. The weights are
+     counted over the whole batch, so micro-batches and ranks do not change the loss.
+  5. The shadow θ̂ has its own surrogate (`truncated_surrogate`), since shared rollouts are off-policy for it.
 """
 
 import torch
@@ -22,7 +21,7 @@ AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
 
 
 def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
-    """A = (r − mean) / (std + ε) within each group; Dr.GRPO (arXiv 2503.20783) leaves out the division.
+    """A = (r − mean) / (std + ε) within each group; Dr.GRPO (arXiv 2503.20783) omits the division.
 
     rewards [P, G] -> advantages [P, G]. std is the sample's (divided by G−1); a group of one gets 0.
 
@@ -37,7 +36,7 @@ def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
 
 
 def token_weights(lengths: Tensor, aggregation: str, max_length: int, keep: Tensor | None = None) -> Tensor:
-    """The weight of every token in the loss; their sum with the token losses is the batch's loss.
+    """The weight of every token in the loss: the batch's loss is Σ weight·token loss.
 
     lengths [N] response tokens per sequence, keep [N] bool (False: an overlong sequence, weight 0).
     Returns [T], T = Σ lengths. With |o_i| the length of sequence i, kept tokens weigh
@@ -67,17 +66,17 @@ def log_ratio(logp: Tensor, old_logp: Tensor, weight: Tensor) -> Tensor:
 
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
-    """min(ρ·A, clip(ρ, 1−low, 1+high)·A) per token [T], and where the clip has stopped the gradient [T] bool."""
+    """(min(ρ·A, clip(ρ, 1−low, 1+high)·A) per token [T], whether the clip stopped the gradient [T] bool)."""
     unclipped, clipped = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
     return torch.minimum(unclipped, clipped), clipped < unclipped
 
 
 def truncated_surrogate(logp: Tensor, ratio: Tensor, advantage: Tensor, cap: float) -> tuple[Tensor, Tensor]:
-    """sg(min(ρ, cap))·A·log π per token [T], and where ρ was cut [T] bool: truncated importance sampling.
+    """(sg(min(ρ, cap))·A·log π per token [T], whether ρ was truncated [T] bool): truncated importance sampling.
 
-    For the shadow on shared rollouts. The clip would stop every token on which θ̂ has drifted from θ, and with it
-    the difference of gradients that w is meant to climb; truncation only bounds the variance. At ρ = 1 its
-    gradient equals the clipped surrogate's. cap = inf is plain importance weighting, token by token.
+    The surrogate of the shadow on shared rollouts. The clip would stop the gradient of every token on which θ̂ has
+    drifted from θ, and with it the difference of gradients that w ascends; truncation only bounds the variance. At
+    ρ = 1 its gradient equals the clipped surrogate's. cap = inf is plain importance weighting, token by token.
     """
     return ratio.detach().clamp(max=cap) * advantage * logp, ratio.detach() > cap
 
@@ -94,23 +93,22 @@ def grpo_loss(
     advantage: Tensor,
     weight: Tensor,
     clip: tuple[float, float] = (0.2, 0.2),
-    truncate: float | None = None,
+    ratio_cap: float | None = None,
     ref_logp: Tensor | None = None,
     kl_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """−J_RL of eq. (1) as GRPO estimates it: Σ_t weight_t·(−surrogate_t + kl_coef·KL_t).
 
-    All inputs [T]; old_logp, advantage and ref_logp carry no gradient. `truncate` selects the truncated
-    surrogate with that cap instead of the clipped one. Returns the scalar loss and, per token and
-    detached, `ratio`, `cut` (clipped or truncated) and `kl`.
-    The loss's value says nothing (on-policy it is about 0 whatever the policy does); its gradient does.
+    All inputs [T]; old_logp, advantage and ref_logp carry no gradient. `ratio_cap` selects the truncated surrogate
+    instead of the clipped one. Returns the scalar loss and, per token and detached, `ratio`, `limited` (clipped or
+    truncated) and `kl`. The value of the loss is about 0 for every on-policy batch; only its gradient is informative.
     """
     ratio = log_ratio(logp, old_logp, weight).exp()
-    if truncate is None:
-        surrogate, cut = clipped_surrogate(ratio, advantage, *clip)
+    if ratio_cap is None:
+        surrogate, limited = clipped_surrogate(ratio, advantage, *clip)
     else:
         logp = torch.where(weight != 0, logp, 0.0)
-        surrogate, cut = truncated_surrogate(logp, ratio, advantage, truncate)
+        surrogate, limited = truncated_surrogate(logp, ratio, advantage, ratio_cap)
     kl = torch.zeros_like(ratio) if ref_logp is None else k3(logp, ref_logp, weight)
     loss = (weight * (kl_coef * kl - surrogate)).sum()
-    return loss, {"ratio": ratio.detach(), "cut": cut, "kl": kl.detach()}
+    return loss, {"ratio": ratio.detach(), "limited": limited, "kl": kl.detach()}

@@ -1,11 +1,11 @@
 """LoRA by hand: W = W_base + s·B·A, with one adapter w = {A, B} shared by the two bases θ and θ̂.
 
-BRIDGE evaluates the same w on two base models (paper, Algorithm 2): on θ, where w ascends J_RL, and
-on the RL-only shadow θ̂, where w descends it. So an adapted linear *contains* its base linear and
-merely points at A and B; attaching the same w to a second model makes the second policy. Merging
-always writes into another model's weights: adding and subtracting in place would let the base drift.
+BRIDGE evaluates the same w on two base models (Algorithm 2): on θ, where w ascends J_RL, and on the RL-only shadow θ̂,
+where w descends it. So an adapted linear contains its base linear and points at A and B; attaching the same w to a
+second model makes the second policy. Merging writes into another model's weights: adding and subtracting in place
+would let the base drift.
 
-Shapes: in, out of the linear; r rank; s = alpha / r.
+Shapes: in, out of the linear; r rank; s = lora_alpha / r.
 """
 
 import json
@@ -21,53 +21,35 @@ from torch.distributed.tensor import DTensor
 Adapter = dict[str, nn.Parameter]  # w: "<module path>.lora_A.weight" -> [r, in], "….lora_B.weight" -> [out, r]
 
 
-class _Sign(torch.autograd.Function):
-    """Identity forward, gradient times `sign` backward."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, sign: float) -> Tensor:
-        ctx.sign = sign
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.sign * grad, None
-
-
 class LoRALinear(nn.Module):
-    """y = (W_base + s·B·A)·x + bias. With `sign` = −1 a loss through it *subtracts* from the gradient of A and B.
-
-    That minus is the one of eq. (8), λ(∇_w J_RL(θ,w) − ∇_w J_RL(θ̂,w)): the shadow's backward leaves θ̂ its
-    own gradient and takes the same loss off w's. Gradients of activations and of the base keep their sign.
+    """y = (W_base + s·B·A)·x + bias.
 
     The weights are added, not the outputs. θ is trained in full, so the gradient G [out, in] of the sum is needed
-    anyway, and ∇_B = s·G·Aᵀ and ∇_A = s·Bᵀ·G follow from it without another pass over the tokens; and what is trained
-    is to the last bit what `merge_into` gives the sampler.
+    anyway; ∇_B = s·G·Aᵀ and ∇_A = s·Bᵀ·G follow without another pass over the tokens. The trained weight equals the
+    sampler's (`merge_into`) to the last bit.
     """
 
-    def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter, scale: float, sign: float = 1.0):
+    def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter, scale: float):
         super().__init__()
-        self.base, self.lora_A, self.lora_B = base, A, B
-        self.scale, self.sign = scale, sign
+        self.base, self.lora_A, self.lora_B, self.scale = base, A, B, scale
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return F.linear(x, self.merged_weight(), self.base.bias)
 
     def merged_weight(self) -> Tensor:
-        """W_base + s·B·A, [out, in], as a new tensor; formed in the weights' own precision, whatever autocast says."""
-        A, B = _Sign.apply(self.lora_A, self.sign), _Sign.apply(self.lora_B, self.sign)
-        with torch.autocast(A.device.type, enabled=False):
-            return torch.addmm(whole(self.base.weight), B, A, alpha=self.scale)
+        """W_base + s·B·A as a new tensor [out, in], in the weights' own precision even under autocast."""
+        with torch.autocast(self.lora_A.device.type, enabled=False):
+            return torch.addmm(full_tensor(self.base.weight), self.lora_B, self.lora_A, alpha=self.scale)
 
 
 def create(model: nn.Module, targets: list[str], rank: int, seed: int, device: torch.device | None = None) -> Adapter:
     """A fresh adapter for every nn.Linear of `model` whose last name is in `targets`; on `device`, or else the model's.
 
     A is uniform in ±1/√in (PEFT's Kaiming initialisation), B is zero: a fresh adapter changes nothing.
-    Raises ValueError when a target matches no linear layer, listing the names that would.
+    Raises ValueError when a target matches no linear layer; the message lists the layers there are.
     """
-    head = model.get_output_embeddings()  # often tied to the embedding, which no adapter may touch
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head}
+    lm_head = model.get_output_embeddings()  # often tied to the embedding, which no adapter may touch
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not lm_head}
     missing = [t for t in targets if not any(n.split(".")[-1] == t for n in linears)]
     if missing or not targets:
         names = sorted({n.split(".")[-1] for n in linears})
@@ -83,13 +65,13 @@ def create(model: nn.Module, targets: list[str], rank: int, seed: int, device: t
     return w
 
 
-def attach(model: nn.Module, w: Adapter, scale: float, sign: float = 1.0) -> list[str]:
-    """Wraps the linears that w belongs to, sharing w's tensors; returns the wrapped module paths."""
+def attach(model: nn.Module, w: Adapter, scale: float) -> list[str]:
+    """Wraps the linears that w adapts, sharing w's tensors; returns the wrapped module paths."""
     names = [n.removesuffix(".lora_A.weight") for n in w if n.endswith(".lora_A.weight")]
     for name in names:
         parent = model.get_submodule(name.rpartition(".")[0])
         A, B = w[f"{name}.lora_A.weight"], w[f"{name}.lora_B.weight"]
-        setattr(parent, name.rpartition(".")[2], LoRALinear(model.get_submodule(name), A, B, scale, sign))
+        setattr(parent, name.rpartition(".")[2], LoRALinear(model.get_submodule(name), A, B, scale))
     return names
 
 
@@ -99,14 +81,14 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n.replace(".base.", "."): p for n, p in named if not n.endswith((".lora_A", ".lora_B"))}
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter that is sharded over ranks, put together; any other as it is. All ranks must ask for it."""
+def full_tensor(parameter: Tensor) -> Tensor:
+    """The whole of a parameter that is sharded over ranks (all ranks must call); any other parameter unchanged."""
     return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
 
 
 @torch.no_grad()
 def merge_into(plain: nn.Module, model: nn.Module) -> None:
-    """Overwrites the weights of `plain` (same architecture, no adapter) by θ + s·B·A of `model`, one at a time."""
+    """Overwrites the weights of `plain` (same architecture, no adapter) by θ + s·B·A of `model`, matrix by matrix."""
     target, wrapped = dict(plain.named_parameters()), set()
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
@@ -114,7 +96,7 @@ def merge_into(plain: nn.Module, model: nn.Module) -> None:
             target[f"{name}.weight"].copy_(module.merged_weight())
     for name, parameter in base_parameters(model).items():
         if name not in wrapped:
-            target[name].copy_(whole(parameter))
+            target[name].copy_(full_tensor(parameter))
 
 
 @torch.no_grad()
@@ -129,9 +111,8 @@ def delta_norm(w: Adapter, scale: float) -> float:
 
 
 def save(folder: Path, w: Adapter, rank: int, alpha: float, targets: list[str]) -> None:
-    """Writes w in PEFT's file format: PeftModel.from_pretrained(base, folder) loads it. It names no base model: w
-    belongs on the trained θ, not on the model that training began with."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes w in PEFT's file format, for PeftModel.from_pretrained(base, folder). It names no base model, since the
+    right base is the trained θ and not the initial model."""
     tensors = {f"base_model.model.{n}": p.detach().cpu().contiguous() for n, p in w.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = dict(

@@ -1,13 +1,13 @@
 """KV-cached generation from the sampler's own merged weights.
 
-The sampler holds a decoder with its own weights; `refresh` writes θ + s·B·A into them, so decoding pays nothing for
-the adapter. The cache is a pool of slots. A group's prompt is run once and its keys and values copied to the group's
-samples; when a sequence ends, the last active slot moves into its place, so the active slots are always the first n;
-waiting prompts take the freed ones. On a GPU a step of all n is one CUDA graph, replayed STEPS times before the host
-looks at what has ended.
+The sampler holds a decoder with its own weights. `refresh` writes θ + s·B·A into them, so the adapter costs nothing
+during decoding. The cache is a pool of slots. A group's prompt is run once; its keys and values are copied to the
+group's samples. When a sample ends, the last active slot moves into its place, so the active slots are always the
+first n. Waiting prompts take the freed slots. On a GPU one step of all n slots is a CUDA graph, replayed STEPS times
+between two checks for finished samples.
 
-Each sample owns its randomness: one uniform number per token, drawn from (seed, step, prompt, sample). Neither the
-batch it shares nor the number of slots changes what is sampled.
+Each sample has its own random numbers: one uniform per token, from (seed, step, prompt, sample). Therefore neither its
+batch nor the number of slots changes a sample.
 
 Shapes: P prompts, G samples each, N = P·G; S slots, n active ones; K = max_new_tokens; L cache length; V vocabulary.
 """
@@ -24,246 +24,138 @@ import torch
 from torch import Tensor, nn
 
 import lora
-from infra.model import hidden_states, pack
-from logprob import jit, project, tl, use_kernels
-from ops.decoder import Cache, Decoder
+from infra.model import pick_device
+from ops.decoder import Decoder
+from ops.head import project
+from ops.packed import hidden_states, pack
+from ops.sample import sample_tokens, sample_tokens_torch
 
-STEPS = 8  # decode steps on a GPU between looks of the host; a sequence that ends in between runs on, unread
-PREFILL_TOKENS = 16384  # prompts are run in batches of about so many tokens
+STEPS = 8  # decode steps on a GPU between two checks for finished samples
+PREFILL_TOKENS = 16384  # prompt tokens of one prefill, about
 
 
 @dataclass
 class Completion:
-    ids: list[int]  # response tokens, with the stop token if it was reached
-    logps: list[float]  # log-probs under the distribution sampled from; for greedy decoding, at temperature 1
+    ids: list[int]  # response tokens; the last one is a stop token unless the completion was truncated
+    logps: list[float]  # log-probs under the sampled distribution; under temperature 1 for greedy decoding
     finish_reason: str  # "stop" or "length"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# From logits to a token
-
-
 def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) that belong to one sample, whatever batch it is in."""
+    """`count` numbers in [0, 1) for one sample, a function of its key."""
     return np.random.default_rng(key).random(count)
-
-
-def choose_torch(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    p = (logits.double() / (temperature or 1.0)).softmax(-1)  # [n, V]
-    pool, u = p, u[:, None]  # what is drawn from: at first, all of p
-    while True:
-        if temperature == 0:
-            token = logits.argmax(-1, keepdim=True)  # [n, 1]
-            break
-        cdf = pool.cumsum(-1)
-        mark = u * cdf[:, -1:]
-        token = torch.searchsorted(cdf, mark, right=True).clamp_(max=p.shape[1] - 1)  # the first with cdf > mark
-        if top_p >= 1:
-            break
-        mass = pool.gather(1, token)
-        likelier = torch.where(pool > mass, pool, 0.0)
-        outside = likelier.sum(-1, keepdim=True) >= top_p
-        if not outside.any():
-            break
-        u = torch.where(outside, ((mark - (cdf.gather(1, token) - mass)) / mass).clamp(0, 1 - 2**-53), u)
-        pool = torch.where(outside, likelier, pool)
-    return token[:, 0], p.gather(1, token).log()[:, 0].float()
-
-
-@jit
-def choose_kernel(
-    Z, U, TOKEN, LOGP, V, stride, temperature, top_p, GREEDY: tl.constexpr, NUCLEUS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """One program per row: log-sum-exp, then the first token whose cumulative mass exceeds u's share of the total.
-
-    Z [n, V] fp32 logits, U [n] fp64 -> TOKEN [n] int64, LOGP [n] fp32. Reads 4V bytes, then on average half of them
-    again, from the L2 cache if they are still there. Masses are summed in fp64: in fp32 the tail of a large vocabulary
-    would drown in rounding. NUCLEUS draws again, among the likelier tokens only, from a token outside the nucleus; at
-    top_p = 0.95 one draw in twenty.
-    """
-    row = tl.program_id(0).to(tl.int64)
-    m, s, token = -1e30, tl.zeros((), tl.float64), 0
-    for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = tl.load(Z + row * stride + column, mask=column < V, other=float("-inf")) / temperature
-        largest, where = tl.max(z, 0, return_indices=True)
-        token = tl.where(largest > m, start + where, token)
-        larger = tl.maximum(m, largest)
-        s = s * tl.exp(m - larger) + tl.sum(tl.exp(z - larger).to(tl.float64), 0)
-        m = larger
-    lse = m + tl.log(s).to(tl.float32)
-
-    if not GREEDY:
-        u, total, ceiling, undecided = tl.load(U + row), s, float("-inf"), True
-        while undecided:
-            mark, before = u * total, tl.zeros((), tl.float64)  # before: mass of the blocks passed
-            start, searching, mass = 0, True, tl.zeros((), tl.float64)
-            while searching:
-                column = start + tl.arange(0, BLOCK)
-                z = tl.load(Z + row * stride + column, mask=column < V, other=float("-inf")) / temperature
-                e = tl.where(z > ceiling, tl.exp(z - m), 0.0).to(tl.float64)
-                block = tl.sum(e, 0)
-                last = start + BLOCK >= V  # where a mark beyond the rounded total ends, too
-                if (before + block > mark) | last:
-                    cdf = before + tl.cumsum(e, 0)
-                    possible = (e > 0.0) & ((cdf > mark) | (cdf >= before + block))
-                    at = tl.min(tl.where(possible, tl.arange(0, BLOCK), BLOCK - 1), 0)
-                    token = tl.minimum(start + at, V - 1)
-                    mass = tl.sum(tl.where(tl.arange(0, BLOCK) == at, e, 0.0), 0)
-                    before = tl.sum(tl.where(tl.arange(0, BLOCK) == at, cdf, 0.0), 0) - mass
-                    searching = False
-                else:
-                    before += block
-                start += BLOCK
-            undecided = False
-            if NUCLEUS:
-                threshold = tl.load(Z + row * stride + token) / temperature
-                likelier = tl.zeros((), tl.float64)
-                for start in range(0, V, BLOCK):
-                    column = start + tl.arange(0, BLOCK)
-                    z = tl.load(Z + row * stride + column, mask=column < V, other=float("-inf")) / temperature
-                    likelier += tl.sum(tl.where(z > threshold, tl.exp(z - m), 0.0).to(tl.float64), 0)
-                if likelier >= top_p * s:
-                    u = tl.minimum(tl.maximum((mark - before) / mass, 0.0), 1.0 - 1.1102230246251565e-16)
-                    total, ceiling, undecided = likelier, threshold, True
-    tl.store(TOKEN + row, token)
-    tl.store(LOGP + row, tl.load(Z + row * stride + token) / temperature - lse)
-
-
-def choose(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Next tokens and their log-probs. logits [n, V] fp32, u [n] fp64 in [0, 1) -> tokens [n], logp [n] fp32.
-
-    Inverse CDF: the first token at which the cumulative probability exceeds u. Temperature 0 takes the largest logit.
-    With top_p < 1 only the nucleus is sampled from (Holtzman et al. 2020): tokens such that all likelier ones together
-    have less than top_p. Without sorting, by rejection: a draw outside the nucleus is followed by one from the tokens
-    likelier than it, which still hold the nucleus. What u says beyond the rejected token, where in that token's share
-    of the mass it fell, is uniform again, so one u per token is enough. logp stays that of the whole distribution. A
-    row with NaN or +inf among its logits gets the log-prob NaN.
-    """
-    if not use_kernels(logits):
-        return choose_torch(logits, u, temperature, top_p)
-    n, V = logits.shape
-    token = torch.empty(n, dtype=torch.long, device=logits.device)
-    logp = torch.empty(n, device=logits.device)
-    choose_kernel[(n,)](
-        logits, u, token, logp, V, logits.stride(0), temperature or 1.0, top_p,
-        GREEDY=temperature == 0, NUCLEUS=top_p < 1, BLOCK=2048, num_warps=8,
-    )  # fmt: skip
-    return token, logp
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# From prompts to completions
 
 
 @dataclass
 class Samples:
-    """Samples in the making, and the slots that work on them.
+    """Samples in progress and the slots that decode them.
 
-    Row N belongs to slots without work: it has ended, and what is written to it does not matter. A sample that has
-    ended between two looks of the host is decoded on, and what it says then goes beyond its end, at most to column K.
+    Unused slots work on row N, whose content is ignored. Finished samples keep decoding until the next check; their
+    extra tokens are ignored, and column K takes those beyond the limit.
     """
 
     u: Tensor  # [N+1, K+1] fp64, the uniforms
     ids: Tensor  # [N+1, K+1]
     logps: Tensor  # [N+1, K+1]
-    owner: Tensor  # [S] sample of a slot
-    token: Tensor  # [S] its last token, which is fed next
-    made: Tensor  # [S] how many tokens it has
-    position: Tensor  # [S] where the last token stands
-    going: Tensor  # [S] int64, 1 until it ends
-    check: Tensor  # [] sum of all log-probs: not finite if one is not
+    sample_index: Tensor  # [S] sample of a slot
+    token: Tensor  # [S] its last token, the next input
+    num_generated: Tensor  # [S] number of its tokens
+    position: Tensor  # [S] position of its last token
+    active: Tensor  # [S] int64, 1 until it ends
+    logp_sum: Tensor  # [] sum of all log-probs: not finite if one is not
 
     @property
     def slots(self) -> tuple[Tensor, ...]:
-        return self.owner, self.token, self.made, self.position, self.going
+        return self.sample_index, self.token, self.num_generated, self.position, self.active
 
 
 class Sampler:
     """Owns a merged copy of the policy's weights and generates with it."""
 
     def __init__(self, model: nn.Module, stop: list[int], slots: int = 256, dtype: torch.dtype = torch.float32):
-        """`model` carries no adapter; `stop` are the ids that end a completion. Raises ModelError as Decoder does."""
-        self.decoder = Decoder(model, dtype)
+        """`model` has no adapter; `stop` are the ids that end a completion. Raises ModelError like Decoder."""
+        self.decoder = Decoder(model, dtype, pick_device())
         self.model = self.decoder.model
         self.stop, self.slots = stop, slots
         self.graphs = self.model.device.type == "cuda"
-        self.is_stop = torch.isin(torch.arange(len(self.decoder.head)), torch.tensor(stop)).to(self.model.device)
+        self.is_stop = torch.isin(torch.arange(len(self.decoder.lm_head)), torch.tensor(stop)).to(self.model.device)
 
     def refresh(self, policy: nn.Module) -> None:
-        """Takes over θ + s·B·A of `policy` (or θ̂ + s·B·A of the shadow)."""
+        """Overwrites the weights by θ + s·B·A of `policy` (or θ̂ + s·B·A of the shadow)."""
         lora.merge_into(self.model, policy)
 
     @torch.inference_mode()
     def generate(
-        self,
-        prompts: list[list[int]],
-        keys: list[tuple[int, ...]],
-        group_size: int,
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float = 1.0,
-        progress=None,
-    ) -> list[list[Completion]]:
+        self, prompts: list[list[int]], keys: list[tuple[int, ...]], group_size: int, max_new_tokens: int,
+        temperature: float, top_p: float = 1.0, progress: Callable[[int], object] | None = None,
+    ) -> list[list[Completion]]:  # fmt: skip
         """`group_size` completions of every prompt.
 
         prompts: P lists of token ids; keys: P tuples, sample i of prompt p draws from (*keys[p], i);
-        progress: called with the number of completions finished since the last call.
+        progress: called with the number of completions finished since its last call.
         Raises ValueError for an empty prompt or one that leaves no room within the model's positions, and
-        FloatingPointError if logits are not finite: then there is no distribution to sample from.
+        FloatingPointError if a logit is not finite.
         """
         self._check(prompts, max_new_tokens)
         N, G, K = len(prompts) * group_size, group_size, max_new_tokens
         size = max(min(self.slots, N), G)
         cache = self.decoder.new_cache(size, max(map(len, prompts)) + K)
-        b = self._samples(keys, size, G, K)
+        b = self._new_samples(keys, size, G, K)
         lengths = torch.zeros(N, dtype=torch.long, device=self.model.device)
 
-        def emit(slots: slice, logits: Tensor) -> None:
-            """The next token of each of n slots, from logits [n, V]."""
-            owner, token, made, position, going = (x[slots] for x in b.slots)  # views
-            chosen, logp = choose(logits, b.u[owner, made], temperature, top_p)
-            b.ids[owner, made], b.logps[owner, made] = chosen, logp
-            b.check += logp.sum()
-            token.copy_(chosen)
-            made += going
-            position += going
-            going *= ~(self.is_stop[chosen] | (made >= K))
+        def append_token(slots: slice, logits: Tensor) -> None:
+            """Samples the next token of n slots from logits [n, V]."""
+            sample_index, token, num_generated, position, active = (x[slots] for x in b.slots)  # views
+            sampled, logp = sample_tokens(logits, b.u[sample_index, num_generated], temperature, top_p)
+            b.ids[sample_index, num_generated], b.logps[sample_index, num_generated] = sampled, logp
+            b.logp_sum += logp.sum()
+            token.copy_(sampled)
+            num_generated += active
+            position += active
+            active *= ~(self.is_stop[sampled] | (num_generated >= K))
 
         def step(n: int) -> None:
             """One more token for each of the first n slots."""
-            emit(slice(n), self.decoder.decode(cache, b.token[:n], b.position[:n]))
+            append_token(slice(n), self.decoder.decode(cache, b.token[:n], b.position[:n]))
 
         decode = _graphed(step, size) if self.graphs else step
         waiting, n = deque(range(len(prompts))), 0
         while n or waiting:
-            fresh = _admit(waiting, prompts, (size - n) // G)
-            if fresh:  # prefill, then one first token for each sample of the new groups
-                logits = self._prefill(cache, [prompts[p] for p in fresh], n, G)  # [len(fresh), V]
-                new = slice(n, n + len(fresh) * G)
-                b.owner[new] = torch.tensor([p * G + i for p in fresh for i in range(G)])
-                b.position[new] = torch.tensor([len(prompts[p]) - 1 for p in fresh for _ in range(G)])
-                b.made[new], b.going[new], n = 0, 1, new.stop
-                emit(new, logits.repeat_interleave(G, 0))
+            admitted = _admit(waiting, prompts, (size - n) // G)
+            if admitted:  # each prompt is run once, in its group's first slot; the other slots get a copy of its cache
+                first = n + G * torch.arange(len(admitted), device=self.model.device)  # slots n, n+G, n+2G, …
+                logits = self.decoder.prefill(cache, [prompts[p] for p in admitted], first)  # [len(admitted), V]
+                new, longest = slice(n, n + len(admitted) * G), max(len(prompts[p]) for p in admitted)
+                group = cache.kv[:, :, new, :longest].unflatten(2, (len(admitted), G))  # a view
+                group[:, :, :, 1:] = group[:, :, :, :1]
+                b.sample_index[new] = torch.tensor([p * G + i for p in admitted for i in range(G)])
+                b.position[new] = torch.tensor([len(prompts[p]) - 1 for p in admitted for _ in range(G)])
+                b.num_generated[new], b.active[new], n = 0, 1, new.stop
+                append_token(new, logits.repeat_interleave(G, 0))
             else:
                 decode(n)
-            m = int(b.going[:n].sum())  # the host waits for the device
-            if m < n:  # move the last active slots into the holes
-                if not b.check.isfinite():
+            remaining = int(b.active[:n].sum())  # the host waits for the device
+            if remaining < n:
+                if not b.logp_sum.isfinite():
                     raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
-                ended = b.going[:n] == 0
-                lengths[b.owner[:n][ended]] = b.made[:n][ended]
-                hole = ended[:m].nonzero()[:, 0]
-                last = (~ended[m:]).nonzero()[:, 0] + m
+                ended = b.active[:n] == 0
+                lengths[b.sample_index[:n][ended]] = b.num_generated[:n][ended]
+                hole = ended[:remaining].nonzero()[:, 0]  # the last active slots move into the holes
+                last = (~ended[remaining:]).nonzero()[:, 0] + remaining
                 cache.kv[:, :, hole] = cache.kv[:, :, last]
                 for x in b.slots:
                     x[hole] = x[last]
-                b.owner[m:n], b.made[m:n] = N, K
-                b.position[m:n], b.going[m:n] = 0, 0
+                b.sample_index[remaining:n], b.num_generated[remaining:n] = N, K
+                b.position[remaining:n], b.active[remaining:n] = 0, 0
                 if progress:
-                    progress(n - m)
-                n = m
-        return self._completions(b, lengths, G)
+                    progress(n - remaining)
+                n = remaining
+        ids, logps, completions = b.ids.cpu(), b.logps.cpu(), []
+        for sample, k in enumerate(lengths.tolist()):
+            tokens = ids[sample, :k].tolist()
+            reason = "stop" if tokens[-1] in self.stop else "length"
+            completions.append(Completion(tokens, logps[sample, :k].tolist(), reason))
+        return [completions[i : i + G] for i in range(0, N, G)]
 
     def _check(self, prompts: list[list[int]], max_new_tokens: int) -> None:
         limit = self.model.config.max_position_embeddings
@@ -271,70 +163,43 @@ class Sampler:
             if not prompt:
                 raise ValueError(f"prompt {p} is empty")
             if len(prompt) + max_new_tokens > limit:
-                raise ValueError(
-                    f"prompt {p} has {len(prompt)} tokens; with max_new_tokens={max_new_tokens} it exceeds the model's "
-                    f"{limit} positions: lower max_new_tokens or drop the prompt"
-                )
+                asked = f"{len(prompt)} tokens; with max_new_tokens={max_new_tokens}"
+                advice = "lower max_new_tokens or drop the prompt"
+                raise ValueError(f"prompt {p} has {asked} it exceeds the model's {limit} positions: {advice}")
 
-    def _samples(self, keys: list, size: int, G: int, K: int) -> Samples:
+    def _new_samples(self, keys: list[tuple[int, ...]], size: int, G: int, K: int) -> Samples:
         device, N = self.model.device, len(keys) * G
         u = np.zeros((N + 1, K + 1))
         for row, key in enumerate((*key, i) for key in keys for i in range(G)):
             u[row, :K] = uniforms(key, K)
-
-        def full(value: int, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
-            return torch.full(shape, value, dtype=dtype, device=device)
-
+        token, position, active = torch.zeros(3, size, dtype=torch.long, device=device)
         return Samples(
-            u=torch.from_numpy(u).to(device),
-            ids=full(0, N + 1, K + 1),
-            logps=full(0, N + 1, K + 1, dtype=torch.float32),
-            owner=full(N, size),
-            token=full(0, size),
-            made=full(K, size),
-            position=full(0, size),
-            going=full(0, size),
-            check=full(0, dtype=torch.float32),
-        )
-
-    def _prefill(self, cache: Cache, prompts: list[list[int]], n: int, G: int) -> Tensor:
-        """Runs each prompt once into the first slot of its group and copies the cache to the others. -> [P, V]"""
-        first = n + G * torch.arange(len(prompts), device=self.model.device)  # slots n, n+G, n+2G, …
-        logits = self.decoder.prefill(cache, prompts, first)
-        longest = max(map(len, prompts))
-        group = cache.kv[:, :, n : n + G * len(prompts), :longest].unflatten(2, (len(prompts), G))
-        group[:, :, :, 1:] = group[:, :, :, :1]
-        return logits
-
-    def _completions(self, b: Samples, lengths: Tensor, G: int) -> list[list[Completion]]:
-        ids, logps, rows = b.ids.cpu(), b.logps.cpu(), []
-        for sample, k in enumerate(lengths.tolist()):
-            tokens = ids[sample, :k].tolist()
-            reason = "stop" if tokens[-1] in self.stop else "length"
-            rows.append(Completion(tokens, logps[sample, :k].tolist(), reason))
-        return [rows[i : i + G] for i in range(0, len(rows), G)]
+            u=torch.from_numpy(u).to(device), ids=torch.zeros(N + 1, K + 1, dtype=torch.long, device=device),
+            logps=torch.zeros(N + 1, K + 1, device=device), logp_sum=torch.zeros((), device=device),
+            sample_index=torch.full((size,), N, device=device), token=token,
+            num_generated=torch.full((size,), K, device=device), position=position, active=active,
+        )  # fmt: skip
 
 
 def _admit(waiting: deque, prompts: list[list[int]], room: int) -> list[int]:
-    """Takes the prompts that come next: at most `room`, and about PREFILL_TOKENS tokens."""
-    fresh, tokens = [], 0
-    while waiting and len(fresh) < room and (not fresh or tokens + len(prompts[waiting[0]]) <= PREFILL_TOKENS):
-        fresh.append(waiting.popleft())
-        tokens += len(prompts[fresh[-1]])
-    return fresh
+    """Takes the next prompts from the queue: at most `room`, and about PREFILL_TOKENS tokens."""
+    admitted, tokens = [], 0
+    while waiting and len(admitted) < room and (not admitted or tokens + len(prompts[waiting[0]]) <= PREFILL_TOKENS):
+        admitted.append(waiting.popleft())
+        tokens += len(prompts[admitted[-1]])
+    return admitted
 
 
 @cache
 def _side_stream() -> torch.cuda.Stream:
-    """The stream of all captures: libraries keep a workspace for every stream they have met, 32 MiB on H100s."""
+    """One stream for all captures: libraries keep a workspace for every stream, 32 MiB on an H100."""
     return torch.cuda.Stream()
 
 
 def _graphed(step: Callable[[int], None], size: int) -> Callable[[int], None]:
-    """`step` for CUDA: STEPS of them, replayed from a graph that is captured for each bucket of n when first met.
+    """STEPS decode steps on CUDA, replayed from a graph that is captured at the first use of each bucket of n.
 
-    A graph repeats the same kernels on the same memory: everything that changes between steps is in tensors that
-    live as long as the call of `generate`, and so do the graphs. Unused slots of a bucket work on row N.
+    A graph repeats the same kernels on the same memory: tensors and graphs live as long as the call of `generate`.
     """
     graphs: dict[int, torch.cuda.CUDAGraph] = {}
     memory = torch.cuda.graph_pool_handle()
@@ -343,13 +208,13 @@ def _graphed(step: Callable[[int], None], size: int) -> Callable[[int], None]:
         bucket = min(size, 1 << (n - 1).bit_length() if n <= 64 else -(-n // 64) * 64)
         remaining = STEPS
         if bucket not in graphs:
-            side = _side_stream()  # a first step outside the graph compiles kernels and makes workspaces
+            side = _side_stream()  # the first step runs outside a graph: it compiles kernels and allocates workspaces
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 step(bucket)
             torch.cuda.current_stream().wait_stream(side)
             graphs[bucket] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graphs[bucket], pool=memory, stream=side):
+            with torch.cuda.graph(graphs[bucket], pool=memory, stream=side, capture_error_mode="thread_local"):
                 step(bucket)  # recorded, not run
             remaining -= 1
         for _ in range(remaining):
@@ -362,14 +227,13 @@ def _graphed(step: Callable[[int], None], size: int) -> Callable[[int], None]:
 def generate_naive(
     sampler: Sampler, prompt: list[int], key: tuple[int, ...], max_new_tokens: int, temperature: float
 ) -> Completion:
-    """One completion by transformers' own modules, no cache and no batch: what `Sampler.generate` is defined by."""
+    """One completion by transformers' own modules, without cache and batch: the definition of `Sampler.generate`."""
     u = torch.from_numpy(uniforms(key, max_new_tokens))
-    ids: list[int] = []
-    logps: list[float] = []
+    ids, logps = [], []
     for t in range(max_new_tokens):
         hidden = hidden_states(sampler.model, pack([prompt + ids], sampler.model.device))  # [T, H]
-        logits = project(hidden[-1:], sampler.decoder.head)
-        token, logp = choose_torch(logits, u[t : t + 1].to(logits.device), temperature)
+        logits = project(hidden[-1:], sampler.decoder.lm_head)
+        token, logp = sample_tokens_torch(logits, u[t : t + 1].to(logits.device), temperature)
         ids.append(int(token))
         logps.append(float(logp))
         if ids[-1] in sampler.stop:

@@ -1,9 +1,9 @@
-"""Verdicts per second of the grader beside math-verify's, and how long hostile strings can hold it up.
+"""Verdicts per second of the grader and of math-verify, and the slowest verdict on a hostile string.
 
     python bench/grader.py [--quick] [--data MATH500.jsonl] [--out FILE.jsonl]
 
-Rows of --data have `problem`, `solution` (with a box) and `answer`; without it the cases of tests/grader_cases.py are
-used. Half of the responses are right, half hold another problem's answer; each is graded once, with nothing cached.
+Rows of --data have `problem`, `solution` (with a box) and `answer`. Without --data, tests/grader_cases.py supplies the
+cases. Half of the responses are correct, the others contain another problem's answer. The caches are emptied first.
 """
 
 import argparse
@@ -22,15 +22,11 @@ import hostile  # noqa: E402
 from grader_cases import CASES  # noqa: E402
 
 import rewards  # noqa: E402
-from grading import (
-    answers,
-    expression,
-    notation,
-)
+from grading import answers, expression, notation  # noqa: E402
 
 
 def responses(rows: list[tuple[str, str]], length: int) -> list[tuple[str, str]]:
-    """(response of about `length` characters, gold); every second answer is the next problem's."""
+    """[(response, gold)]; a response has about `length` characters, and every second one the next problem's answer."""
     pairs = []
     for i, (text, gold) in enumerate(rows):
         answer = rows[(i + i % 2) % len(rows)][1]
@@ -39,7 +35,7 @@ def responses(rows: list[tuple[str, str]], length: int) -> list[tuple[str, str]]
     return pairs
 
 
-def forget() -> None:
+def clear_caches() -> None:
     for cached in (answers._read, notation.normalise, expression.letter):
         cached.cache_clear()
 
@@ -58,34 +54,39 @@ def timed(response: str, answer: str) -> tuple[float, rewards.Verdict]:
 
 
 def fuzz(count: int, golds: list[str]) -> dict:
-    """Every hostile string as a response and, without its box, as a gold."""
-    slowest, text_of, paid = 0.0, "", 0
+    """Grades every hostile string as a response and, without its box, as a gold."""
+    slowest, slowest_text, accepted = 0.0, "", 0
     start = time.perf_counter()
     for i, text in enumerate(hostile.strings(0, count, golds)):
         gold = golds[i % len(golds)]
         for response, answer in ((text, gold), (f"\\boxed{{{gold}}}", text.removeprefix("\\boxed{")[:-1])):
             seconds, verdict = timed(response, answer)
-            if seconds > 0.02:  # once more, from nothing: the machine or garbage collection may have interfered
-                forget()
+            if seconds > 0.02:  # again with empty caches: other processes or garbage collection may have interfered
+                clear_caches()
                 seconds = min(seconds, timed(response, answer)[0])
-            paid += verdict.correct
+            accepted += verdict.correct
             if seconds > slowest:
-                slowest, text_of = seconds, text
+                slowest, slowest_text = seconds, text
     return dict(
         what="fuzz", strings=count, seconds=round(time.perf_counter() - start, 1), slowest_ms=round(1e3 * slowest, 1),
-        slowest_starts=text_of[:60], paid_by_chance=paid,
+        slowest_starts=slowest_text[:60], paid_by_chance=accepted,
     )  # fmt: skip
 
 
 def echoes(rows: list[tuple[str, str]]) -> dict:
-    """How often copying a formula from the question, $…$ or \\[…\\], is paid though it is not the answer as written."""
-    paid = 0
+    """Counts problems for which a formula copied from the question, $…$ or \\[…\\], earns a reward.
+
+    Formulas that equal the gold as text do not count.
+    """
+    accepted = 0
     for problem, gold in rows:
         formulas = re.findall(r"\$\$?([^$]+)\$|\\\[(.*?)\\\]", problem, re.DOTALL)
         formulas = [(a or b).strip(" .,\n") for a, b in formulas if len(a or b) < 200]
-        formulas = [f for f in formulas if re.search(r"[+*^!|-]|\\[a-z]", f)]  # something to be worked out
-        paid += any(rewards.equivalent(f, gold) and notation.normalise(f) != notation.normalise(gold) for f in formulas)
-    return dict(what="echo", problems=len(rows), paid_for_a_formula_of_the_question=paid)
+        formulas = [f for f in formulas if re.search(r"[+*^!|-]|\\[a-z]", f)]  # with an operation to be carried out
+        accepted += any(
+            answers.equivalent(f, gold) and notation.normalise(f) != notation.normalise(gold) for f in formulas
+        )
+    return dict(what="echo", problems=len(rows), paid_for_a_formula_of_the_question=accepted)
 
 
 def main() -> None:
@@ -102,7 +103,7 @@ def main() -> None:
     results = []
     for length in (1_000, 8_000, 32_000):
         pairs = responses(rows, length)
-        forget()
+        clear_caches()
         cold = per_second(rewards.is_correct, pairs)
         warm = per_second(rewards.is_correct, [(" " + response, gold) for response, gold in pairs])
         row = dict(what="speed", characters=length, responses=len(pairs), cold=round(cold), golds_cached=round(warm))
@@ -111,12 +112,12 @@ def main() -> None:
         except ImportError:
             print("math-verify is not installed: pip install -r tests/requirements.txt")
         else:
-            few = pairs[: 50 if args.quick else 250]
-            oracle = per_second(lambda r, g: verify(parse(f"\\boxed{{{g}}}"), parse(r)), few)
+            sample = pairs[: 50 if args.quick else 250]
+            oracle = per_second(lambda r, g: verify(parse(f"\\boxed{{{g}}}"), parse(r)), sample)
             row |= dict(math_verify=round(oracle))
         results.append(row)
         print(row)
-    forget()
+    clear_caches()
     results.append(fuzz(2_000 if args.quick else 200_000, [gold for _, gold in rows]))
     print(results[-1])
     if args.data:

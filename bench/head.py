@@ -1,153 +1,104 @@
-"""The vocabulary head: log-probs and entropies of N tokens, and gradients, from hidden states and the head's weight.
+"""The vocabulary head, log-probs and entropies of N tokens with their gradients, and attention of decoding.
 
     python bench/head.py [--quick] [--out FILE.jsonl]
 
-    score     without gradients: 2NHV FLOPs are needed
-    frozen    gradient of the hidden states only, as under LoRA alone: 4NHV
-    trained   gradient of the head's weight, too: 6NHV (whoever computes logits twice does 8NHV, and is not excused)
+Head, in three modes:
+    trained   gradients of hidden states and weight: 6NHV FLOPs are needed (ours needs 8: it computes logits twice)
+    frozen    gradient of the hidden states only: 4NHV
+    score     no gradients: 2NHV
+"% of floor" is the needed FLOPs at the measured matmul rate, over the measured time. Errors are against fp64 on 256
+tokens: of log-probs the largest in nats, of gradients ‖ours − exact‖ / ‖exact‖. Inputs are peaked like a trained
+model's: p(target) is about a half, the entropy one or two nats.
 
-"% of floor" is the FLOPs needed over what was spent at the measured matmul rate. Errors are against fp64 on 256 tokens
-from the same inputs: of log-probs the largest in nats, of gradients ‖ours − exact‖ / ‖exact‖. Inputs are peaked, with
-p(target) about a half and an entropy of one or two nats, as trained models are.
+Attention is that of one new token per sequence over its cached keys and values. GB/s counts the needed keys and values
+once; "% of copy" is that rate over a large copy's. Lengths are `context` (uniform), or lognormal about half of it and
+cut at it (ragged). The error is the largest against fp64 on four sequences.
 """
 
-import contextlib
-import importlib.util
 import math
-import sys
-import types
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from measure import DEVICE, arguments, attempt, ceilings, interleaved, peak_mib, write
+from measure import DEVICE, GPU, Table, attempt, ceilings, interleaved, parser
 
 import logprob
+from ops import decode, head
 
 HEADS = {"Qwen2.5-3B": (2048, 151936), "Llama-3.2-3B": (3072, 128256), "Qwen3-8B": (4096, 151936)}  # H, V
-NEEDED = {"score": 2, "frozen": 4, "trained": 6}  # times NHV
-COLUMNS = ["impl", "mode", "model", "N", "ms", "TFLOP/s", "% of floor", "peak MiB", "logp error", "logp > 0",
-           "dH error", "dW error"]  # fmt: skip
+MODELS = {"Qwen2.5-3B": (16, 2, 128), "Llama-3.2-3B": (24, 8, 128), "Qwen3-8B": (32, 8, 128)}  # h, h_kv, d
+NEEDED = {"trained": 6, "frozen": 4, "score": 2}  # times NHV
 
 
-def inputs(N: int, H: int, V: int, dtype: torch.dtype):
+def head_inputs(N: int, H: int, V: int, dtype: torch.dtype):
+    """(hidden [N, H], weight [V, H], targets [N])"""
     g = torch.Generator(DEVICE).manual_seed(N)
     weight = torch.randn(V, H, generator=g, device=DEVICE).to(dtype)
     targets = torch.randint(0, V, (N,), generator=g, device=DEVICE)
     noise = torch.randn(N, H, generator=g, device=DEVICE)
-    spread = 5.5  # the logits of other words are about N(0, spread²), so that few of them hold what the target leaves
-    largest = spread * math.sqrt(2 * math.log(V))  # of V such logits, about; the target's logit, too
+    spread = 5.5  # logits of other words are about N(0, spread²): a few of them share the rest of the probability
+    largest = spread * math.sqrt(2 * math.log(V))  # about the largest of V such logits, and the target's logit
     hidden = spread * noise / H**0.5 + largest * weight[targets].float() / H
     return hidden.to(dtype), weight, targets
 
 
-def nll(logp, entropy, tokens) -> torch.Tensor:  # a sum over tokens, as every peer can give it
-    return -logp.sum()
+# ---------------------------------------------------------------------------------------------------------------------
+# Implementations of the head: (hidden, weight, targets) -> (sum of −logp, logp [N] or None)
 
 
-# ---- implementations: (hidden, weight, targets) -> (sum of −logp, logp [N] or None)
+def ours(h, w, y, chunk=head.CHUNK):
+    head.CHUNK = chunk  # read at every call
+    logp, _ = logprob.token_logprobs(h, w, y)
+    return -logp.sum(), logp.detach()
 
 
-def fused(h, w, y, chunk=logprob.CHUNK):
-    kept = []
-    loss = logprob.head_loss(h, w, y, lambda logp, *rest: kept.append(logp.detach()) or nll(logp, *rest), chunk=chunk)
-    return loss, torch.cat(kept)
+def definition(h, w, y, dtype=torch.float32):
+    logp, _ = logprob.token_logprobs_naive(h.to(dtype), w.to(dtype), y)
+    return -logp.sum(), logp.detach()
 
 
-def definition(h, w, y):
-    logp, entropy = logprob.token_logprobs(h, w, y)
-    return nll(logp, entropy, None), logp
-
-
-def scored(h, w, y):
-    return None, logprob.score(h, w, y)[0]
-
-
-def naive(h, w, y):
+def cross_entropy(h, w, y):
     loss = F.cross_entropy((h @ w.T).float(), y, reduction="none")
-    return loss.sum(), -loss
+    return loss.sum(), -loss.detach()
 
 
-def liger(h, w, y, chunk_mem_const=None):
+def liger(h, w, y):
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    extra = {} if chunk_mem_const is None else {"chunk_mem_const": chunk_mem_const}
-    loss = liger_fused_linear_cross_entropy(h, w, y, reduction="sum", accum_dtype=torch.float32, **extra)
+    loss = liger_fused_linear_cross_entropy(h, w, y, reduction="sum", accum_dtype=torch.float32)
     return (loss[0] if isinstance(loss, tuple) else loss), None
 
 
-def cut_cross_entropy(h, w, y, **options):
+def cut_cross_entropy(h, w, y):
     from cut_cross_entropy import linear_cross_entropy
 
-    loss = linear_cross_entropy(h, w, y, reduction="none", **options)
-    return loss.sum(), -loss
-
-
-def bare(*packages: str) -> None:
-    """Registers installed packages without running their __init__, which wants much more than the kernels do."""
-    for name in packages:
-        top, *rest = name.split(".")
-        if name in sys.modules:
-            continue
-        if not rest and importlib.util.find_spec(top) is None:
-            raise ImportError(f"{top} is not installed")
-        module = types.ModuleType(name)
-        where = sys.modules[top].__path__ if rest else importlib.util.find_spec(top).submodule_search_locations
-        module.__path__ = [str(Path(folder, *rest)) for folder in where]
-        sys.modules[name] = module
-
-
-def trl(h, w, y):
-    bare("trl", "trl.trainer")
-    utils = sys.modules.setdefault("trl.trainer.utils", types.ModuleType("trl.trainer.utils"))
-    utils.maybe_gather_lm_head_ctx = lambda *a: contextlib.nullcontext()  # all that the kernel asks of the trainer
-    from trl.kernels.chunked_logprob import ChunkedLogProbFunction
-
-    out = ChunkedLogProbFunction.apply(h, w, None, y, 1.0, 32768, None, 1.0, ("entropy",))
-    logp = out[0] if isinstance(out, tuple) else out
-    return -logp.sum(), logp
-
-
-def verl(h, w, y):
-    bare("verl", "verl.utils", "verl.plugin")
-    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
-
-    logp, _ = linear_cross_entropy(h, w, y, 1.0, "none")
-    return -logp.sum(), logp
-
-
-def quack(h, w, y):
-    from quack.linear_cross_entropy import chunked_linear_cross_entropy
-
-    return chunked_linear_cross_entropy(h, w, y, reduction="sum"), None
+    loss = linear_cross_entropy(h, w, y, reduction="none")
+    return loss.sum(), -loss.detach()
 
 
 def torch_linear_cross_entropy(h, w, y):
     return F.linear_cross_entropy(h, w, y, reduction="sum"), None  # torch ≥ 2.13
 
 
-def implementations(mode: str, chunks: list[int], compiled: bool) -> dict:
-    ours = {"ours, score": scored} if mode == "score" else {f"ours, C={c}": partial(fused, chunk=c) for c in chunks}
-    peers = {
-        "naive": naive,
-        "liger": liger,
-        "liger, chunk_mem_const=8": partial(liger, chunk_mem_const=8),
-        "liger, chunk_mem_const=16": partial(liger, chunk_mem_const=16),
-        "cut-cross-entropy": cut_cross_entropy,
-        "cut-cross-entropy, no filter": partial(cut_cross_entropy, filter_eps=None),
-        "trl": trl,
-        "verl": verl,
-        "quack": quack,
-        "torch linear_cross_entropy": torch_linear_cross_entropy,
-    }
+def implementations(mode: str, N: int, chunks: list[int], compiled: bool) -> dict:
+    """By name: ours for any N, peers up to 16k tokens, the definition in fp32 up to 4k."""
+    functions = {"ours": ours} if mode == "score" else {f"ours, C={c}": partial(ours, chunk=c) for c in chunks}
+    if N <= 4096:
+        functions["definition"] = definition
+    if N <= 16384:
+        functions |= {
+            "cross_entropy": cross_entropy,
+            "liger": liger,
+            "cut-cross-entropy": cut_cross_entropy,
+            "torch linear_cross_entropy": torch_linear_cross_entropy,
+        }
     if compiled:
-        peers["naive, compiled"] = torch.compile(naive)
-    return ours | {"definition": definition} | peers
+        functions["cross_entropy, compiled"] = torch.compile(cross_entropy)
+    return functions
 
 
 def call(function, mode: str, hidden, weight, targets) -> tuple:
-    """(hidden, weight, logp), with the gradients that the mode asks for in .grad."""
+    """(hidden, weight, logp), with the mode's gradients in .grad."""
     if mode == "score":
         with torch.no_grad():
             return hidden, weight, function(hidden, weight, targets)[1]
@@ -157,81 +108,122 @@ def call(function, mode: str, hidden, weight, targets) -> tuple:
     return h, w, logp
 
 
-def runner(function, sets: list, mode: str):
-    """A call that goes on to the next set of inputs each time; gradients are thrown away."""
-    turn = iter(range(10**9))
-
-    def run():
-        call(function, mode, *sets[next(turn) % len(sets)])
-
-    return run
-
-
-def errors(function, mode: str, hidden, weight, targets) -> dict:
-    """Against fp64 on 256 tokens. Raises what the implementation raises."""
-    h, y = hidden[:256], targets[:256]
-    h64, w64 = h.double().requires_grad_(), weight.double().requires_grad_(mode == "trained")
-    exact = (h64 @ w64.T).log_softmax(-1).gather(-1, y[:, None])[:, 0]
-    out: dict = {}
-    h, w, logp = call(function, mode, h, weight, y)
-    if mode != "score":
-        (-exact.sum()).backward()
-        out["dH error"] = ((h.grad.double() - h64.grad).norm() / h64.grad.norm()).item()
-        if mode == "trained":
-            out["dW error"] = ((w.grad.double() - w64.grad).norm() / w64.grad.norm()).item()
+def head_errors(function, mode: str, hidden, weight, targets) -> dict:
+    """Errors against fp64 on 256 tokens; None without a number. Raises the implementation's exceptions."""
+    h, w, logp = call(function, mode, hidden[:256], weight, targets[:256])
+    fp64 = partial(definition, dtype=torch.float64)
+    h64, w64, exact = call(fp64, mode, hidden[:256].double(), weight.double(), targets[:256])
+    out = dict.fromkeys(("logp error", "logp > 0", "dH error", "dW error"))
     if logp is not None:
         out |= {"logp error": (logp.double() - exact).abs().max().item(), "logp > 0": int((logp > 0).sum())}
+    for name, x, x64 in (("dH error", h, h64), ("dW error", w, w64)):
+        if x64.grad is not None:
+            out[name] = ((x.grad.double() - x64.grad).norm() / x64.grad.norm()).item()
     return out
 
 
-def bench(model: str, N: int, mode: str, chunks: list[int], dtype: torch.dtype, seconds: float, size=None) -> list:
-    """Rows of all implementations, but of few tokens for the slow fp32 definition, and of many for ours alone."""
-    H, V = size or HEADS[model]
-    sets = [inputs(N, H, V, dtype)]
-    sets += [(h.flip(0), w, y.flip(0)) for h, w, y in sets] * (DEVICE.type == "cuda")  # another order, the same weight
-    right = {}
-    functions = implementations(mode, chunks, compiled=DEVICE.type == "cuda")
-    for name, function in functions.items():
-        if (N > 16384 and not name.startswith("ours")) or (N > 4096 and name == "definition"):
-            continue
-        if (found := attempt(f"{name}, {mode}", partial(errors, function, mode, *sets[0]))) is not None:
-            right[name] = function, found
-    runs, peaks = {}, {}
-    for name, (function, _) in right.items():
-        run = runner(function, sets, mode)
-        if attempt(f"{name}, {mode}, N={N}", lambda run=run: (run(), True)):  # warms up; may run out of memory
-            runs[name], peaks[name] = run, peak_mib(run)
-    rows = []
-    for name, (low, ms, high) in interleaved(runs, seconds).items():
-        rate = NEEDED[mode] * N * H * V / ms / 1e9
-        row = {
-            "impl": name,
-            "mode": mode,
-            "model": model,
-            "N": N,
-            "ms": ms,
-            "ms p20": low,
-            "ms p80": high,
-            "TFLOP/s": rate,
-            "% of floor": 100 * rate / ceilings()["matmul_tflops"],
-            "peak MiB": peaks[name],
-        }
-        rows.append(row | right[name][1])
-    return rows
+def peak_mib(function) -> float | None:
+    """Memory that a call adds to what is allocated before it; None on a CPU."""
+    if not GPU:
+        return None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    function()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def head_rows(
+    table: Table, model: str, size: tuple[int, int], N: int, mode: str, chunks: list[int], dtype: torch.dtype,
+    seconds: float, compiled: bool,
+) -> None:  # fmt: skip
+    (H, V), functions, facts, inputs = size, {}, {}, head_inputs(N, *size, dtype)
+    for name, function in implementations(mode, N, chunks, compiled).items():
+        run = partial(call, function, mode, *inputs)
+        errors = attempt(f"{name}, {mode}", partial(head_errors, function, mode, *inputs))
+        if errors and attempt(f"{name}, {mode}, N={N}", run):  # warms up; may run out of memory
+            functions[name], facts[name] = run, {"peak MiB": peak_mib(run)} | errors
+    for name, times in interleaved(functions, seconds).items():
+        rate = NEEDED[mode] * N * H * V / times["ms"] / 1e9
+        speed = {"TFLOP/s": rate, "% of floor": 100 * rate / ceilings()["matmul_tflops"]}
+        table.add({"impl": name, "mode": mode, "model": model, "N": N} | times | speed | facts[name])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attention
+
+
+def sdpa(q, keys, values, length, scale):
+    """torch's attention with a mask, which reads every position of the cache."""
+    visible = torch.arange(keys.shape[1], device=q.device) < length[:, None]
+    k, v = keys.transpose(1, 2), values.transpose(1, 2)
+    options = dict(attn_mask=visible[:, None, None], scale=scale, enable_gqa=True)
+    return F.scaled_dot_product_attention(q[:, :, None], k, v, **options)[:, :, 0]
+
+
+def flash(q, keys, values, length, scale):
+    """torch's flash attention: slots are packed sequences of which it uses the first length[i] tokens."""
+    n, L = keys.shape[:2]
+    q_ends = torch.arange(n + 1, dtype=torch.int32, device=q.device)
+    k, v = keys.flatten(0, 1), values.flatten(0, 1)
+    arguments = (q, k, v, q_ends, q_ends * L, 1, L, 0.0, False, False)
+    return torch.ops.aten._flash_attention_forward(*arguments, scale=scale, seqused_k=length.int())[0]
+
+
+def exact_attention(q, keys, values, length, scale):
+    out = []
+    for i in range(min(4, len(q))):
+        k, v = (x[i, : length[i]].double().transpose(0, 1) for x in (keys, values))  # [h_kv, length, d]
+        k, v = (x.repeat_interleave(q.shape[1] // len(k), 0) for x in (k, v))
+        out.append(((q[i, :, None].double() @ k.transpose(1, 2) * scale).softmax(-1) @ v)[:, 0])
+    return torch.stack(out)
+
+
+def attention_rows(
+    table: Table, model: str, shape: tuple, n: int, context: int, ragged: bool, dtype: torch.dtype
+) -> None:
+    h, kv_heads, d = shape
+    g = torch.Generator(DEVICE).manual_seed(0)
+    sizes = (n, h, d), (n, context, kv_heads, d), (n, context, kv_heads, d)
+    q, keys, values = (torch.randn(size, generator=g, device=DEVICE).to(dtype) for size in sizes)
+    length = torch.full((n,), context, device=DEVICE)
+    if ragged:
+        spread = torch.randn(n, generator=g, device=DEVICE).mul(0.5).exp()
+        length = (spread * (context // 2)).long().clamp(1, context)
+    exact, functions, errors = exact_attention(q, keys, values, length, d**-0.5), {}, {}
+    for name, function in {"ours": decode.attend, "sdpa": sdpa, "flash": flash}.items():
+        run = partial(function, q, keys, values, length, d**-0.5)
+        if (out := attempt(f"{name}, attention", run)) is not None:
+            functions[name], errors[name] = run, (out[:4].double() - exact).abs().max().item()
+    needed = 2 * int(length.sum()) * kv_heads * d * keys.element_size()
+    case = {"model": model, "n": n, "context": context, "lengths": "ragged" if ragged else "uniform"}
+    for name, times in interleaved(functions, 0.1).items():
+        rate = needed / times["ms"] / 1e6
+        speed = {"GB/s": rate, "% of copy": 100 * rate / ceilings()["copy_gbps"], "error": errors[name]}
+        table.add({"impl": name} | case | times | speed)
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0])
-    ceilings()  # while the memory is free
-    if args.quick or DEVICE.type == "cpu":
+    args = parser(__doc__.splitlines()[0]).parse_args()
+    ceilings()
+    table, attention = Table("head", args.out), Table("attention", args.out)
+    if args.quick or not GPU:
+        dtype = torch.bfloat16 if GPU else torch.float32  # on a GPU the kernels' bf16 paths
         for mode in NEEDED:
-            write(bench("small", 96, mode, [32, 4096], torch.float32, 0.1, size=(64, 1003)), COLUMNS, args.out)
+            head_rows(table, "small", (64, 1003), 96, mode, [32, 4096], dtype, 0.05, compiled=False)
+        attention_rows(attention, "small", (4, 2, 32), 32, 100, True, dtype)
         return
+    cases = [("Qwen2.5-3B", 16384, mode, [1024, 2048, 4096, 8192]) for mode in NEEDED]
     others = [("Llama-3.2-3B", 16384), ("Qwen3-8B", 16384), ("Qwen2.5-3B", 4096), ("Qwen2.5-3B", 65536)]
-    cases = [("Qwen2.5-3B", 16384, mode, [1024, 2048, 4096, 8192]) for mode in ("trained", "score", "frozen")]
     cases += [(model, N, mode, [2048, 4096]) for mode in ("trained", "score") for model, N in others]
-    for model, N, mode, chunks in cases:
-        write(bench(model, N, mode, chunks, torch.bfloat16, 0.3), COLUMNS, args.out)
+    for i, (model, N, mode, chunks) in enumerate(cases):
+        head_rows(table, model, HEADS[model], N, mode, chunks, torch.bfloat16, 0.3, compiled=i == 0)
+    for model, shape in MODELS.items():
+        for n, context in ((64, 1024), (256, 1024), (1024, 1024), (64, 4096), (256, 4096)):
+            if 4 * n * context * shape[1] * shape[2] < 0.6 * torch.cuda.mem_get_info()[0]:  # bytes of bf16 K and V
+                for ragged in (False, True):
+                    attention_rows(attention, model, shape, n, context, ragged, torch.bfloat16)
 
 
 if __name__ == "__main__":

@@ -1,163 +1,262 @@
-"""One whole step of BRIDGE, by the functions of bridge.py: seconds by phase, and peak memory.
+"""A step of bridge.py by phase (seconds, peak memory beside infra/memory.py), and the training pass alone.
 
-    python bench/step.py [--quick] [--out FILE.jsonl]
+    python bench/step.py [--quick] [--out FILE.jsonl] [--trace FILE.json.gz]
+    python bench/step.py --size Qwen2.5-0.5B --never-stop --steps 3 [flags of bridge.py]
+    torchrun --standalone --nproc-per-node 2 bench/step.py --size Qwen2.5-0.5B --never-stop --shard
 
-Without a GPU: the preset `laptop` (--quick: `smoke`, after one step as below on a tiny model) as it runs, five steps; a
-phase's seconds are their median.
+step, without a GPU: the preset `laptop` (--quick: a tiny random model), medians of five steps after the first.
+With a GPU: the paper's 64 prompts x 5 completions of at most 3,000 tokens and 64 demonstrations of at most 2,500, on
+Qwen2.5-3B (below 120 GiB: Qwen2.5-1.5B) with random weights; an eighth of that first. Such a model differs from a run:
+    lengths   A completion ends at V/950 of the V token ids. Random weights draw almost uniformly, so lengths are about
+              geometric with a mean of 950. With --never-stop all have max_new_tokens, as infra/memory.py assumes.
+    rewards   The parity of a completion's token ids: random, so nearly every group has a gradient.
+--size measures such a model with other flags; those that are not given are SMALL. Memory of libraries is not counted:
+    peak GiB      on rank 0. On a GPU that of torch's allocator. On a CPU the process's peak RSS, less the RSS before
+                  the model was loaded. With --size glibc returns freed memory, which costs time.
+    computed GiB  infra/memory.py's worst case; the three passes have one number, their largest.
 
-With a GPU: a step of the paper's size, 64 prompts × 5 rollouts of at most 3,000 tokens and 64 demonstrations of at most
-2,500, α = 5e-7, r = 16, on Qwen2.5-3B (on less than 120 GiB: Qwen2.5-1.5B) with random weights: an
-eighth of the batches, then all of them if that took less than 20 s. It measures speed and memory only:
-    lengths   Random weights never stop by themselves. Rollouts end at any of V/950 token ids; the next token is all but
-              uniform, so lengths are about geometric with a mean of 950, cut at 3,000.
-    rewards   A response is read as "0" or "1" by the parity of its token ids, and "1" is right: random rewards, so
-              nearly every group has a gradient. Text of that length is neither decoded nor parsed.
-
-sample: merging w, generation, rewards; rl and shadow: forward and backward of θ and of θ̂ on the rollouts; sft: of θ on
-the demonstrations; optimizer: all three sets of parameters. trained/s is of all three passes, prompts counted.
+training: forward and backward of packed rows, with a GPU about 16k tokens with fp32 weights and bf16 compute.
+    recomputed    layers that keep only their inputs and run again in the backward pass
+    compiled      torch.compile of every layer, for changing shapes
+    MFU, HFU      FLOPs over the measured matmul rate: those of the model (6 per weight and token, of the head per
+                  response token; attention's 12·layers·width·length/2 per token), and all that are computed
+    head ms       forward and backward of the head alone, included in ms
 """
 
+import ctypes
 import random
 import tempfile
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import ClassVar
 
 import torch
-from measure import DEVICE, arguments, attempt, write
-from random_models import build
+from measure import DEVICE, GPU, SIZES, Table, attempt, build, ceilings, parser, sizes_of, time_ms
+from torch import nn
 
 import bridge
-import rewards
+from infra import memory, parallel
+from infra.model import checkpoint_layers, load
+from infra.run import RunFolder, Timer, all_finite
+from logprob import response_logprobs, token_logprobs
+from ops.packed import Row
+from rollout import Environment, rollouts_of_step
 from sampler import Sampler
-from settings import Settings, check, parse
+from settings import PAPER, Settings, parse
+from tasks import arithmetic
 from tasks.task import Problem, Stream, Task
 
-MEAN_LENGTH = 950  # of a rollout
-LONGEST_DEMONSTRATION = 2500
+GiB, MEAN_LENGTH, LONGEST_DEMONSTRATION = 2**30, 950, 2500
+SMALL = dict(prompts_per_step=4, group_size=2, sft_batch=8, max_new_tokens=32, dtype="bfloat16" if GPU else "float32")
 
 
-class Noise:
-    """Stands in for a tokenizer: a question is the seed of a prompt of random tokens, a response says 0 or 1."""
-
-    bos_token_id = None
-
-    def __init__(self, vocabulary: int, scale: float):
-        self.vocabulary, self.scale = vocabulary, scale
-
-    def ids(self, seed: str, low: int, high: int) -> list[int]:
-        rng = random.Random(seed)
-        length = max(2, round(self.scale * rng.randint(low, high)))
-        return [rng.randrange(self.vocabulary) for _ in range(length)]
-
-    def encode(self, text: str, **kwargs) -> list[int]:
-        return self.ids(text, 100, 200)
-
-    def decode(self, ids: list[int], **kwargs) -> str:
-        return f"\\boxed{{{sum(ids) % 2}}}"
+# ---------------------------------------------------------------------------------------------------------------------
+# A step
 
 
-def paper_run(model: torch.nn.Module, s: Settings, lengths: float = 1.0) -> bridge.Run:
-    """A run on random text. `lengths` scales those of prompts and responses."""
-    V = model.config.vocab_size
-    noise = Noise(V, lengths)
-    stop = list(range(max(1, round(V / (lengths * MEAN_LENGTH)))))
-    problems = [Problem(f"question {i}", "1") for i in range(1000)]
-    solutions = [noise.ids(f"solution {i}", 500, LONGEST_DEMONSTRATION - 200) for i in range(200)]
-    demonstrations = [(noise.encode(f"question of solution {i}"), solution) for i, solution in enumerate(solutions)]
+class Watch(Timer):
+    """A timer that also takes each phase's peak memory, in GiB."""
+
+    peaks: ClassVar[dict[str, float]] = {}
+
+    @contextmanager
+    def __call__(self, phase: str):
+        if GPU:
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+        with super().__call__(phase):
+            yield
+        peak = torch.cuda.max_memory_allocated() / GiB if GPU else resident_gib("VmHWM")
+        self.peaks[phase] = max(peak, self.peaks.get(phase, 0.0))
+
+
+def resident_gib(key: str) -> float:
+    """VmRSS of this process, or VmHWM, its peak."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024 / GiB
+
+
+class RandomText(Environment):
+    """A question is the seed of a random prompt. A response is the parity of the sum of its token ids, as text."""
+
+    def encode(self, question: str) -> list[int]:
+        rng, V = random.Random(question), self.sampler.model.config.vocab_size
+        return rng.choices(range(V), k=rng.randint(100, 200))
+
+    def decode(self, ids: list[int], **options) -> str:
+        return str(sum(ids) % 2)
+
+
+def random_run(size: str, s: Settings, mean: int | None) -> bridge.Run:
+    """A run of a random model whose completions have about `mean` tokens, or max_new_tokens without it."""
+    model = build(size, torch.float32, "cpu" if s.shard and parallel.world_size() > 1 else DEVICE)
+    V, rng = model.config.vocab_size, random.Random(0)
+    stop = list(range(max(1, round(V / mean)))) if mean else [V]
     sampler = Sampler(model, stop, s.sampler_slots, getattr(torch, s.dtype))  # before w is attached
-    return bridge.Run(
-        s, Path(), bridge.make_policies(model, s), Task(problems, [], [], template="plain"), demonstrations, noise,
-        sampler, Stream(len(problems), (0, 0)), Stream(len(demonstrations), (0, 1)), "", rewards.load_reward(""),
-    )  # fmt: skip
+    task = Task([Problem(f"question {i}", "") for i in range(200)], [], [])
+    env = RandomText(s, task, None, sampler, lambda response, problem: float(response))
+    env.tokenizer = env
+    longest = min(s.max_new_tokens, LONGEST_DEMONSTRATION)
+    lengths = [rng.randint(longest // 5, longest) if mean else longest for _ in range(200)]
+    demonstrations = [(env.encode(f"demonstration {i}"), rng.choices(range(V), k=n)) for i, n in enumerate(lengths)]
+    prompts, demos = Stream(200, (0, 0)), Stream(200, (0, 1))
+    return bridge.Run(s, RunFolder(Path()), bridge.make_policies(model, s), env, demonstrations, prompts, demos, "")
 
 
-def one_step(run: bridge.Run, k: int) -> dict:
-    """Steps 1 to 6 of bridge.train, without logs: seconds by phase, tokens sampled and trained, peak memory."""
-    if DEVICE.type == "cuda":
+def one_step(run: bridge.Run, k: int) -> dict[str, dict[str, float]]:
+    """Lines 1 to 6 of bridge.train without logs: seconds and tokens by phase."""
+    s, m, timer, rollouts, rollouts_hat, rows = run.s, run.m, Watch(k), None, None, {}
+    plan, stats = bridge.updates(s, k), {}
+    if any(lam for _, lam in plan):
+        rollouts, rollouts_hat = rollouts_of_step(run.env, run.prompts, m.policy, m.shadow, k, timer)
+        rows |= {"sample": [([], response) for _, response in rollouts.rows], "rl": rollouts.rows}
+        rows["shadow"] = rollouts_hat.rows
+    for mu, lam in plan:
+        rows["sft"] = [run.demonstrations[i] for _, i in run.demos.take(s.sft_batch)] if mu else []
+        stats |= bridge.bilevel_gradients(m, rollouts, rollouts_hat, rows["sft"], mu, lam, s, timer)
+        with timer("optimizer"):
+            stats |= bridge.clip_and_step(m, stats, s)
+    if not all_finite(stats):
+        raise FloatingPointError(f"a number is not finite: {stats}")
+    tokens = {phase: sum(len(prompt) + len(ids) for prompt, ids in of_phase) for phase, of_phase in rows.items()}
+    return {phase: {"s": t, "tokens": tokens.get(phase, 0)} for phase, t in timer.seconds.items()}
+
+
+def step_rows(table: Table, title: str, run: bridge.Run, steps: int, before: float = 0.0) -> float:
+    """A row for each phase, medians over `steps`, and one for the step; returns its seconds."""
+    Watch.peaks.clear()
+    measured, world = [one_step(run, k) for k in range(1, 1 + steps)], parallel.world_size()
+    prompt = max(len(run.env.encode(problem.question)) for problem in run.env.task.problems[:1000])
+    parts = memory.memory(run.s, memory.shapes(run.m.policy.config), world, GPU, prompt)[:3]
+    state, sampling, training = (sum(sizes.values()) for sizes in parts)
+    gradients = sum(size for name, size in parts[2].items() if "gradients" in name)
+    computed = {"sample": sampling, "sample_shadow": sampling, "optimizer": gradients}
+    rows = {}
+    for phase in measured[0]:
+        s, tokens = (median(step[phase][key] for step in measured) for key in ("s", "tokens"))
+        rows[phase] = {"s": s, "tokens": tokens, "tokens/s": tokens / s, "peak GiB": Watch.peaks[phase] - before,
+                       "computed GiB": (state + computed.get(phase, training)) / GiB}  # fmt: skip
+    total = {key: max(row[key] for row in rows.values()) for key in ("peak GiB", "computed GiB")}
+    total |= {"s": sum(row["s"] for row in rows.values()), "tokens": None, "tokens/s": None}
+    for phase, row in (rows | {"step": total}).items():
+        if parallel.rank() == 0:
+            case = {"workload": title, "ranks": world, "steps": steps, "phase": phase}
+            table.add(case | {name: row[name] for name in rows["optimizer"]})
+    return total["s"]
+
+
+def write_trace(run: bridge.Run, path: Path) -> None:
+    """A trace of one step for chrome://tracing or Perfetto; Timer names a range after each phase."""
+    with torch.profiler.profile() as profile:  # of CPU and, if there is one, GPU
+        one_step(run, 1)
+    if parallel.rank() == 0:
+        profile.export_chrome_trace(str(path))
+        print(f"the trace of a step is in {path}")
+
+
+def paper_steps(table: Table) -> bridge.Run:
+    """An eighth of the paper's batches, then all of them if the eighth took less than 20 s."""
+    size = "Qwen2.5-3B" if torch.cuda.get_device_properties(0).total_memory > 120 * GiB else "Qwen2.5-1.5B"
+    full = Settings(**PAPER | dict(eval_data="", sampler_slots=256))
+    eighth = replace(full, prompts_per_step=8, sft_batch=8)
+    run = random_run(size, eighth, MEAN_LENGTH)
+    run.s = run.env.s = replace(eighth, max_new_tokens=64)
+    one_step(run, 0)  # compiles kernels, creates the optimizers' moments
+    run.s = run.env.s = eighth
+    if step_rows(table, f"{size}, 1/8 of the paper's batches", run, 1) < 20:
+        run.s = run.env.s = full
+        attempt("the paper's batches", lambda: step_rows(table, f"{size}, the paper's batches", run, 1))
+        run.s = run.env.s = eighth
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training pass
+
+
+def random_rows(vocabulary: int, count: int, prompt: int, response: int, spread: float) -> list[Row]:
+    """Rows with `prompt` tokens each; lengths of responses are lognormal about `response`, like rollouts'."""
+    rng, words = random.Random(0), range(vocabulary)
+    lengths = [max(2, round(response * rng.lognormvariate(0, spread))) for _ in range(count)]
+    return [(rng.choices(words, k=prompt), rng.choices(words, k=length)) for length in lengths]
+
+
+def training_row(model: nn.Module, name: str, rows: list[Row], dtype: torch.dtype, recomputed: int, compiled: bool):
+    checkpoint_layers(model, recomputed)
+    c, layers, lengths = model.config, model.config.num_hidden_layers, [len(p) + len(r) - 1 for p, r in rows]
+    tokens, responses, weight = sum(lengths), sum(len(r) for _, r in rows), model.get_output_embeddings().weight
+    hidden = torch.randn(responses, c.hidden_size, device=DEVICE).to(dtype).requires_grad_()
+    targets = torch.randint(c.vocab_size, (responses,), device=DEVICE)
+    if GPU:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    s, clock = run.s, bridge.Clock(0)
-    with clock("sample"):
-        run.sampler.refresh(run.m.policy)
-        rollouts = bridge.collect(run, run.prompts, k)
-    [(sft, rl)] = bridge.updates(s, k)
-    demonstrations = [run.demonstrations[i] for _, i in run.demos.take(s.sft_batch)]
-    stats = bridge.bilevel_gradients(run.m, rollouts, rollouts, demonstrations, sft, rl, s, clock)
-    with clock("optimizer"):
-        stats |= bridge.clip_and_step(run.m, stats, s)
-    if not bridge.all_finite(stats):
-        raise FloatingPointError(f"not a step: {stats}")
-    sizes = {
-        "total": sum(clock.seconds.values()),
-        "sampled": stats["sampled_tokens"],
-        "trained": sum(len(p) + len(r) for p, r in [*rollouts.rows, *rollouts.rows, *demonstrations]),
-        "peak GiB": torch.cuda.max_memory_allocated() / 2**30 if DEVICE.type == "cuda" else None,
-    }
-    return clock.seconds | sizes
+    ms = time_ms(lambda: response_logprobs(model, rows, 1.0, dtype)[0].mean().backward())
+    peak = torch.cuda.max_memory_allocated() / GiB if GPU else None
+    P, head_size = sizes_of(model)
+    attention = 4 * layers * c.num_attention_heads * head_size * sum(n * n / 2 for n in lengths)
+    body = 2 * (P - weight.numel()) * tokens + attention  # FLOPs of a forward pass
+    head = 2 * weight.numel() * responses
+    per_ms, needed = ceilings()["matmul_tflops"] * 1e9, 3 * (body + head)
+    return {
+        "model": name, "recomputed": f"{recomputed}/{layers}", "compiled": compiled, "tokens": tokens,
+        "responses": responses, "ms": ms,
+        "head ms": time_ms(lambda: token_logprobs(hidden, weight, targets)[0].mean().backward()),
+        "tokens/s": 1e3 * tokens / ms, "MFU %": 100 * needed / ms / per_ms,
+        "HFU %": 100 * (needed + body * recomputed / layers + head) / ms / per_ms, "peak GiB": peak,
+    }  # fmt: skip
 
 
-def report(title: str, steps: list[dict], out) -> None:
-    """One row: medians over steps."""
-    row: dict = {"workload": title, "steps": len(steps)}
-    row |= {key: None if value is None else median(step[key] for step in steps) for key, value in steps[0].items()}
-    training = row["rl"] + row["shadow"] + row["sft"]
-    row |= {"sampled/s": row["sampled"] / row["sample"], "trained/s": row["trained"] / training}
-    print()
-    write([row], list(row), out)
-
-
-def paper_settings(scale: float, layers: int) -> Settings:
-    """The paper's numbers, batches times `scale`; all layers recomputed, for θ and θ̂ fill the memory."""
-    return check(
-        Settings(
-            alpha=5e-7, beta=5e-5, lora_rank=16, lora_alpha=16.0, prompts_per_step=round(64 * scale), group_size=5,
-            sft_batch=round(64 * scale), max_new_tokens=3000, dtype="bfloat16", checkpoint_layers=layers,
-        )
-    )  # fmt: skip
-
-
-def paper_steps(out) -> None:
-    large = torch.cuda.get_device_properties(0).total_memory > 120 * 2**30
-    name = "Qwen2.5-3B" if large else "Qwen2.5-1.5B"
-    model = build(name, torch.float32, DEVICE)
-    layers = model.config.num_hidden_layers
-    eighth_settings = paper_settings(1 / 8, layers)
-    run = paper_run(model, eighth_settings)
-    run.s = replace(eighth_settings, max_new_tokens=64)
-    one_step(run, 0)  # compiles kernels, makes the optimizers' moments
-    run.s = eighth_settings
-    eighth = one_step(run, 1)
-    report(f"{name}, 1/8 of the paper's batches", [eighth], out)
-    if eighth["total"] < 20:
-        run.s = paper_settings(1, layers)
-        if full := attempt("the paper's batches", lambda: one_step(run, 2)):
-            report(f"{name}, the paper's batches", [full], out)
-
-
-def tiny_step() -> None:
-    """The paper's step as it is, but for its sizes: what is run on a GPU is tried on a CPU."""
-    s = replace(paper_settings(1 / 16, 1), max_new_tokens=30)
-    one_step(paper_run(build("tiny", torch.float32, DEVICE), s, lengths=0.02), 0)
-
-
-def laptop_steps(preset: str, out) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        s, _ = parse(["--preset", preset])
-        run = bridge.set_up(s, Path(folder))
-        one_step(run, 0)
-        report(f"preset {preset}", [one_step(run, k) for k in range(1, 6)], out)
+def training_rows(table: Table, quick: bool) -> None:
+    if GPU:
+        name, dtype = "tiny" if quick else "Qwen2.5-3B", torch.bfloat16
+        model, sizes = build(name, torch.float32), (6, 20, 60, 0.5) if quick else (16, 150, 700, 0.7)
+    else:
+        name, dtype = "arithmetic-smoke" if quick else "arithmetic-laptop", torch.float32
+        model, sizes = load(arithmetic.resolve(name))[0], (7 if quick else 256, 12, 46, 0.3)
+    rows, layers = random_rows(model.config.vocab_size, *sizes), model.config.num_hidden_layers
+    for compiled in (False, True) if GPU else (False,):
+        for layer in model.model.layers if compiled else ():
+            layer.compile(dynamic=True)
+        for recomputed in (layers, layers // 2, 0):
+            measure = partial(training_row, model, name, rows, dtype, recomputed, compiled)
+            if row := attempt(f"{recomputed} recomputed layers, compiled {compiled}", measure):
+                table.add(row)
 
 
 def main() -> None:
-    args = arguments(__doc__.splitlines()[0])
-    if DEVICE.type == "cuda" and not args.quick:
-        paper_steps(args.out)
-    elif args.quick:
-        tiny_step()
-        laptop_steps("smoke", args.out)
-    else:
-        laptop_steps("laptop", args.out)
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--size", choices=SIZES, help="measure only steps of this random model")
+    options.add_argument("--steps", type=int, default=5, help="measured steps, after the first")
+    options.add_argument("--never-stop", action="store_true", help="all completions have max_new_tokens")
+    options.add_argument("--trace", type=Path, help="write a trace of one step to this file, NAME.json.gz")
+    args, flags = options.parse_known_args()
+    if args.size and not GPU:  # for the peak; without --size the seconds count, which this about doubles
+        ctypes.CDLL(None).mallopt(-3, 2**18)  # M_MMAP_THRESHOLD: freed memory returns to the system
+    parallel.start()
+    ceilings()
+    before, table = 0.0 if GPU else resident_gib("VmRSS"), Table("step", args.out)
+    with tempfile.TemporaryDirectory() as folder:
+        if GPU and not (args.size or args.quick):
+            run = paper_steps(table)
+        else:
+            if size := args.size or ("tiny" if args.quick else ""):
+                given = {flag.partition("=")[0][2:].replace("-", "_") for flag in flags}
+                s = replace(parse(flags)[0], **{name: value for name, value in SMALL.items() if name not in given})
+                run = random_run(size, s, None if args.never_stop else min(MEAN_LENGTH, s.max_new_tokens // 3))
+            else:
+                run = bridge.set_up(parse(flags)[0], RunFolder(Path(folder)))
+            one_step(run, 0)  # compiles kernels, creates the optimizers' moments
+            step_rows(table, size or "preset laptop", run, 1 if args.quick else args.steps, before)
+        if args.trace:
+            write_trace(run, args.trace)
+    if not args.size:
+        del run
+        training_rows(Table("training", args.out), args.quick)
+    parallel.end()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Runs bridge.py over a grid of settings and seeds; resumable, one JSON line per finished run.
 
 python bench/sweep.py --out bench/results/NAME.jsonl --seeds 10,11 method=bridge,mix_lora alpha=3e-4,5e-4
-python bench/sweep.py --out bench/results/NAME.jsonl --table      # what is in the file, averaged over seeds
+python bench/sweep.py --out bench/results/NAME.jsonl --table      # a table of the file, averaged over seeds
 """
 
 import argparse
@@ -68,9 +68,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("grid", nargs="*", metavar="SETTING=VALUE[,VALUE…]")
     parser.add_argument("--seeds", default="10", help="comma-separated")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines; runs that are in it already are skipped")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines; finished runs in this file are skipped")
     parser.add_argument("--keep", type=Path, help="copy config, evals and metrics of every run into this folder")
-    parser.add_argument("--table", action="store_true", help="print what --out holds, and run nothing")
+    parser.add_argument("--table", action="store_true", help="print a table of --out, run nothing")
     args = parser.parse_args()
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
     if args.table:

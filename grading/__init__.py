@@ -1,1 +1,1 @@
-"""Is this answer the gold? Text in, verdict out; no text of a model is run."""
+"""Is this answer the gold? Text in, verdict out; the text never runs as code."""

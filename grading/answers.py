@@ -1,4 +1,4 @@
-r"""What an answer says: lists, tuples, intervals, equations, units and words around expressions; and when two agree.
+r"""The structure of an answer (lists, tuples, intervals, equations, units, words) and the comparison of two answers.
 
 answer   = item {("," | ";" | "and" | "or") item}      ± stands for two items
 item     = operand {("=" | "<" | "≤" | "∈" | …) operand}   name = value; a condition on a name is an interval
@@ -9,42 +9,29 @@ import functools
 import operator
 import re
 from dataclasses import dataclass
-from fractions import Fraction
 
-from grading.expression import (
-    INFINITY,
-    MAX_DEPTH,
-    Scalar,
-    TooComplex,
-    Unreadable,
-    apply,
-    letter,
-    number,
-    parse,
-    proportional,
-    same,
-)
+from grading.expression import Scalar, TooComplex, Unreadable, apply, letter, number, parse, proportional, same
 from grading.notation import UNITS, canonical_unit, normalise
 
-MAX_ANSWER = 1_000  # characters of an answer that is still read; the longest gold of the benchmarks has 210
-MAX_ITEMS = 40  # of a list, a tuple or a matrix
+MAX_ANSWER = 1_000  # characters; a longer answer is refused, the longest gold of the benchmarks has 210
+MAX_ITEMS, MAX_NESTING = 40, 30  # of a list, a tuple or a matrix; of its brackets
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """A scalar, and the unit said with it."""
+    """A scalar with its unit, "" without one."""
 
     value: Scalar
     unit: str = ""
 
 
 @dataclass(frozen=True)
-class Group:
-    """kind: "list" (the order does not matter), "union", "ratio", "matrix", "row", or the two brackets of a tuple."""
+class Collection:
+    """kind: "list" (in any order), "union", "ratio", "matrix", "row", or the two brackets of a tuple or interval."""
 
     kind: str
     items: tuple
-    name: str = ""  # of what an inequality was about; "or" unites such sets
+    name: str = ""  # the symbol of the inequality that describes this interval
 
 
 @dataclass(frozen=True)
@@ -52,64 +39,50 @@ class Relation:
     """left = right, left ≠ right, left < right or left ≤ right."""
 
     sign: str
-    left: "Quantity | Group"
-    right: "Quantity | Group"
+    left: "Quantity | Collection"
+    right: "Quantity | Collection"
 
 
-@dataclass(frozen=True)
-class Words:
-    """What is compared as text: words, a time of day, digits in a base ("132_5")."""
+Value = Quantity | Collection | Relation | str  # str: compared as text, like words, a time of day, or "132_5" in a base
 
-    text: str
-
-
-_MINUS, _PLUS, _HUNDREDTH = Quantity(parse("-\\infty")), Quantity(INFINITY), number(Fraction(1, 100))
-SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-SPELLED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+_MINUS_INFINITY, _INFINITY = Quantity(parse("-\\infty")), Quantity(parse("\\infty"))
+_HUNDREDTH = parse("0.01")
+_SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
+_SPELLED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 _NAMES = "|".join(word for word in UNITS if len(word) > 1)
-_WORD = (  # \text{…}, a listed unit, or a longer word, and perhaps a power
-    rf"(?:\\text *\{{(?:[^{{}}0-9^]|\^ ?-?[0-9])*\}}|(?<![A-Za-z\\])(?:{_NAMES}|[a-z]{{4,}}))(?![A-Za-z])"
-    r"(?: ?\^ ?(?:\{ ?-?[0-9] ?\}|-?[0-9]))?"
-)
-_UNIT = re.compile(
-    r"(?P<value>.*[0-9)}!ia-z]) *"
-    rf"(?P<unit>%|°(?: ?(?:[CF]|\\text *\{{[CF]\}}))?|\\\$|[€£]|¢|{_WORD}(?: *(?:[*/] *)?{_WORD})*)"
-)
-_TRIGONOMETRIC = re.compile("sin|cos|tan|cot|sec|csc")
-_CHANGES = re.compile(  # words that make another number, or no number, of the one before them
-    rf"\b(?:{'|'.join(SPELLED)}|\w+teen|\w+ty|not|no|or|and|mod|modulo|to|if|when|where|for|with|is|isn|are|but|than|half|"
-    r"halves|[ap]\.m|quarters?|\w+ths?|thirds?|squared|cubed|factorial|times|maybe|perhaps|plus|minus|negative|below|above|at|of|"
-    r"about|wrong|incorrect|false|except|unless|over|choose|tens|scores?|pairs?|(?:hundred|thousand|million|billion|"
-    r"trillion|dozen)s?|lakh|crore|minimum|maximum|more|fewer|less)\b"
+_POWER = r"(?: ?\^ ?(?:\{ ?-?[0-9] ?\}|-?[0-9]))?"
+# \text{…}, a listed unit or a longer word, with an optional power
+_WORD = rf"(?:\\text *\{{(?:[^{{}}0-9^]|\^ ?-?[0-9])*\}}|(?<![A-Za-z\\])(?:{_NAMES}|[a-z]{{4,}}))(?![A-Za-z]){_POWER}"
+_DEGREE = r"°(?: ?(?:[CF]|\\text *\{[CF]\}))?"
+_UNIT = re.compile(rf"(?P<value>.*[0-9)}}!ia-z]) *(?P<unit>%|{_DEGREE}|\\\$|[€£]|¢|{_WORD}(?: *(?:[*/] *)?{_WORD})*)")
+_CHANGES = re.compile(  # words that change the value of the number before them
+    rf"\b(?:{'|'.join(_SPELLED)}|\w+teen|\w+ty|not|no|or|and|mod|modulo|to|if|when|where|for|with|is|isn|are|but|than|"
+    r"half|halves|[ap]\.m|quarters?|\w+ths?|thirds?|squared|cubed|factorial|times|maybe|perhaps|plus|minus|negative|"
+    r"below|above|at|of|about|wrong|incorrect|false|except|unless|over|choose|tens|scores?|pairs?|(?:hundred|thousand|"
+    r"million|billion|trillion|dozen)s?|lakh|crore|minimum|maximum|more|fewer|less)\b"
 )
 
-_DEPTH = re.compile(r"\\begin|\\end|\\[lr]floor|\\[lr]ceil|\\.|[()\[\]{}]")
-_OPENS, _CLOSES = (
-    ("(", "[", "{", "\\{", "\\begin", "\\lfloor", "\\lceil"),
-    (")", "]", "}", "\\}", "\\end", "\\rfloor", "\\rceil"),
-)
-_LIST, _RELATION, _UNION, _RATIO = (
-    re.compile(rf"{_DEPTH.pattern}|(?P<separator>{p})")
-    for p in (r"[,;] *(?:and\b|or\b)?|\b(?:and|or)\b", "[=<>≤≥≠≈∈]", "∪", ":")
-)
+_BRACKET = r"\\begin|\\end|\\[lr]floor|\\[lr]ceil|\\.|[()\[\]{}]"
+_NESTING = dict.fromkeys(["(", "[", "{", "\\{", "\\begin", "\\lfloor", "\\lceil"], 1)
+_NESTING |= dict.fromkeys([")", "]", "}", "\\}", "\\end", "\\rfloor", "\\rceil"], -1)
+_LIST = re.compile(rf"{_BRACKET}|(?P<separator>[,;] *(?:and\b|or\b)?|\b(?:and|or)\b)")
+_RELATION, _UNION, _RATIO = (re.compile(rf"{_BRACKET}|(?P<separator>{sign})") for sign in ("[=<>≤≥≠≈∈]", "∪", ":"))
 _TITLE = re.compile(r" *(?:\\text *\{)?[\[|]?([A-Z]{2,}|[A-Za-z ]{4,}|P *\([^()=]*\))[\]|]?\}? *")  # AB = 12, Area = 12
 _CAPITALS = re.compile(r" *[\[|]?([A-Z]{2,})[\]|]? *")
-_MATRIX = re.compile(
-    r"(?P<factor>[^&]*?) *\\begin *\{ *(?P<kind>[pb]matrix|matrix|array) *\}(?: *\{[lcr| ]*\})?"
-    r"(?P<body>.*)\\end *\{ *(?P=kind) *\}"
-)
+_MATRIX_KIND = r"\{ *(?P<kind>[pb]matrix|matrix|array) *\}(?: *\{[lcr| ]*\})?"
+_MATRIX = re.compile(rf"(?P<factor>[^&]*?) *\\begin *{_MATRIX_KIND}(?P<body>.*)\\end *\{{ *(?P=kind) *\}}")
 _NUMERAL = re.compile(r"\(?(-?(?=[A-F]*[0-9])[0-9A-F]+)\)? *_ *(?:\{ *\(?([0-9]{1,2}|[a-z]+)\)? *\}|([0-9]{1,2}))")
 _PUNCTURED = re.compile(r"\(-\\infty ,\\infty *\) *\\setminus *\\\{(.*)\\\}")  # all real numbers but one
 _WORDS = re.compile(r"(?=.*(?:[A-Za-z]{2}|[AaPp]\.[Mm]))[A-Za-z0-9][A-Za-z0-9 ,.'’:;()/%&+!?\"-]*")
 
 
 def _split(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
-    """(parts, separators) at brace and bracket depth 0. Raises Unreadable when brackets do not balance."""
+    """(parts, separators) outside all brackets. Raises Unreadable when brackets do not balance."""
     parts, separators, depth, start = [], [], 0, 0
     for match in pattern.finditer(text):
         if match["separator"] is None:
-            depth += (match[0] in _OPENS) - (match[0] in _CLOSES)
-            if depth > MAX_DEPTH:
+            depth += _NESTING.get(match[0], 0)
+            if depth > MAX_NESTING:
                 raise TooComplex("too deeply nested")
         elif depth == 0:
             parts.append(text[start : match.start()])
@@ -120,61 +93,69 @@ def _split(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
     return [*parts, text[start:]], separators
 
 
-def _list(text: str):
+def _closes_at_end(text: str) -> bool:
+    """Whether the last character closes the first bracket: true for (1,2), false for (1)+(2)."""
+    depth = 0
+    for match in re.finditer(_BRACKET, text):
+        depth += _NESTING.get(match[0], 0)
+        if depth == 0:
+            return match.end() == len(text)
+    return False
+
+
+def _list(text: str) -> Value:
     parts, separators = _split(text, _LIST)
     items = []
     for part in parts:
-        if ("±" in part or "∓" in part) and not part.strip().startswith("\\{"):
-            items += [_item(part.replace("±", a).replace("∓", b)) for a, b in ("+-", "-+")]
-        else:
-            items.append(_item(part))
+        two = ("±" in part or "∓" in part) and not part.strip().startswith("\\{")
+        items += [_item(part.replace("±", a).replace("∓", b)) for a, b in ("+-", "-+")] if two else [_item(part)]
     if len(items) == 1:
         return items[0]
     if set(separators) == {"or"}:
-        if all(isinstance(i, Group) and i.name for i in items):
+        if all(isinstance(item, Collection) and item.name for item in items):  # x < 2 or x > 3
             return _union(items)
-        if all(matches(i, items[0]) and matches(items[0], i) for i in items):  # 3/5 or 0.6
+        if all(matches(item, items[0]) and matches(items[0], item) for item in items):  # 3/5 or 0.6
             return items[0]
-    return Group(
-        "list", tuple(p for i in items for p in (i.items if isinstance(i, Group) and i.kind == "list" else (i,)))
-    )
+    nested = (i.items if isinstance(i, Collection) and i.kind == "list" else (i,) for i in items)
+    return Collection("list", tuple(item for group in nested for item in group))
 
 
-def _union(parts: list) -> Group:
-    if not all(isinstance(p, Group) and (len(p.kind) == 2 or p.kind in ("list", "union")) for p in parts):
+def _union(sets: list) -> Collection:
+    if not all(isinstance(s, Collection) and (len(s.kind) == 2 or s.kind in ("list", "union")) for s in sets):
         raise Unreadable("a union of other things than sets")
-    return Group("union", tuple(i for p in parts for i in (p.items if p.kind == "union" else (p,))))
+    return Collection("union", tuple(item for s in sets for item in (s.items if s.kind == "union" else (s,))))
 
 
-def _item(text: str):
+def _item(text: str) -> Value:
     """An operand, or a chain of relations between operands."""
     parts, signs = _split(text, _RELATION)
     if signs and signs[0] in "=≈" and not parts[0].strip():  # "= 5"
         parts, signs = parts[1:], signs[1:]
     if not signs:
         return _operand(parts[0])
-    words = (_TITLE.fullmatch(parts[0]), *(_CAPITALS.fullmatch(p) for p in parts[1:]))
-    sides = [Quantity(letter(w[1].strip())) if w else _operand(p) for w, p in zip(words, parts, strict=True)]
-    if signs == ["∈"] and _name(sides[0]) and isinstance(sides[1], Group):
+    titles = (_TITLE.fullmatch(parts[0]), *(_CAPITALS.fullmatch(part) for part in parts[1:]))
+    sides = [Quantity(letter(t[1].strip())) if t else _operand(part) for t, part in zip(titles, parts, strict=True)]
+    if signs == ["∈"] and _name(sides[0]) and isinstance(sides[1], Collection):
         return sides[1]
     return _equation(sides, signs) if set(signs) <= {"=", "≈"} else _inequality(sides, signs)
 
 
-def _name(side) -> str:
-    """What may stand to the left of "=" without being part of the answer: a symbol, f(x), or a tuple of symbols."""
-    if isinstance(side, Group):
+def _name(side: Value) -> str:
+    """The name of a symbol, of f(x) or of a tuple of symbols, else "". An answer may omit it to the left of "="."""
+    if isinstance(side, Collection):
         return "".join(map(_name, side.items)) if side.kind == "()" and all(map(_name, side.items)) else ""
     return side.value.name if isinstance(side, Quantity) else ""
 
 
-def _equation(sides: list, signs: list[str]):
+def _equation(sides: list, signs: list[str]) -> Value:
+    """Returns name = value, the value of a chain like 10/4 = 5/2, or an equation between expressions."""
     if len(sides) == 2 and _name(sides[1]) and not _name(sides[0]):
         sides = sides[::-1]
     name, links = (sides[:1], sides[1:]) if _name(sides[0]) else ([], sides)
-    if not all(isinstance(link, Quantity) for link in links):
-        if len(links) > 1 or not name:
-            raise Unreadable("a chain of other things than numbers")
+    if name and len(links) == 1:
         return Relation("=", name[0], links[0])
+    if not all(isinstance(link, Quantity) for link in links):
+        raise Unreadable("a chain of other things than numbers")
     signs = signs[len(name) :]
     if len(links) == 2 and not name and not (links[0].value.constant and links[1].value.constant):
         return Relation("=", *links)
@@ -185,218 +166,241 @@ def _equation(sides: list, signs: list[str]):
     return Relation("=", name[0], value) if name else value
 
 
-def _inequality(sides: list, signs: list[str]):
-    """A condition on one name as the interval or union that it describes, else a Relation."""
-    if not all(isinstance(s, Quantity) for s in sides):
+def _inequality(sides: list, signs: list[str]) -> Value:
+    """Returns the interval or union that a condition on one name describes, else a Relation."""
+    if not all(isinstance(side, Quantity) for side in sides):
         raise Unreadable("an inequality of other things than numbers")
-    if signs[0] in ">≥":  # turned round, to read < or ≤
-        sides, signs = sides[::-1], [{">": "<", "≥": "≤"}.get(s, "?") for s in signs[::-1]]
-    names, constant = [_name(s) for s in sides], [s.value.constant for s in sides]
+    if signs[0] in ">≥":  # reversed, so that it reads < or ≤
+        sides, signs = sides[::-1], [{">": "<", "≥": "≤"}.get(sign, "?") for sign in signs[::-1]]
+    names, constant = [_name(side) for side in sides], [side.value.constant for side in sides]
+    lower, upper = {"<": "(", "≤": "["}, {"<": ")", "≤": "]"}  # the bracket for the interval's end
     if len(signs) == 2 and names[1] and set(signs) <= {"<", "≤"}:  # 2 < x ≤ 5
-        return Group("(["[signs[0] == "≤"] + ")]"[signs[1] == "≤"], (sides[0], sides[2]), names[1])
+        return Collection(lower[signs[0]] + upper[signs[1]], (sides[0], sides[2]), names[1])
     if len(signs) > 1 or signs[0] not in "<≤≠":
         raise Unreadable("relations that do not chain")
-    if signs == ["≠"] and names[0] and constant[1]:
-        return Group("union", (Group("()", (_MINUS, sides[1])), Group("()", (sides[1], _PLUS))), names[0])
-    if signs != ["≠"] and names[0] and constant[1]:
-        return Group("(" + ")]"[signs == ["≤"]], (_MINUS, sides[1]), names[0])
-    if signs != ["≠"] and names[1] and constant[0]:
-        return Group("(["[signs == ["≤"]] + ")", (sides[0], _PLUS), names[1])
-    return Relation(signs[0], *sides)
+    (left, right), (sign,) = sides, signs
+    if sign == "≠" and names[0] and constant[1]:
+        below, above = Collection("()", (_MINUS_INFINITY, right)), Collection("()", (right, _INFINITY))
+        return Collection("union", (below, above), names[0])
+    if sign != "≠" and names[0] and constant[1]:
+        return Collection("(" + upper[sign], (_MINUS_INFINITY, right), names[0])
+    if sign != "≠" and names[1] and constant[0]:
+        return Collection(lower[sign] + ")", (left, _INFINITY), names[1])
+    return Relation(sign, left, right)
 
 
-def _operand(text: str):
+def _operand(text: str) -> Value:
     """A union, ratio, matrix, tuple, set, numeral or quantity."""
     text = text.strip()
     if text.startswith("{") and _closes_at_end(text):
         return _list(text[1:-1])
     if re.fullmatch("[0-9]{1,2}:[0-5][0-9]", text):  # a time of day
-        return Words(text)
+        return text
     if match := _PUNCTURED.fullmatch(text):
         return _inequality([Quantity(letter("x")), _quantity(match[1])], ["≠"])
-    for pattern, build in ((_UNION, _union), (_RATIO, _ratio)):
-        parts, separators = _split(text, pattern)
-        if separators:
-            return build([_operand(p) for p in parts])
+    parts, separators = _split(text, _UNION)
+    if separators:
+        return _union([_operand(part) for part in parts])
+    parts, separators = _split(text, _RATIO)
+    if separators:
+        terms = tuple(_operand(part) for part in parts)
+        if not all(isinstance(term, Quantity) and not term.unit for term in terms):
+            raise Unreadable("a ratio of other things than numbers")
+        return Collection("ratio", terms)
     if match := _MATRIX.fullmatch(text):
         return _matrix(**match.groupdict())
     if text.startswith("\\{") and text.endswith("\\}"):
         inner = text[2:-2].strip()
-        value = _list(inner) if inner else Group("list", ())
-        return value if isinstance(value, Group) and value.kind == "list" else Group("list", (value,))
+        value = _list(inner) if inner else Collection("list", ())
+        return value if isinstance(value, Collection) and value.kind == "list" else Collection("list", (value,))
     if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
         parts, separators = _split(text[1:-1], _LIST) if _closes_at_end(text) else ([], [])
         if separators and set(separators) == {","}:
-            return Group(text[0] + text[-1], tuple(_item(p) for p in parts))
+            return Collection(text[0] + text[-1], tuple(_item(part) for part in parts))
         if parts and not separators and ("\\begin" in parts[0] or _split(parts[0], _RELATION)[1]):
             return _item(parts[0])
     if match := _NUMERAL.fullmatch(text):
-        return _numeral(match[1], match[2] or match[3])
+        digits, base = match[1], match[2] or match[3]
+        base = str(_SPELLED.index(base)) if base in _SPELLED else base
+        if not base.isdigit() or not 2 <= int(base) <= 16 or any(int(d, 16) >= int(base) for d in digits[1:]):
+            raise Unreadable("digits that the base does not have")
+        return f"{digits}_{base}"
     return _quantity(text)
 
 
-def _matrix(factor: str, kind: str, body: str) -> Group:
+def _matrix(factor: str, kind: str, body: str) -> Collection:
     rows = [[_operand(cell) for cell in row.split("&")] for row in body.split("\\\\") if row.strip()]
     if sum(map(len, rows)) > MAX_ITEMS:
         raise TooComplex("a large matrix")
     if factor:
         if not all(isinstance(cell, Quantity) for row in rows for cell in row):
             raise Unreadable("a matrix of other things than numbers")
-        times = parse("-1" if factor == "-" else factor)
-        rows = [[Quantity(apply(operator.mul, times, cell.value)) for cell in row] for row in rows]
-    return Group("matrix", tuple(Group("row", tuple(row)) for row in rows))
-
-
-def _closes_at_end(text: str) -> bool:
-    """Whether the bracket that opens a text is closed by its last character: so in (1,2), not so in (1)+(2)."""
-    depth = 0
-    for match in _DEPTH.finditer(text):
-        depth += (match[0] in _OPENS) - (match[0] in _CLOSES)
-        if depth == 0:
-            return match.end() == len(text)
-    return False
-
-
-def _ratio(parts: list) -> Group:
-    if not all(isinstance(p, Quantity) and not p.unit for p in parts):
-        raise Unreadable("a ratio of other things than numbers")
-    return Group("ratio", tuple(parts))
-
-
-def _numeral(digits: str, base: str) -> Words:
-    if base in SPELLED:
-        base = str(SPELLED.index(base))
-    if not base.isdigit() or not 2 <= int(base) <= 16 or any(int(d, 16) >= int(base) for d in digits[1:]):
-        raise Unreadable("digits that the base does not have")
-    return Words(f"{digits}_{base}")
+        scalar = parse("-1" if factor == "-" else factor)
+        rows = [[Quantity(apply(operator.mul, scalar, cell.value)) for cell in row] for row in rows]
+    return Collection("matrix", tuple(Collection("row", tuple(row)) for row in rows))
 
 
 def _quantity(text: str) -> Quantity:
-    """A scalar with its unit: 5.4 \text{ cents}, \\$18.90, 62.5%, 36°, 3 \text{ million dollars}."""
-    if plain(text) in SPELLED:
-        return Quantity(number(SPELLED.index(plain(text))))
+    r"""A scalar with its unit: 5.4 \text{ cents}, \$18.90, 62.5%, 36°, 3 \text{ million dollars}."""
+    if _plain(text) in _SPELLED:
+        return Quantity(number(_SPELLED.index(_plain(text))))
     unit, scale = "", None
     if match := re.fullmatch(r"(-?) *(\\\$|[€£]) *(.+)", text):
         text, unit = match[1] + match[3], canonical_unit(match[2])
     match = _UNIT.fullmatch(text)
-    if match and not (match["unit"][0] == "°" and _TRIGONOMETRIC.search(text)):
+    if match and not (match["unit"][0] == "°" and re.search("sin|cos|tan|cot|sec|csc", text)):
         words = re.sub(r"\\text|[{}]", " ", match["unit"]).split()
-        scale = SCALES.get(words[0].lower()) if words else None
-        rest = " ".join(words[1:] if scale else words)
-        if _CHANGES.search(rest.lower()):
-            raise Unreadable(f"words after a number: {rest}")
-        text, unit = match["value"], unit or canonical_unit(rest)
+        scale = _SCALES.get(words[0].lower()) if words else None
+        unit_words = " ".join(words[1:] if scale else words)
+        if _CHANGES.search(unit_words.lower()):
+            raise Unreadable(f"words after a number: {unit_words}")
+        text, unit = match["value"], unit or canonical_unit(unit_words)
     value = parse(text)
-    if scale:
-        value = number(value.exact * scale) if value.exact is not None else value
+    if scale and value.exact is not None:
+        value = number(value.exact * scale)
     return Quantity(value, unit)
 
 
-def plain(text: str) -> str:
-    r"""A normalised answer in words, case-folded, without \text and article; "" if it is anything else."""
+def _plain(text: str) -> str:
+    r"""A normalised answer in words, case-folded, without \text and article; "" for any other answer."""
     text = re.sub(" +", " ", re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", text)).strip(" .,;:\"'{}")
     return re.sub("^(?:an?|the) ", "", text.casefold()) if _WORDS.fullmatch(text) else ""
 
 
-def read(text: str) -> tuple[object, str]:
-    """(value, "") of an answer, or (None, why not): "unparseable", "too_long" or "too_complex". Never raises."""
+def read(text: str) -> tuple[Value | None, str]:
+    """(value, "") of an answer, or (None, reason): "unparseable", "too_long" or "too_complex". Never raises."""
     if len(text) > MAX_ANSWER:
         return None, "too_long"
     try:
         return _read(text)
-    except RecursionError:  # hundreds of brackets, or a caller who has used up the stack
+    except (TooComplex, RecursionError):  # RecursionError: hundreds of brackets, or a deep stack of the caller
         return None, "too_complex"
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(text: str) -> tuple[object, str]:
+def _read(text: str) -> tuple[Value | None, str]:
     text = normalise(text)
     try:
         return _list(text), ""
-    except TooComplex:
-        return None, "too_complex"
     except Unreadable:
-        words = plain(text)
-        return (Words(words), "") if words else (None, "unparseable")
+        words = _plain(text)
+        return (words, "") if words else (None, "unparseable")
 
 
-def by_letters(answer: str, gold: str) -> bool | None:
-    """The verdict where letters are no algebra: a choice like (C), also with its text, or a word (no anagram of it)."""
-    a, g = (re.sub(r"\\text *\{([^{}]*)\}", r"\1", normalise(t)).strip("{} ") for t in (answer, gold))
-    if re.fullmatch(r"\(?[A-J]\)?", g):
-        choice = re.match(r"\(?([A-J])[).:](?!.*\b(?:[A-J]|or|not)\b)", a)
-        return choice[1] == g.strip("()") if choice else None
-    a, g = plain(a), plain(g)
-    return a == g if a.isalpha() and g.isalpha() else None
+def compare(answer: str, gold: str, tolerance: float = 0.0, unit: str = "") -> tuple[bool, str]:
+    """(correct, reason) for the text of an answer and of a gold, both without a box. Never raises.
+
+    tolerance: how far a number may be from the gold, relative to the gold. unit: the gold's unit, if the gold lacks it.
+    reason: equal, different, bad_gold (the gold is not readable), or the reason why `read` refuses the answer.
+    """
+    gold_value, _ = read(gold)
+    if gold_value is None:
+        return False, "bad_gold"
+    value, reason = read(answer)
+    if value is None:
+        return False, reason
+    try:
+        correct = _compare_letters(answer, gold)
+        if correct is None:
+            correct = matches(value, gold_value, tolerance, canonical_unit(normalise(unit)))
+    except (Unreadable, TooComplex):  # the comparison computes too, with ∞ or with huge numbers
+        correct = False
+    return correct, "equal" if correct else "different"
 
 
-def matches(a, g, tolerance: float = 0.0, unit: str = "") -> bool:
-    """Whether the answer a says what the gold g says."""
-    if isinstance(a, Relation) and a.sign == "=" and _name(a.left) and not isinstance(g, Relation):
-        return matches(a.right, g, tolerance, unit)  # x = 5 for 5
-    if isinstance(g, Relation):
-        return _matches_relation(a, g, tolerance, unit)
-    if isinstance(g, Words) and isinstance(a, Quantity) and a.value.exact is not None:
-        digits, _, base = g.text.partition("_")  # which base may go without saying
-        return bool(base) and digits.isdigit() and not a.value.flags and a.value.exact == int(digits)
-    if isinstance(a, Group) and a.kind == "list" and len(a.items) == 1 and isinstance(g, Quantity):  # {5} for 5
-        return matches(a.items[0], g, tolerance, unit)
-    if isinstance(g, Group) and g.kind == "list" and len(g.items) == 1 and isinstance(a, Quantity):
-        return matches(a, g.items[0], tolerance, unit)
-    if type(a) is not type(g):
+def equivalent(answer: str, gold: str) -> bool:
+    """Whether an answer equals a gold, both without a box. Never raises."""
+    return compare(answer, gold)[0]
+
+
+def _compare_letters(answer: str, gold: str) -> bool | None:
+    """The verdict if the gold is a choice like (C) or both are single words; None otherwise."""
+    answer, gold = (re.sub(r"\\text *\{([^{}]*)\}", r"\1", normalise(t)).strip("{} ") for t in (answer, gold))
+    if re.fullmatch(r"\(?[A-J]\)?", gold):
+        choice = re.match(r"\(?([A-J])[).:](?!.*\b(?:[A-J]|or|not)\b)", answer)  # (C), also with the option's text
+        return choice[1] == gold.strip("()") if choice else None
+    answer, gold = _plain(answer), _plain(gold)
+    return answer == gold if answer.isalpha() and gold.isalpha() else None
+
+
+def matches(answer: Value, gold: Value, tolerance: float = 0.0, unit: str = "") -> bool:
+    """Whether two values are equal as answers; see `compare`. Raises Unreadable or TooComplex."""
+    if isinstance(gold, Quantity):
+        answer = _unwrapped(answer)  # {5} for 5
+    if isinstance(answer, Quantity):
+        gold = _unwrapped(gold)
+    if isinstance(answer, Relation) and answer.sign == "=" and _name(answer.left) and not isinstance(gold, Relation):
+        return matches(answer.right, gold, tolerance, unit)  # x = 5 for 5
+    if isinstance(gold, Relation):
+        return _matches_relation(answer, gold, tolerance, unit)
+    if isinstance(answer, Quantity) and isinstance(gold, Quantity):
+        return _matches_quantity(answer, gold, tolerance, unit)
+    if isinstance(answer, Collection) and isinstance(gold, Collection):
+        return _matches_collection(answer, gold, tolerance, unit)
+    if isinstance(answer, Quantity) and isinstance(gold, str) and answer.value.exact is not None:
+        digits, _, base = gold.partition("_")  # an answer may omit the base
+        return bool(base) and digits.isdigit() and not answer.value.flags and answer.value.exact == int(digits)
+    return answer == gold
+
+
+def _unwrapped(value: Value) -> Value:
+    """The item of a list of one, else the value."""
+    single = isinstance(value, Collection) and value.kind == "list" and len(value.items) == 1
+    return value.items[0] if single else value
+
+
+def _matches_collection(answer: Collection, gold: Collection, tolerance: float, unit: str) -> bool:
+    same_name = not answer.name or not gold.name or answer.name == gold.name
+    if answer.kind != gold.kind or len(answer.items) != len(gold.items) or not same_name:
         return False
-    if isinstance(g, Quantity):
-        return _matches_quantity(a, g, tolerance, unit)
-    if not isinstance(g, Group):
-        return a == g
-    if a.kind != g.kind or len(a.items) != len(g.items) or (a.name and g.name and a.name != g.name):
-        return False
-    if g.kind == "ratio":
-        pairs = [(p.value, q.value) for p, q in zip(a.items, g.items, strict=True)]
-        (x, y), zero = pairs[0], number(0)
-        crossed = all(same(apply(operator.mul, p, y), apply(operator.mul, q, x)) for p, q in pairs)
-        return crossed and all(same(p, zero) == same(q, zero) for p, q in pairs)
-    if g.kind not in ("list", "union"):
-        return all(matches(p, q, tolerance, unit) for p, q in zip(a.items, g.items, strict=True))
-    names = {_name(q.left) for q in g.items if isinstance(q, Relation)}
-    if len(names) == len(g.items) and not any(isinstance(p, Relation) for p in a.items):  # 9, 4 for AB = 9, CD = 4
-        return all(matches(p, q, tolerance, unit) for p, q in zip(a.items, g.items, strict=True))
-    left = list(a.items)
-    for q in g.items:
-        found = next((i for i, p in enumerate(left) if matches(p, q, tolerance, unit)), None)
-        if found is None:
+    pairs = list(zip(answer.items, gold.items, strict=True))
+    if gold.kind == "ratio":  # 3:4 = 6:8, because 3·8 = 6·4; the zeros must agree too
+        (a, g), zero = pairs[0], number(0)
+        product = functools.partial(apply, operator.mul)
+        crossed = all(same(product(p.value, g.value), product(q.value, a.value)) for p, q in pairs)
+        zeros = all(same(p.value, zero) == same(q.value, zero) for p, q in pairs)
+        return zeros and crossed
+    names = {_name(item.left) for item in gold.items if isinstance(item, Relation)}
+    unnamed = len(names) == len(gold.items) and not any(isinstance(item, Relation) for item in answer.items)
+    if gold.kind not in ("list", "union") or unnamed:  # unnamed: 9, 4 for AB = 9, CD = 4
+        return all(matches(p, q, tolerance, unit) for p, q in pairs)
+    unmatched = list(answer.items)
+    for item in gold.items:
+        index = next((i for i, p in enumerate(unmatched) if matches(p, item, tolerance, unit)), None)
+        if index is None:
             return False
-        left.pop(found)
+        unmatched.pop(index)
     return True
 
 
-def _matches_quantity(a: Quantity, g: Quantity, tolerance: float, unit: str) -> bool:
-    units = {a.unit, g.unit or unit} - {""}
+def _matches_quantity(answer: Quantity, gold: Quantity, tolerance: float, unit: str) -> bool:
+    gold_unit = gold.unit or unit
+    units = {answer.unit, gold_unit} - {""}
     if len(units) == 2 and len({u.startswith("?") for u in units}) == 1:  # two known units, or two unknown words
         return False
-    exact = g.value.exact is not None and (a.value.exact is not None or not tolerance)
-    if exact and "task" in a.value.flags - g.value.flags:
+    exact = gold.value.exact is not None and (answer.value.exact is not None or not tolerance)
+    if exact and "unevaluated" in answer.value.flags - gold.value.flags:
         return False
-    a_number, g_number = (
-        apply(operator.mul, v, _HUNDREDTH) if u == "%" else v for v, u in ((a.value, a.unit), (g.value, g.unit or unit))
-    )
-    # the sign of 62.5 % may go without saying; but 0.5 % for 0.5 is another number
-    if same(a.value, g.value, tolerance) and not (a.unit == "%" and not g.unit and abs(g.value.points[0]) < 1):
-        return True
-    return "%" in units and a.unit != (g.unit or unit) and same(a_number, g_number, tolerance)
+    answer_value = apply(operator.mul, answer.value, _HUNDREDTH) if answer.unit == "%" else answer.value
+    gold_value = apply(operator.mul, gold.value, _HUNDREDTH) if gold_unit == "%" else gold.value
+    if same(answer.value, gold.value, tolerance):  # 62.5 for 62.5%, but not 0.5% for 0.5
+        first = gold.value.points[0]
+        if answer.unit != "%" or gold.unit or first is None or abs(first) >= 1:
+            return True
+    return same(answer_value, gold_value, tolerance)
 
 
-def _matches_relation(a, g: Relation, tolerance: float, unit: str) -> bool:
-    named = g.sign == "=" and _name(g.left)
-    if not isinstance(a, Relation):
-        bare = named and not _CAPITALS.fullmatch(_name(g.right))  # 5 for x = 5, but not MC for MR = MC
-        return bool(bare) and matches(a, g.right, tolerance, unit)
-    if a.sign != g.sign:
+def _matches_relation(answer: Value, gold: Relation, tolerance: float, unit: str) -> bool:
+    name = _name(gold.left) if gold.sign == "=" else ""
+    if not isinstance(answer, Relation):  # 5 for x = 5, but not MC for MR = MC
+        is_value = bool(name) and not _CAPITALS.fullmatch(_name(gold.right))
+        return is_value and matches(answer, gold.right, tolerance, unit)
+    if answer.sign != gold.sign:
         return False
-    if named and _name(a.left) == named and matches(a.right, g.right, tolerance, unit):
+    if name and _name(answer.left) == name and matches(answer.right, gold.right, tolerance, unit):
         return True
-    sides = (a.left, a.right, g.left, g.right)
-    if not all(isinstance(s, Quantity) for s in sides) or (named and g.right.value.constant):
-        return False  # x + 1 = 3 is not yet x = 2
-    left, right = (apply(operator.sub, r.right.value, r.left.value) for r in (a, g))
-    return proportional(left, right, positive=g.sign in "<≤")
+    sides = (answer.left, answer.right, gold.left, gold.right)
+    if not all(isinstance(side, Quantity) for side in sides) or (name and gold.right.value.constant):
+        return False  # x + 1 = 3 is not solved for x
+    a, b = (apply(operator.sub, relation.right.value, relation.left.value) for relation in (answer, gold))
+    return proportional(a, b, positive=gold.sign in "<≤")

@@ -1,10 +1,6 @@
-"""What makes a run folder survive kill -9 and a full disk: checkpoints that appear whole, logs cut back to them.
+"""Checkpoints that survive kill -9, a full disk and a damaged one, for any number of ranks.
 
-A checkpoint is a folder, filled under a temporary name and then renamed, so a folder called step-* is complete unless
-the disk has damaged it; then its checksums tell. Tensors are written by torch.distributed.checkpoint, each rank its
-slices, and can be read by any number of ranks. What else there is to know is in facts.json, so that nothing but tensors
-is ever unpickled. The log files hold one JSON object per line with a "step"; resuming drops the lines of steps that the
-checkpoint does not know.
+A folder named step-* is complete; checksums detect later damage. torch writes the tensors, each rank its slices.
 """
 
 import io
@@ -12,101 +8,128 @@ import json
 import os
 import pickle
 import shutil
-import signal
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from infra import parallel
+from infra.run import print0
+from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings
 
-KEEP = 2  # checkpoints that are kept
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended for a single process
+KEEP = 2  # newest checkpoints of a run; older ones are deleted
 FILE = 2**30  # bytes
+Parameters = dict[str, list[nn.Parameter]]  # by set: theta, w, theta_hat
+Optimizers = dict[str, torch.optim.Optimizer]
 
 
 def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor]) -> None:
-    """Writes the checkpoint of `step`: `facts` of JSON's types and tensors, sharded or the same on all ranks.
-
-    All ranks call it; with several machines, `folder` must be on a disk that they share. Raises OSError when it cannot,
-    the disk being full for one; earlier checkpoints are then untouched.
-    """
+    """Writes `facts` of JSON's types, and tensors that are sharded or equal on all ranks. Raises OSError on failure."""
     final = folder / f"step-{step:06d}"
     scratch = final.with_suffix(".tmp")
     try:
         if parallel.rank() == 0:
-            shutil.rmtree(scratch, ignore_errors=True)  # left by a kill
+            shutil.rmtree(scratch, ignore_errors=True)  # a kill can leave it behind
             scratch.mkdir(parents=True)
-        parallel.first(None)  # rank 0's folder is there
-        with warnings.catch_warnings(action="ignore", category=UserWarning):  # that there is but one process
-            dcp.save(tensors, storage_writer=_Writer(scratch, tensors), no_dist=parallel.world() == 1)
+        parallel.broadcast(None)  # a barrier: rank 0's folder exists
+        dcp.save(tensors, storage_writer=_Writer(scratch, tensors), no_dist=parallel.world_size() == 1)
         if parallel.rank() == 0:
             (scratch / "facts.json").write_text(json.dumps(facts))
             (scratch / "checksum").write_text(str(_checksum(scratch)))
-    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch reports a failed write in three ways
+    except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch's three reports of a failed write
         shutil.rmtree(scratch, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]  # of torch's report, which has a traceback in it
-        raise OSError(
-            f"could not write {final}: {reason} Earlier checkpoints are intact; free space and --resume"
-        ) from error
+        reason = str(error).strip().splitlines()[-1]  # torch's report contains a traceback
+        text = f"could not write {final}: {reason} Earlier checkpoints are intact; free space and --resume"
+        raise OSError(text) from error
     if parallel.rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)  # the same step, saved before a restart from an earlier one
+        shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier attempt
         os.replace(scratch, final)
         for old in sorted(folder.glob("step-??????"))[:-KEEP]:
             shutil.rmtree(old)
-    parallel.first(None)  # no rank goes on before the checkpoint is there
+    parallel.broadcast(None)  # a barrier: the checkpoint is complete
 
 
 @dataclass
 class Saved:
-    """A checkpoint that is whole: its facts, and the shapes of its tensors, which are still on the disk."""
+    """A complete checkpoint: its facts and the shapes of its tensors, which are still on the disk."""
 
     folder: Path
     facts: dict
     shapes: dict[str, torch.Size]
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Fills `tensors`, of the same names and shapes, in place, each rank its slices. All ranks call it."""
-        with warnings.catch_warnings(action="ignore", category=UserWarning):
-            dcp.load(tensors, storage_reader=_Reader(self.folder), no_dist=parallel.world() == 1)
+        """Fills `tensors`, with the names and shapes of the checkpoint, in place. All ranks call it."""
+        dcp.load(tensors, storage_reader=_Reader(self.folder), no_dist=parallel.world_size() == 1)
+
+    def restore(self, parameters: Parameters, optimizers: Optimizers) -> None:
+        """Overwrites parameters and AdamW moments. Raises SettingError if their shapes differ from the checkpoint's."""
+        for name, optimizer in optimizers.items():
+            for i, p in enumerate(parameters[name]):
+                if f"{name}.{i}.step" in self.shapes:  # allocates the state that AdamW makes in its first step
+                    step, first, second = torch.zeros((), device=p.device), torch.zeros_like(p), torch.zeros_like(p)
+                    optimizer.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+        tensors = state_tensors(parameters, optimizers)
+        if {name: tensor.shape for name, tensor in tensors.items()} != self.shapes:
+            raise SettingError(f"model: its shapes differ from those in {self.folder}: the run began with another")
+        self.load(tensors)
+
+
+def state_tensors(parameters: Parameters, optimizers: Optimizers) -> dict[str, Tensor]:
+    """Every parameter and AdamW moment by name: theta.0, theta.0.exp_avg, …"""
+    tensors = {}
+    for name, of_set in parameters.items():
+        for i, p in enumerate(of_set):
+            tensors[f"{name}.{i}"] = p.detach()
+            tensors |= {f"{name}.{i}.{moment}": x for moment, x in optimizers[name].state.get(p, {}).items()}
+    return tensors
+
+
+def refuse_other_run(facts: dict, s: Settings, data: str, out: Path) -> None:
+    """Raises SettingError if a checkpoint belongs to a run with other settings or other data."""
+    for name, value in asdict(s).items():
+        saved = facts["settings"].get(name)
+        if value != saved and name not in MAY_CHANGE_ON_RESUME:
+            raise SettingError(f"{name} is {value!r}, the run in {out} has {saved!r}: use that, or another --out")
+    if facts["data"] != data:
+        raise SettingError(f"task, rl_data, sft_data or eval_data changed since the run in {out}: use another --out")
+    if facts["step"] > s.total_steps:
+        raise SettingError(f"steps is {s.steps}, but the run in {out} is at step {facts['step']} already")
 
 
 def newest(folder: Path) -> Saved | None:
-    """The newest checkpoint that is whole, or None if there is none at all; says which ones are damaged.
-
-    Raises OSError when there are checkpoints and every one of them is damaged. All ranks get the same.
-    """
-    paths = parallel.first(sorted(folder.glob("step-??????"), reverse=True))
+    """The newest intact checkpoint, the same on all ranks; None without any. Raises OSError if all are damaged."""
+    paths = parallel.broadcast(sorted(folder.glob("step-??????"), reverse=True))
     for path in paths:
-        problem = saved = None
         try:
-            saved = _look_into(path)
-        except Exception as error:  # damaged bytes fail in a dozen ways: zip, zlib, pickle, json, unicode, …
-            problem = f"{type(error).__name__}: {error}"
-        problems = [p for p in parallel.gather([problem]) if p]  # each rank has checked some of the files
+            saved, problem = _verified(path), None
+        except Exception as error:  # damaged bytes raise a dozen types: zip, zlib, pickle, json, unicode, …
+            saved, problem = None, f"{type(error).__name__}: {error}"
+        problems = [p for p in parallel.all_gather([problem]) if p]  # each rank has checked some of the files
         if not problems:
             return saved
-        if parallel.rank() == 0:
-            print(f"checkpoint {path} is damaged ({problems[0]}); trying the one before")
+        print0(f"checkpoint {path} is damaged ({problems[0]}); trying the one before")
     if paths:
         raise OSError(f"every checkpoint in {folder} is damaged: start again with another --out")
+    print0(f"no checkpoint in {folder.parent}: starting at step 0")
     return None
 
 
-def _look_into(path: Path) -> Saved:
-    """Reads facts and names, and checks this rank's share of the tensors, each a small archive with a checksum."""
+def _verified(path: Path) -> Saved:
+    """Reads facts and shapes and verifies this rank's share of the tensors, each an archive with a checksum."""
     if int((path / "checksum").read_text()) != _checksum(path):
         raise ValueError("the checksum of facts.json and .metadata does not match")
     facts = json.loads((path / "facts.json").read_text())
     metadata = _Reader(path).read_metadata()
     pieces = sorted(metadata.storage_data.values(), key=lambda piece: (piece.relative_path, piece.offset))
-    for piece in pieces[parallel.rank() :: parallel.world()]:
+    for piece in pieces[parallel.rank() :: parallel.world_size()]:
         with open(path / piece.relative_path, "rb") as file:
             file.seek(piece.offset)
             content = io.BytesIO(file.read(piece.length))
@@ -123,36 +146,29 @@ def _checksum(path: Path) -> int:
 
 
 class _Writer(FileSystemWriter):
-    """Writes a rank's tensors in files of about FILE bytes, one after the other.
-
-    torch keeps in host memory what goes into a file until the file is complete, and with its default of one file and
-    of copying ahead that is the whole checkpoint, in pinned memory if it comes from a GPU.
-    """
+    """Writes a rank's tensors in files of about FILE bytes, one after the other: torch keeps an open file in memory."""
 
     def __init__(self, path: Path, tensors: dict[str, Tensor]):
-        mine = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
-        super().__init__(path, sync_files=True, thread_count=-(-mine // FILE), per_thread_copy_ahead=0)
+        size = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
+        super().__init__(path, sync_files=True, thread_count=-(-size // FILE), per_thread_copy_ahead=0)
 
     def _write_data(self, planner, files):
-        self.thread_count = 1  # there are as many files as were threads; these would hold all of them at a time
+        self.thread_count = 1  # the thread count set the number of files; more threads would open all at once
         return super()._write_data(planner, files)
 
 
 class _Reader(FileSystemReader):
-    """Reads a checkpoint's table of contents, a pickle, and lets it call nothing but what such a table needs."""
+    """Reads a checkpoint's table of contents, a pickle, which may construct only the types in ALLOWED."""
 
     def read_metadata(self, *args, **kwargs):
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            metadata = _Unpickler(file).load()
+        metadata = _Unpickler(io.BytesIO((Path(self.path) / ".metadata").read_bytes())).load()
         metadata.storage_meta = None
         return metadata
 
 
 ALLOWED = {
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
-        "_MEM_FORMAT_ENCODING", "StorageMeta",
-    },
+    "torch.distributed.checkpoint.metadata": {"Metadata", "TensorStorageMetadata", "TensorProperties", "StorageMeta",
+                                              "ChunkStorageMetadata", "MetadataIndex", "_MEM_FORMAT_ENCODING"},
     "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
     "torch.serialization": {"_get_layout"},
     "torch": {"Size", "float32", "bfloat16", "int64"},
@@ -165,49 +181,3 @@ class _Unpickler(pickle.Unpickler):
         if name in ALLOWED.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
-
-
-def append(path: Path, record: dict) -> None:
-    """Adds one line to a log."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def cut_back(path: Path, step: int) -> None:
-    """Keeps the lines of a log up to and including `step`; a torn last line goes too."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
-        except json.JSONDecodeError:
-            break  # torn by a kill: nothing follows it
-    rewrite(path, "".join(kept))
-
-
-def rewrite(path: Path, text: str) -> None:
-    """The whole file at once: under a temporary name, then renamed, so that a kill leaves the old one or the new."""
-    scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-
-
-class StopSignal:
-    """SIGINT and SIGTERM ask the loop to end after this step; a second one ends the process at once.
-
-    Not under torchrun: it passes on what the ranks have got from the terminal already, and kills them after 30 s.
-    """
-
-    def __init__(self):
-        self.requested: signal.Signals | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number, frame) -> None:
-        self.requested = signal.Signals(number)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print(f"\n{self.requested.name}: finishing this step, then saving", flush=True)

@@ -1,428 +1,236 @@
-"""What a run will need, worked out before anything is loaded: memory of each GPU, tokens, FLOPs, seconds.
+"""Memory of each GPU, tokens, FLOPs and estimated seconds of a step, computed before anything is loaded.
 
-    python bridge.py --model Qwen/Qwen2.5-3B --rl-data R.jsonl --sft-data S.jsonl --dtype bfloat16 --dry-run --gpu h200
-
-Needs the model's config only. Memory is computed from shapes, as the code allocates it, at its worst: every response
-runs to max_new_tokens. Seconds are *estimated*, never measured: FLOPs and bytes of a step in which responses have an
-assumed mean length, over the data sheet's rates times an assumed efficiency. All assumptions stand below.
-
-Shapes: N sequences of this rank at a time, T tokens of a micro-batch; H hidden, I intermediate, V vocabulary, d head
-size, h and h_kv heads; K = max_new_tokens; P parameters; b bytes of a number in `dtype`. Bytes unless named otherwise.
+Memory assumes that every response has max_new_tokens tokens; tokens, FLOPs and seconds assume mean lengths.
+T: tokens of a micro-batch; R: response tokens among them; H: hidden size; b: bytes of a number in `dtype`.
 """
 
 import math
 import os
-from dataclasses import dataclass, replace
+from collections import namedtuple
+from dataclasses import replace
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from logprob import CHUNK
-from sampler import PREFILL_TOKENS, STEPS
-from settings import SettingError, Settings
-from tasks import arithmetic as toy
+from settings import METHODS, SettingError, Settings
 
 GiB = 2**30
+Parts = dict[str, float]  # part -> bytes
+CHUNK, PREFILL_TOKENS = 2048, 16384  # as in ops/head.py and sampler.py
 PROMPT = 200  # assumed: tokens of every prompt
-MEAN_RESPONSE, MEAN_DEMONSTRATION = 0.33, 0.8  # assumed, for seconds: mean length as a part of max_new_tokens
-COMPUTE, BANDWIDTH, LINK = 0.5, 0.55, 0.7  # assumed: what a step reaches of the data sheet's rates
-# By whether it is a GPU: what libraries take, and the share that is lost between allocations. On a GPU, with CUDA's
-# context and graphs, assumed; on a CPU seen in bench/plan.py: glibc keeps freed pieces of up to 32 MiB for later use.
-LIBRARIES, LOST = {True: 1.5 * GiB, False: 0.45 * GiB}, {True: 0.05, False: 0.12}
+MEAN_RESPONSE, MEAN_DEMONSTRATION = 0.33, 0.8  # assumed: mean lengths as fractions of max_new_tokens
+COMPUTE, BANDWIDTH = 0.5, 0.55  # assumed: fractions of the data sheet's rates that a step reaches
+RESERVE = {"GPU": (1.5 * GiB, 0.05), "CPU": (0.45 * GiB, 0.12)}  # libraries, fraction lost between allocations
 
-
-@dataclass(frozen=True)
-class GPU:
-    """Dense rates of NVIDIA's data sheets (A100 80GB SXM, H100 SXM, H200, L40S, RTX 4090 in the Ada whitepaper).
-
-    `memory` is what torch reports of the data sheet's 80, 80, 141, 48 and 24 GB, in GiB; `link` is one way: NVLink,
-    or PCIe 4.0 x16 for the last two.
-    """
-
-    bf16: float  # FLOP/s, sums in fp32
-    fp32: float  # FLOP/s, without TF32, which torch does not use unless told to
-    bandwidth: float  # bytes/s
-    memory: float
-    link: float  # bytes/s
-
-
+GPU = namedtuple("GPU", "memory bf16 bandwidth")  # bytes; FLOP/s of dense matmuls and bytes/s, by the data sheets
 GPUS = {
-    "a100": GPU(312e12, 19.5e12, 2.04e12, 79 * GiB, 300e9),
-    "h100": GPU(989e12, 67e12, 3.35e12, 79 * GiB, 450e9),
-    "h200": GPU(989e12, 67e12, 4.8e12, 139 * GiB, 450e9),
-    "l40s": GPU(362e12, 91.6e12, 0.864e12, 44 * GiB, 32e9),
-    "4090": GPU(165e12, 82.6e12, 1.008e12, 23.5 * GiB, 32e9),
+    "a100": GPU(79 * GiB, 312e12, 2.04e12),
+    "h100": GPU(79 * GiB, 989e12, 3.35e12),
+    "h200": GPU(139 * GiB, 989e12, 4.8e12),
+    "l40s": GPU(44 * GiB, 362e12, 0.864e12),
+    "4090": GPU(23.5 * GiB, 165e12, 1.008e12),
 }
-QWEN = dict(vocab_size=151936, max_position_embeddings=32768)
-PUBLISHED = {  # the paper's models without a network, from their config.json on the hub
-    "Qwen/Qwen2.5-3B": QWEN | dict(
-        model_type="qwen2", hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-        num_key_value_heads=2, tie_word_embeddings=True),
-    "meta-llama/Llama-3.2-3B-Instruct": dict(
-        model_type="llama", hidden_size=3072, intermediate_size=8192, num_hidden_layers=28, num_attention_heads=24,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=True, vocab_size=128256,
-        max_position_embeddings=131072),
-    "Qwen/Qwen3-8B-Base": QWEN | dict(
-        model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False),
-}  # fmt: skip
+# root: parameters outside the layers (embedding, vocabulary head, final norm); hidden: H; q, kv: widths of all query
+# and of all key heads; head_norms: queries and keys are normalised, as in Qwen3; tied: the vocabulary head is the
+# embedding; linears: (last name, out, in) of every linear of the layers; linear: their parameters.
+Shapes = namedtuple("Shapes", "parameters tensors root layers hidden mlp heads kv_heads vocabulary "
+                              "q kv head_norms tied linears linear")  # fmt: skip
+FIELDS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+          "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
+PUBLISHED = {  # these fields of the paper's models, from their config.json: no network is needed
+    "Qwen/Qwen2.5-3B": ("qwen2", 2048, 11008, 36, 16, 2, 128, 151936, True),
+    "meta-llama/Llama-3.2-3B-Instruct": ("llama", 3072, 8192, 28, 24, 8, 128, 128256, True),
+    "Qwen/Qwen3-8B-Base": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
+}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The model
-
-
-def config_of(model: str, trust_remote_code: bool = False):
-    """The config of a built-in model, a published one, a folder or a hub name. Raises SettingError without one."""
-    if model in toy.RECIPES:
-        return toy.config(toy.RECIPES[model], toy.make_tokenizer())
-    if model in PUBLISHED:
-        return AutoConfig.for_model(**PUBLISHED[model])
+def config_of(model: str) -> PretrainedConfig:
+    """The config of a published model, a folder or a hub name, NAME or NAME@REVISION. Raises SettingError."""
+    name, _, revision = (model, "", "") if os.path.isdir(model) else model.partition("@")
+    if name in PUBLISHED:
+        return AutoConfig.for_model(**dict(zip(FIELDS, PUBLISHED[name], strict=True)))
     try:
-        return AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, revision=revision or None)
     except (OSError, ValueError) as error:
-        raise SettingError(
-            f"model {model!r}: no config found; put its config.json into a folder and give that folder as --model"
-        ) from error
+        raise SettingError(f"model {model!r}: no config found; give a folder that has one as --model") from error
 
 
-@dataclass(frozen=True)
-class Shapes:
-    """Sizes of a model. `linears` are those of all layers, by last name: (out, in) of each."""
-
-    parameters: int
-    tensors: int
-    root: int  # parameters outside the layers: embedding, head, final norm
-    layers: int
-    hidden: int
-    mlp: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    tied: bool
-    head_norms: bool
-    linears: dict[str, list[tuple[int, int]]]
-
-    @property
-    def linear(self) -> int:  # parameters of all linears of all layers
-        return sum(out * into for sizes in self.linears.values() for out, into in sizes)
-
-    @property
-    def layer(self) -> float:  # parameters of one layer
-        return (self.parameters - self.root) / self.layers
-
-
-def shapes(config) -> Shapes:
-    """Counts a model built without memory. Raises SettingError if it is not built like Llama, Qwen2 or Qwen3."""
+def shapes(config: PretrainedConfig) -> Shapes:
+    """Counts a model without allocating it. Raises SettingError if it is not built like Llama, Qwen2 or Qwen3."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        layers, c = model.model.layers, model.config
-        linears: dict[str, list[tuple[int, int]]] = {}
-        for name, module in layers.named_modules():
-            if isinstance(module, nn.Linear):
-                linears.setdefault(name.split(".")[-1], []).append(tuple(module.weight.shape))
-        total, inside = (sum(p.numel() for p in m.parameters()) for m in (model, layers))
+        layers, c, attention = model.model.layers, model.config, model.model.layers[0].self_attn
+        total, inside = (sum(p.numel() for p in module.parameters()) for module in (model, layers))
+        linears = [(n.split(".")[-1], *x.weight.shape) for n, x in layers.named_modules() if isinstance(x, nn.Linear)]
         return Shapes(
             total, len(list(model.parameters())), total - inside, len(layers), c.hidden_size, c.intermediate_size,
-            c.num_attention_heads, c.num_key_value_heads,
-            getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads, c.vocab_size,
+            c.num_attention_heads, c.num_key_value_heads, c.vocab_size, attention.q_proj.out_features,
+            attention.k_proj.out_features, hasattr(attention, "q_norm"),
             model.get_output_embeddings().weight is model.get_input_embeddings().weight,
-            hasattr(layers[0].self_attn, "q_norm"), linears,
+            linears, sum(out * into for _, out, into in linears),
         )  # fmt: skip
     except (AttributeError, ValueError) as error:
         raise SettingError(f"model of type {config.model_type!r} is not built like Llama, Qwen2 or Qwen3") from error
 
 
-def adapter(s: Settings, m: Shapes) -> tuple[int, int]:
-    """(parameters, tensors) of w."""
-    if s.method not in ("mix_lora", "bridge"):
-        return 0, 0
-    sizes = [size for name in s.lora_targets.split(",") for size in m.linears.get(name, [])]
-    return s.lora_rank * sum(map(sum, sizes)), 2 * len(sizes)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory
-
-
-def state(s: Settings, m: Shapes, world: int) -> dict[str, float]:
-    """Weights, gradients (which are freed when the optimizers have stepped) and Adam's two moments."""
-    share, b = world if s.shard else 1, getattr(torch, s.dtype).itemsize
-    (w, w_tensors), out = adapter(s, m), {}
-    for name in ("θ", "θ̂") if s.method == "bridge" else ("θ",):
-        out[f"{name} weights"] = out[f"{name} gradients"] = 4 * m.parameters / share
-        out[f"{name} moments"] = 8 * m.parameters / share + 4 * m.tensors  # and a count of steps for each tensor
-    if w:
-        out["w weights"] = out["w gradients"] = 4 * w
-        out["w moments"] = 8 * w + 4 * w_tensors
+def state(s: Settings, m: Shapes, world: int) -> tuple[Parts, Parts]:
+    """(kept for the whole run, gradients), in fp32; only the sampler's copy of the weights is in `dtype`."""
+    method, share = METHODS[s.method], world if s.shard else 1
+    sets = {"θ": (m.parameters / share, m.tensors, 1)}  # name -> (parameters, tensors, sets of gradients)
+    if method.shadow:
+        sets["θ̂"] = sets["θ"]
+    if method.adapter:  # w has gradients for each of g_sft, g_rl and g_rl_hat
+        adapted = [out + into for name, out, into in m.linears if name in s.lora_targets.split(",")]
+        losses = [method.sft, method.rl, method.shadow].count(True)
+        sets["w"] = s.lora_rank * sum(adapted), 2 * len(adapted), losses
+    kept = {f"{name} weights": 4 * size for name, (size, _, _) in sets.items()}
+    kept |= {f"{name} moments": 8 * size + 4 * tensors for name, (size, tensors, _) in sets.items()}  # and a step count
     if s.kl_coef > 0:
-        out["reference"] = 4 * m.parameters / share
-    return out | {"sampler's merged copy": b * m.parameters}
+        kept["reference"] = 4 * m.parameters / share
+    kept["sampler's merged copy"] = getattr(torch, s.dtype).itemsize * m.parameters
+    return kept, {f"{name} gradients": 4 * size * count for name, (size, _, count) in sets.items()}
 
 
-def cache(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> tuple[int, int, int]:
-    """(samples of a rank, slots, bytes of the sampler's keys and values)."""
-    b = getattr(torch, s.dtype).itemsize
-    samples = math.ceil(s.prompts_per_step / world) * s.group_size
-    slots = max(min(s.sampler_slots, samples), s.group_size)
-    return samples, slots, m.layers * 2 * slots * (prompt + s.max_new_tokens) * m.kv_heads * m.head_dim * b
+def kv_cache(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> tuple[int, int]:
+    """(slots, bytes) of the keys and values of a rank's rollouts. Evaluation is assumed to need no more."""
+    slots = max(min(s.sampler_slots, math.ceil(s.prompts_per_step / world) * s.group_size), s.group_size)
+    return slots, m.layers * 2 * slots * (prompt + s.max_new_tokens) * m.kv * getattr(torch, s.dtype).itemsize
 
 
-def sampling(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMPT) -> dict[str, float]:
-    """What the sampler needs while it samples; evaluation is taken to need no more."""
-    b, K = getattr(torch, s.dtype).itemsize, s.max_new_tokens
-    samples, slots, kv = cache(s, m, world, prompt)
-    moved = min(0.5, (STEPS if cuda else 1) / max(1, MEAN_RESPONSE * K))  # slots that end at one time: they are copied
-    fed = max(min(PREFILL_TOKENS, samples // s.group_size * prompt), slots)
-    widths = 3 * m.hidden + 2 * (m.heads + m.kv_heads) * m.head_dim + 3 * m.mlp
-    logits = slots * m.vocabulary * (4 if cuda else 4 + 3 * 8)  # the twin computes in fp64
-    attention = 0 if cuda else 3 * 4 * slots * m.heads * m.kv_heads * (prompt + K)
-    return {
-        "KV cache": kv,
-        "KV of ended slots, moved": moved * kv,
-        "sampling buffers": (samples + 1) * (K + 1) * (8 + 8 + 4) + logits + attention,
-        "prefill activations": fed * widths * b,
-    }
+def sampling(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> Parts:
+    """Bytes that the sampler allocates besides its weights."""
+    (slots, kv), prompts = kv_cache(s, m, world, prompt), math.ceil(s.prompts_per_step / world)
+    samples = prompts * s.group_size * (s.max_new_tokens + 1) * (8 + 8 + 4)  # uniforms, ids, log-probs
+    widths = (3 * m.hidden + 2 * (m.q + m.kv) + 3 * m.mlp) * getattr(torch, s.dtype).itemsize
+    prefill = max(min(PREFILL_TOKENS, prompts * prompt), slots) * widths
+    return {"KV cache": kv, "samples and logits": samples + 4 * slots * m.vocabulary, "prefill activations": prefill}
 
 
-def kept(m: Shapes, b: int, padded: bool) -> int:
-    """Bytes per token of what autograd keeps of one layer that is not checkpointed."""
-    q, kv = m.heads * m.head_dim, m.kv_heads * m.head_dim
-    if b == 4:
-        norms, head_norms = 4 * 6 * m.hidden, 8 * (q + kv)  # x, x̂ and their product, twice
-    else:  # x in fp32 and x̂ of two norms; autocast casts the product for each of five linears
-        norms, head_norms = (2 * (4 + 2) + 5 * 2) * m.hidden, 6 * (q + kv)
-    attention = b * (2 * q + 2 * kv + q * padded) + 4 * m.heads  # q, output, k, v, log-sum-exp
-    head_norms = (head_norms + 4 * (m.heads + m.kv_heads)) * m.head_norms
-    return norms + 8 + head_norms + attention + b * 4 * m.mlp
+def saved_by_layer(m: Shapes, b: int, padded: bool) -> int:
+    """Bytes per token that autograd saves in one layer; `padded` attention also copies its output."""
+    # fp32: x, x̂ and their product of two norms. bf16: x in fp32 and x̂, and a cast of the product for five linears
+    norms = 8 + (4 * 6 if b == 4 else 2 * (4 + 2) + 5 * 2) * m.hidden
+    if m.head_norms:
+        norms += 4 * (m.heads + m.kv_heads) + (8 if b == 4 else 6) * (m.q + m.kv)
+    attention = 4 * m.heads + b * (2 * m.q + 2 * m.kv)  # log-sum-exp, queries, outputs, keys, values
+    return norms + attention + (b * m.q if padded else 0) + b * 4 * m.mlp
 
 
-def training(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMPT) -> dict[str, float]:
-    """The largest moment of a micro-batch's forward and backward, by part."""
-    b, (w, _), row = getattr(torch, s.dtype).itemsize, adapter(s, m), prompt + s.max_new_tokens
-    rows = max(
-        math.ceil(s.prompts_per_step * s.group_size / world) * (s.method != "sft"),
-        math.ceil(s.sft_batch / world) * (s.method != "rl"),
-    )
-    T = max(row, min(s.tokens_per_micro_batch, rows * row))  # a row that is longer stands alone
-    responses, n = T * s.max_new_tokens // row, min(s.checkpoint_layers, m.layers)
-    C, VH = min(CHUNK, responses), m.vocabulary * m.hidden
-    full = kept(m, b, padded=not cuda or b == 4) * T
-    inputs, final = n * b * m.hidden * T, (4 * 2 if b == 4 else 4 + 2) * m.hidden * T
-    # fp32: only the sums θ + s·B·A are new; bf16: autocast keeps a cast copy of every linear's weight
-    adapted = m.linear if b == 2 else sum(o * i for t in s.lora_targets.split(",") for o, i in m.linears.get(t, ()))
-    copies = b * adapted if w or b == 2 else 0
-    largest = max((out * into for sizes in m.linears.values() for out, into in sizes), default=0)
-    passing = b * (3 * m.mlp + 2 * m.hidden) * T + (4 + b) * largest  # gradients on their way: of the MLP, of a weight
-    rest, layer = (m.layers - n) / m.layers * copies, copies / m.layers
-    own = 4 * VH  # gradient of the head's weight; of a tied one until the embedding's is added to it
-    live = full + layer if n else 0
-    word = 4 + b if cuda else 7 * 4  # of a logit and its gradient; the twins hold seven tensors at a time
-    moments = {
-        "head": ((m.layers - n) * full + inputs + final, rest,
-                 own + 2 * b * responses * m.hidden + VH * (2 if b == 2 else 0) + C * m.vocabulary * word),
-        "last layer": ((m.layers - n) * full + inputs + passing, rest, own * m.tied),
-        "first layers": (inputs + live + passing, layer, own * m.tied),
-        "forward": ((m.layers - n) * full + inputs + full * (n > 0), copies if not w else rest, 0),
-        "embedding": (0, 0, 2 * own),
-    }  # fmt: skip
-    activations, merged, head = max(moments.values(), key=sum)
-    out = {"activations": activations, "merged weights": merged, "vocabulary head": head}
-    if s.method == "bridge":
-        out["w's gradients, apart"] = 4 * w  # θ's and θ̂'s parts are summed apart
-    if s.shard and world > 1:
-        # weights of the root and two layers, gradients of the root and one layer, and the reference's root
-        out["FSDP, gathered"] = 4 * (2 * m.root + 3 * m.layer + m.root * (s.kl_coef > 0))
+def training(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMPT) -> Parts:
+    """Bytes at the largest moment of a micro-batch's forward and backward pass, without state and gradients."""
+    method, b, H, row = METHODS[s.method], getattr(torch, s.dtype).itemsize, m.hidden, prompt + s.max_new_tokens
+    rollouts = math.ceil(s.prompts_per_step * s.group_size / world) if method.rl else 0
+    rows = max(rollouts, math.ceil(s.sft_batch / world) if method.sft else 0)
+    T = max(row, min(s.tokens_per_micro_batch, rows * row))  # a longer row is a micro-batch of its own
+    R, checkpointed = T * s.max_new_tokens // row, min(s.checkpoint_layers, m.layers)
+    stored = m.layers - checkpointed  # layers that keep all activations
+    recomputed = max(stored, 1)  # a checkpointed layer has its activations during its backward pass
+    layer = saved_by_layer(m, b, padded=not cuda or b == 4) * T
+    inputs, final_norm = checkpointed * b * H * T, (8 if b == 4 else 6) * H * T
+    # per layer: autocast's bf16 copies of the linears; in fp32 only the sums θ + s·B·A are new
+    copies = b * m.linear / m.layers if b == 2 or method.adapter else 0
+    # gradients of the MLP's activations, and of the largest weight in `dtype` and fp32
+    in_flight = b * (3 * m.mlp + 2 * H) * T + (4 + b) * max(out * into for _, out, into in m.linears)
+    # head: hidden and d_hidden [R, H], the weight's cast, its gradient in fp32, logits and their gradients
+    d_weight, cast = 4 * m.vocabulary * H, b * m.vocabulary * H if b == 2 else 0
+    waiting = d_weight if m.tied else 0  # until the embedding's gradient is added
+    logits = min(CHUNK, R) * m.vocabulary * (4 + b if cuda else 7 * 4)  # PyTorch's version makes seven tensors
+    # the three largest moments, each as (activations, copies of weights, vocabulary head)
+    end_of_forward = stored * layer + inputs + final_norm, 0 if method.adapter else m.layers * copies, 0
+    in_head = stored * layer + inputs + final_norm, stored * copies, 2 * b * R * H + cast + d_weight + logits
+    in_layer = recomputed * layer + inputs + in_flight, recomputed * copies, waiting
+    largest = max(end_of_forward, in_head, in_layer, key=sum)
+    parts = dict(zip(("activations", "copies of weights", "vocabulary head"), largest, strict=True))
+    if s.shard and world > 1:  # weights of root and two layers, gradients of root and one, the reference's root
+        parts["gathered by FSDP"] = 4 * ((3 if s.kl_coef else 2) * m.root + 3 * (m.parameters - m.root) / m.layers)
+    return parts
+
+
+def memory(s: Settings, m: Shapes, world: int, cuda: bool = True, prompt=PROMPT) -> tuple[Parts, Parts, Parts, float]:
+    """(state, sampling, training, peak): bytes of one GPU or, without `cuda`, of one process."""
+    (kept, gradients), sampled = state(s, m, world), sampling(s, m, world, prompt)
+    trained = gradients | training(s, m, world, cuda, prompt)
+    libraries, lost = RESERVE["GPU" if cuda else "CPU"]
+    largest = sum(kept.values()) + max(sum(sampled.values()), sum(trained.values()))
+    return kept, sampled, trained, largest * (1 + lost) + libraries
+
+
+def work(s: Settings, m: Shapes) -> dict[str, tuple[float, float]]:
+    """phase -> (tokens, FLOPs) of a step, all ranks together; a step of sft_rl has only one of its two stages."""
+    method, response, samples = METHODS[s.method], MEAN_RESPONSE * s.max_new_tokens, s.prompts_per_step * s.group_size
+    rounds = (1 + s.dynamic_sampling) * (2 if s.shadow_rollouts == "own" else 1)
+    # forward passes of the layers (3, and again where checkpointed) and of the head (4: it computes its logits twice)
+    trained = 3 + min(s.checkpoint_layers, m.layers) / m.layers, 4
+
+    def phase(rows: float, prompt: float, answer: float, layers: float, heads: int) -> tuple[float, float]:
+        attention = 2 * m.layers * m.q * (prompt + answer)  # a token attends to half of its row
+        flops = layers * (prompt + answer) * (2 * m.linear + attention) + heads * answer * 2 * m.vocabulary * m.hidden
+        return rows * (prompt + answer), rows * flops
+
+    phases, rollouts, demonstrations = {}, s.updates_per_rollout * samples, s.updates_per_rollout * s.sft_batch
+    if method.rl:
+        phases["sample"] = phase(rounds * samples, PROMPT / s.group_size, response, 1, 1)  # one prefill for a group
+        phases["rl"] = phase(rollouts, PROMPT, response, *trained)
+        if method.shadow:
+            phases["shadow"] = phases["rl"]
+        if s.kl_coef > 0:
+            phases["reference"] = phase(rollouts * (2 if method.shadow else 1), PROMPT, response, 1, 1)
+    if method.sft:
+        phases["sft"] = phase(demonstrations, PROMPT, MEAN_DEMONSTRATION * s.max_new_tokens, *trained)
+    return phases
+
+
+def seconds(s: Settings, m: Shapes, gpu: GPU, world: int) -> dict[str, float]:
+    """phase -> estimated seconds in bfloat16, without communication and optimizer."""
+    phases, response = work(s, m), MEAN_RESPONSE * s.max_new_tokens
+    out = {name: flops / world / (COMPUTE * gpu.bf16) for name, (_, flops) in phases.items()}
+    if "sample" in out:  # a decode step reads all weights; a token reads the keys and values before it
+        (slots, kv), tokens = kv_cache(s, m, world), phases["sample"][0] / world
+        steps = tokens / slots + s.max_new_tokens - response  # ended samples are replaced, except the last ones
+        weights = steps * 2 * (m.linear + m.vocabulary * m.hidden)
+        keys_and_values = tokens * kv / slots * (PROMPT + response) / (PROMPT + s.max_new_tokens)
+        out["sample"] = max(out["sample"], (weights + keys_and_values) / (BANDWIDTH * gpu.bandwidth))
     return out
-
-
-def memory(
-    s: Settings, m: Shapes, world: int, cuda: bool = True, prompt: int = PROMPT
-) -> tuple[dict[str, float], dict[str, float], dict[str, float], float]:
-    """(state, sampling, training, peak) of one GPU, or of the process on a CPU: bytes by part, and the largest sum."""
-    everything = state(s, m, world)
-    gradients = {name: size for name, size in everything.items() if "gradients" in name}
-    always = {name: size for name, size in everything.items() if name not in gradients}
-    parts = always, sampling(s, m, world, cuda, prompt), gradients | training(s, m, world, cuda, prompt)
-    resident, sampled, trained = (sum(part.values()) for part in parts)
-    most = resident + max(sampled * (s.method != "sft"), trained)
-    return *parts, most * (1 + LOST[cuda]) + LIBRARIES[cuda]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokens, FLOPs, seconds of one step
-
-
-def work(s: Settings, m: Shapes, prompt: int = PROMPT) -> dict[str, dict[str, float]]:
-    """Tokens and FLOPs of a step by phase, all ranks together, at the assumed mean lengths. sft_rl does either of its
-    two stages in a step; dynamic sampling is taken to draw all the batches it may."""
-    response, solution = MEAN_RESPONSE * s.max_new_tokens, MEAN_DEMONSTRATION * s.max_new_tokens
-    N, head, width = s.prompts_per_step * s.group_size, m.vocabulary * m.hidden, m.heads * m.head_dim
-    body = m.linear  # weights that every token is multiplied by
-    recomputed = min(s.checkpoint_layers, m.layers) / m.layers
-
-    def trained(rows: float, length: float, passes: float, recomputed: float = 0.0) -> dict[str, float]:
-        """passes: 3 of forward and backward, 1 of scoring."""
-        tokens = rows * (prompt + length)
-        one = 2 * body * tokens + 4 * m.layers * width * rows * (prompt + length) ** 2 / 2
-        return dict(tokens=tokens, flops=(passes + recomputed) * one + passes * 2 * head * rows * length)
-
-    out: dict[str, dict[str, float]] = {}
-    if s.method != "sft":
-        times = (1 + s.dynamic_sampling) * (1 + (s.shadow_rollouts == "own"))
-        filled = trained(s.prompts_per_step, 0, 1)  # one prefill per prompt
-        filled["tokens"], filled["flops"] = (times * filled[key] for key in ("tokens", "flops"))
-        made = times * N * response
-        context = prompt + response  # long responses are seen by more of the tokens: the mean over tokens
-        flops = made * (2 * (body + head) + 4 * m.layers * width * context)
-        out |= {"prefill": filled, "sample": dict(tokens=made, flops=flops, rounds=times, context=context)}
-        passes = {"rl": 1, "shadow": s.method == "bridge"}
-        passes["reference"] = s.kl_coef > 0 and sum(passes.values())
-        for name, count in passes.items():
-            if count:
-                row = trained(N * count, response, 1 if name == "reference" else 3, recomputed * (name != "reference"))
-                out[name] = {key: s.updates_per_rollout * value for key, value in row.items()}
-    if s.method != "rl":
-        row = trained(s.sft_batch, solution, 3, recomputed)
-        out["sft"] = {key: s.updates_per_rollout * value for key, value in row.items()}
-    return out
-
-
-def seconds(
-    s: Settings,
-    m: Shapes,
-    gpu: GPU,
-    world: int,
-    compute=COMPUTE,
-    bandwidth=BANDWIDTH,
-    prompt: int = PROMPT,
-) -> dict[str, float]:
-    """Estimated seconds by phase; communication is counted in full, as if none were hidden behind computing."""
-    b = getattr(torch, s.dtype).itemsize
-    phases, rate, wide = work(s, m, prompt), compute * (gpu.bf16 if b == 2 else gpu.fp32), bandwidth * gpu.bandwidth
-    out = {name: phase["flops"] / world / rate for name, phase in phases.items()}
-    if "sample" in phases:
-        samples, slots, _ = cache(s, m, world, prompt)
-        sample, mean = phases["sample"], MEAN_RESPONSE * s.max_new_tokens
-        steps = sample["rounds"] * (samples * mean / slots + s.max_new_tokens - mean)  # slots refill; the last run out
-        weights = steps * b * (m.linear + m.vocabulary * m.hidden) / wide
-        kv = sample["tokens"] / world * sample["context"] * m.layers * 2 * m.kv_heads * m.head_dim * b / wide
-        multiply = 2 * (m.linear + m.vocabulary * m.hidden) * sample["tokens"] / world / rate
-        out["sample"] = out.pop("prefill") + max(weights, multiply) + kv
-    share, sets = world if s.shard else 1, 2 if s.method == "bridge" else 1
-    updates = s.updates_per_rollout * (2 if s.method == "alternating" else 1)
-    out["optimizer"] = updates * sets * 28 * m.parameters / share / wide  # reads w, g, m, v and writes w, m, v, fp32
-    if world > 1:
-        passes = {
-            name: phases[name]["tokens"] / world for name in ("rl", "shadow", "sft", "reference") if name in phases
-        }
-        if s.shard:  # fp32 weights twice and gradients once for each micro-batch; the merged copy once
-            batches = {name: math.ceil(tokens / s.tokens_per_micro_batch) for name, tokens in passes.items()}
-            sent = 4 + sum(count * (4 if name == "reference" else 12) for name, count in batches.items())
-        else:  # the gradients of every set, summed once for each update
-            sent = 8 * updates * sets
-        out["communication"] = sent * m.parameters * (world - 1) / world / (LINK * gpu.link)
-    return out
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What the user sees
-
-
-def remedies(s: Settings, m: Shapes, world: int, limit: float, cuda: bool = True) -> list[str]:
-    """Changes that make the run fit, tried by the same formulas: each alone, else the memory settings together, and the
-    smallest number of GPUs."""
-
-    def fits(world: int = world, **changed) -> bool:
-        return memory(replace(s, **changed), m, world, cuda)[-1] <= limit
-
-    row, (_, slots, kv) = PROMPT + s.max_new_tokens, cache(s, m, world)
-    candidates = {
-        "tokens_per_micro_batch": [t for i in range(1, 20) if (t := s.tokens_per_micro_batch >> i) >= row],
-        "checkpoint_layers": range(s.checkpoint_layers + 1, m.layers + 1),
-        "sampler_slots": range(slots - 1, s.group_size - 1, -1),
-    }
-    ways = []
-    for name, values in candidates.items():
-        best = next((value for value in values if fits(**{name: value})), None)
-        if best is not None:
-            ways.append(f"{name} {best}" + f" ({slots} slots need {kv / GiB:.1f} GiB)" * (name == "sampler_slots"))
-    least = {name: values[-1] for name, values in candidates.items() if values}
-    if not ways and fits(**least):
-        ways.append(" with ".join(["", *(f"{name} {value}" for name, value in least.items())])[6:])
-    if world > 1 and not s.shard and fits(shard=True):
-        ways.append("--shard")
-    for changed in ({}, least) if cuda and "--shard" not in ways else ():
-        n = next((n for n in (2, 4, 8, 16, 32, 64) if n > world and fits(n, shard=True, **changed)), None)
-        if n:
-            return [*ways, " with ".join([f"{n} GPUs with --shard", *(f"{k} {v}" for k, v in changed.items())])]
-    return ways
 
 
 def check(s: Settings, m: Shapes, world: int, limit: float, cuda: bool = True) -> None:
-    """Raises SettingError if `limit` bytes, of each GPU or of a computer without one, are too few."""
-    need = memory(s, m, world, cuda)[-1]
-    if need > limit:
-        ways = "; or ".join(remedies(s, m, world, limit, cuda)) or "a smaller model"
-        where = "of each GPU" if cuda else "of memory"
-        raise SettingError(f"{need / GiB:.1f} GiB {where} needed, {limit / GiB:.1f} there; it would fit with {ways}")
+    """Raises SettingError if a GPU needs more than `limit` bytes; the message gives a setting that fits."""
+    peak = memory(s, m, world, cuda)[-1]
+    if peak <= limit:
+        return
+    text = f"the run does not fit: it needs {peak / GiB:.1f} of {limit / GiB:.1f} GiB"
+    trials = [(world, "tokens_per_micro_batch", s.tokens_per_micro_batch >> i) for i in range(1, 20)]
+    trials += [(world, "sampler_slots", max(s.sampler_slots >> i, s.group_size)) for i in range(1, 20)]
+    trials.append((world, "checkpoint_layers", m.layers))
+    trials += [(n, "shard", True) for n in (2, 4, 8, 16, 32, 64) if n >= world]
+    for n, name, value in trials:  # the cheapest change first
+        if memory(replace(s, **{name: value}), m, n, cuda)[-1] <= limit:
+            raise SettingError(f"{text}; it fits with {name} {value}, gpus {n}")
+    raise SettingError(f"{text}; choose a smaller model, shorter responses or a GPU with more memory")
 
 
-def machine(name: str | None) -> tuple[GPU | None, float, bool]:
-    """(GPU if known, memory of one in bytes, whether it is a GPU) by name, else here. Raises SettingError."""
-    if name:
-        if name not in GPUS:
-            raise SettingError(f"gpu must be one of {', '.join(GPUS)}; got {name!r}")
-        return GPUS[name], GPUS[name].memory, True
-    if torch.cuda.is_available():
-        here = torch.cuda.get_device_properties(0)
-        known = next((gpu for key, gpu in GPUS.items() if key in here.name.lower()), None)
-        return known, here.total_memory, True
-    return None, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), False
-
-
-def report(s: Settings, m: Shapes, gpu: GPU | None, world: int, limit: float, cuda: bool) -> str:
-    """Tables of memory, tokens and, for a known GPU, seconds. "estimated" rests on the assumptions above."""
-    *groups, peak = memory(s, m, world, cuda)
-    what = (
-        f"{world} GPU{'s' * (world > 1)}, {'sharded' if s.shard and world > 1 else 'nothing sharded'}"
-        if cuda
-        else "this computer's CPU"
-    )
-    lines = [f"{s.method} on {what}: {m.parameters:,} parameters, w {adapter(s, m)[0]:,} (computed)", ""]
-    lines += [f"memory {'of one GPU' if cuda else 'of the process'}, GiB, if every response runs to max_new_tokens"]
-    for title, parts in zip(("always", "while sampling", "while training"), groups, strict=True):
-        lines.append(f"  {title:<28}{sum(parts.values()) / GiB:8.2f}  computed")
-        lines += [f"    {name:<26}{value / GiB:8.2f}" for name, value in parts.items()]
-    computed = (peak - LIBRARIES[cuda]) / (1 + LOST[cuda])
-    title = f"{'CUDA, ' * cuda}libraries, {LOST[cuda]:.0%} lost"
-    lines.append(f"  {title:<28}{(peak - computed) / GiB:8.2f}  assumed")
-    lines.append(f"  {'peak':<28}{peak / GiB:8.2f}  of {limit / GiB:.1f}")
-    lines.append(f"  host memory while loading: {4 * m.parameters * world / GiB:.1f} GiB" * cuda)
-    phases = work(s, m)
-    lines += [f"a step of all ranks: {PROMPT} tokens in a prompt, responses of {MEAN_RESPONSE * s.max_new_tokens:.0f} "
-              f"and demonstrations of {MEAN_DEMONSTRATION * s.max_new_tokens:.0f} on average (assumed)"]  # fmt: skip
-    times = seconds(s, m, gpu, world) if gpu else {}
-    for name in [*phases, *(n for n in times if n not in phases)]:
-        phase = phases.get(name)
-        counts = f"{phase['tokens']:14,.0f} tokens {phase['flops'] / 1e12:12,.2f} TFLOP" if phase else " " * 40
-        lines.append(f"  {name:<14}{counts}" + (f" {times[name]:10.2f} s" if name in times else ""))
-    if gpu:
-        total = sum(t for name, t in times.items() if not (s.method == "sft_rl" and name == "sft"))
-        lines.append(f"  {'step':<54}{total:11.2f} s  estimated, not measured: {COMPUTE:.0%} of data sheet FLOP/s, "
-                     f"{BANDWIDTH:.0%} of its bandwidth, {LINK:.0%} of its link")  # fmt: skip
-    else:
-        lines.append("  no seconds: this machine's speed is not in the table; --gpu names one of " + ", ".join(GPUS))
-    return "\n".join(lines)
-
-
-def dry_run(s: Settings, name: str | None, gpus: int) -> None:
-    """Prints the report of a run on `gpus` GPUs of that name, or if None of this machine. Raises SettingError if the
-    model has no config, or the run does not fit."""
-    gpu, limit, cuda = machine(name)
-    m = shapes(config_of(s.model, s.trust_remote_code))
-    print(report(s, m, gpu, gpus, limit, cuda))
+def dry_run(s: Settings, config: PretrainedConfig, gpu: str | None, gpus: int) -> None:
+    """Prints the needs of a run on GPUs of a kind, else of this machine. Raises SettingError if it does not fit."""
+    if gpu and gpu not in GPUS:
+        raise SettingError(f"gpu must be one of {', '.join(GPUS)}; got {gpu!r}")
+    cuda, m = bool(gpu) or torch.cuda.is_available(), shapes(config)
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gpus  # of this computer's CPU
+    if cuda:
+        limit = GPUS[gpu].memory if gpu else torch.cuda.get_device_properties(0).total_memory
+    *groups, peak = memory(s, m, gpus, cuda)
+    here = "this computer's GPU" if cuda else "this computer's CPU"
+    print(f"{s.method}, {m.parameters:,} parameters; GiB of each of {gpus} x {gpu or here}")
+    for title, parts in zip(("state", "sampling", "training"), groups, strict=True):
+        print(f"  {title:<26}{sum(parts.values()) / GiB:8.2f}")
+        for part, value in parts.items():
+            print(f"    {part:<24}{value / GiB:8.2f}")
+    print(f"  {'peak, with libraries':<26}{peak / GiB:8.2f} of {limit / GiB:.1f}")
+    for phase, (tokens, flops) in work(s, m).items():
+        print(f"  {phase:<10}{tokens:14,.0f} tokens {flops / 1e12:12,.2f} TFLOP in a step of all ranks")
+    if gpu and s.dtype == "bfloat16":
+        times = seconds(s, m, GPUS[gpu], gpus)
+        text = " + ".join(f"{phase} {value:.1f}" for phase, value in times.items())
+        print(f"estimated, not measured, without communication: {text} = {sum(times.values()):.1f} seconds")
     check(s, m, gpus, limit, cuda)

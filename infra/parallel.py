@@ -1,12 +1,7 @@
-"""Several ranks as one: started by torchrun, one process per GPU (or, with gloo, per CPU).
+"""Several ranks that compute the result of one: started by torchrun, one process per GPU (or, with gloo, per CPU).
 
-All ranks draw the same prompts and demonstrations, share out the work, and bring the results together again, so that
-each knows the whole batch and decides the same. What is summed is gradients and numbers per token, divided before by
-counts over the whole batch: the number of ranks changes rounding, and nothing else. No rank may leave out a collective
-that another enters, whatever its data: that would be a hang.
-
-If a model does not fit on every GPU, `shard` cuts its weights, gradients and moments into one slice per rank (FSDP2).
-With one process all of this does nothing.
+All ranks draw the same prompts and demonstrations, each computes its share, and collectives combine the results, so all
+take the same decisions. Every rank must enter every collective, whatever its data.
 """
 
 import json
@@ -28,14 +23,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-TIMEOUT = timedelta(hours=1)  # in a collective, before a rank gives up: one may sample for long, while others wait
+from infra.model import pick_device
+from ops.packed import Row, pads
+from settings import Settings
 
 
-def start(timeout: timedelta = TIMEOUT) -> bool:
-    """Joins the ranks that torchrun started; alone, does nothing. On GPUs, each rank of a machine takes its own.
-
-    Returns whether torchrun has started these ranks before: with --max-restarts it does so after a failure.
-    """
+def start(timeout: timedelta = timedelta(hours=1)) -> bool:
+    """Joins the ranks that torchrun started. Returns whether torchrun restarted them after a failure."""
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return restarted
@@ -45,30 +39,26 @@ def start(timeout: timedelta = TIMEOUT) -> bool:
             fail(f"there is no GPU {local} on this machine, which has {count}: lower --nproc-per-node")
         torch.cuda.set_device(local)
     store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    attempt = agree(store, rank, world)
+    attempt = agree_on_attempt(store, rank, world)
     store = dist.PrefixStore(f"attempt {attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
-    return attempt > 1 or any(gather([restarted]))
+    return attempt > 1 or any(all_gather([restarted]))
 
 
-def agree(store: dist.Store, rank: int, world: int) -> int:
-    """The number of this attempt to run, from 1, the same on all ranks.
-
-    torchrun keeps its store over restarts, with the addresses of ranks that are gone, and its agents, one per machine,
-    each count their own failures only. So rank 0 counts, and tells every rank that shows by a word of its own that it
-    is there now.
-    """
+def agree_on_attempt(store: dist.Store, rank: int, world: int) -> int:
+    """The number of this attempt to run, from 1: rank 0 answers a fresh token of every other rank with it."""
+    # torchrun's store survives restarts, and the agent of each machine counts its own failures only
     if rank > 0:
-        word = uuid4().hex
-        store.set(f"rank {rank}", word)
-        attempt = int(store.get(word))  # waits for it
+        token = uuid4().hex
+        store.set(f"rank {rank}", token)
+        attempt = int(store.get(token))  # blocks until rank 0 answers
         store.set(f"attempt {attempt}, rank {rank}", "")
         return attempt
     attempt, absent = store.add("attempts", 1), range(1, world)
     while absent:
         for other in absent:
-            if store.check([f"rank {other}"]):  # perhaps from an earlier attempt: then nobody reads the answer
+            if store.check([f"rank {other}"]):  # no rank reads the answer to a token of an earlier attempt
                 store.set(store.get(f"rank {other}").decode(), str(attempt))
         time.sleep(0.02)
         absent = [other for other in absent if not store.check([f"attempt {attempt}, rank {other}"])]
@@ -76,17 +66,16 @@ def agree(store: dist.Store, rank: int, world: int) -> int:
 
 
 def end() -> None:
-    """Leaves together: a rank that goes while others still talk can bring them down."""
+    """Waits for all ranks: an early exit can abort the others' pending collectives."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 
 
 def fail(text: str) -> NoReturn:
-    """Ends the process with a message, which torchrun shows again below all that it has to say itself."""
+    """Ends the process with a message, which torchrun repeats below its own report."""
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        error = {"message": text, "extraInfo": {"timestamp": int(time.time())}}
-        Path(path).write_text(json.dumps({"message": error}))
+        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": {"timestamp": int(time.time())}}}))
     sys.exit(text)
 
 
@@ -94,91 +83,96 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def world() -> int:
-    """The number of ranks."""
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 @contextmanager
-def in_turns() -> Iterator[None]:
-    """For what is made or downloaded once: rank 0 first, then one rank of every other machine, then the rest."""
-    mine = min(rank(), 1 + (os.environ.get("LOCAL_RANK") != "0"))
-    for turn in range(3 if world() > 1 else 1):
-        if turn == mine:
-            yield
-        if world() > 1:
-            dist.barrier()
+def rank0_first() -> Iterator[None]:
+    """A block that makes or downloads files: the other ranks run it after rank 0."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if world_size() > 1 and rank() == 0:
+        dist.barrier()
 
 
-def gather(values: list) -> list:
-    """The values of all ranks, rank 0's first."""
-    if world() == 1:
+def all_gather(values: list) -> list:
+    """The values of all ranks in one list, in the order of ranks."""
+    if world_size() == 1:
         return values
-    parts: list = [None] * world()
+    parts: list = [None] * world_size()
     dist.all_gather_object(parts, values)
     return [value for part in parts for value in part]
 
 
-def first(value):
+def broadcast(value):
     """Rank 0's value, on every rank."""
-    shared = [value]
-    if world() > 1:
-        dist.broadcast_object_list(shared, 0)
-    return shared[0]
+    values = [value]
+    if world_size() > 1:
+        dist.broadcast_object_list(values, 0)
+    return values[0]
 
 
-def add(tensors: Iterable[Tensor]) -> None:
-    """Each becomes, in place, the sum over ranks; the same bits on all of them."""
-    if world() > 1:
+def all_reduce(tensors: Iterable[Tensor]) -> None:
+    """Replaces each tensor in place by its sum over ranks; all ranks get the same bits."""
+    if world_size() > 1:
         for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
             work.wait()
 
 
-def shares(sizes: list[int], parts: int) -> list[range]:
-    """Consecutive ranges of items, one per part, of about equal total size; some are empty if items are few or unequal.
+def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Sums gradients over ranks. FSDP2 has summed those of sharded parameters already."""
+    all_reduce(p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor))
 
-    >>> shares([5, 1, 1, 1, 2], 2)
-    [range(0, 1), range(1, 5)]
-    """
+
+def total_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """The 2-norm of all tensors together, sharded or not."""
+    norm = torch.nn.utils.get_total_norm(list(tensors))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def batches(rows: list[Row], s: Settings) -> Iterator[tuple[list[Row], slice]]:
+    """This rank's micro-batches of `rows`: (rows, t), t the place of their response tokens in [0, T)."""
+    share = shares([len(prompt) + len(response) for prompt, response in rows], world_size())[rank()]
+    ranges = micro_batches(rows, share, s.tokens_per_micro_batch, pads(pick_device(), getattr(torch, s.dtype)))
+    # every rank gets the same number, the last ones of some empty: the passes of a sharded model are collectives
+    ranges += [range(share.stop, share.stop)] * (max(all_gather([len(ranges)])) - len(ranges))
+    offsets = [0, *accumulate(len(response) for _, response in rows)]  # [N+1] start of each row's response, and T
+    for r in ranges:
+        yield rows[r.start : r.stop], slice(offsets[r.start], offsets[r.stop])
+
+
+def shares(sizes: list[int], parts: int) -> list[range]:
+    """Consecutive ranges of items, one per part, of about equal total size; some may be empty."""
     ends = list(accumulate(sizes))
     owner = [min(parts - 1, (2 * end - size) * parts // (2 * ends[-1])) for end, size in zip(ends, sizes, strict=True)]
     starts = [sum(o < part for o in owner) for part in range(parts + 1)]
     return [range(a, b) for a, b in pairwise(starts)]
 
 
-def as_many(batches: list[range]) -> list[range]:
-    """This rank's micro-batches and, where other ranks have more, empty ones: each is a forward and a backward pass,
-    in which sharded models bring their slices together."""
-    most = max(gather([len(batches)]))
-    return [*batches, *[range(0)] * (most - len(batches))]
+def micro_batches(rows: list[Row], share: range, tokens: int, padded: bool) -> list[range]:
+    """Consecutive ranges of `share`: at most `tokens` tokens (rows times longest row if attention pads) or one row."""
+    ranges, first, longest, total = [], share.start, 0, 0
+    for i in share:
+        length = sum(map(len, rows[i]))
+        longest, total = max(longest, length), total + length
+        if i > first and ((i + 1 - first) * longest if padded else total) > tokens:
+            ranges.append(range(first, i))
+            first, longest, total = i, length, length
+    return [*ranges, range(first, share.stop)] if share else []
 
 
 def shard(model: nn.Module, w: Iterable[nn.Parameter], train: bool = True) -> None:
-    """Cuts the model's parameters into a slice per rank, in place; on GPUs it also moves them there, layer by layer.
-
-    A layer is put together for as long as it computes; what belongs to no layer (embedding, head, last norm) from
-    `model.run`'s beginning to the end of the backward pass. Gradients arrive as sums over ranks, cut in the same way.
-    `w`, the adapter, is left whole: both θ and θ̂ wear it, and its gradient is summed by `add_gradients`.
-    """
-    if world() == 1:
+    """Cuts the model's parameters, in place, into a slice per rank. w stays whole, since both θ and θ̂ use it."""
+    if world_size() == 1:
         return
-    mesh = dist.init_device_mesh("cuda" if torch.cuda.is_available() else "cpu", (world(),))
+    mesh = dist.init_device_mesh(pick_device().type, (world_size(),))
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, ignored_params=set(w))
     fully_shard(model, mesh=mesh, ignored_params=set(w), reshard_after_forward=not train)
     for module in (model, *model.model.layers):
-        module.set_force_sum_reduction_for_comms(True)  # a sum over ranks, where FSDP2 by itself takes the mean
+        module.set_force_sum_reduction_for_comms(True)  # FSDP2's default is the mean over ranks
         module.set_gradient_divide_factor(1.0)
-    model.run = MethodType(lambda self, function: function(self), model)  # see model.run
-    register_fsdp_forward_method(model, "run")
-
-
-def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Gradients become sums over ranks. Those of sharded parameters are already."""
-    add(p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor))
-
-
-def norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all tensors together, whether they are sharded or not."""
-    total = torch.nn.utils.get_total_norm(list(tensors))
-    return total.full_tensor() if isinstance(total, DTensor) else total
+    model.run_forward = MethodType(lambda self, function: function(self), model)  # see ops.packed.run_forward
+    register_fsdp_forward_method(model, "run_forward")

@@ -1,89 +1,259 @@
-"""Watching a run: its numbers in TensorBoard or W&B as well as in the log files, and traces of single steps.
+"""One run: its folder and logs, the timer of its steps, its signals, and its errors in one line."""
 
-Neither package is needed; the one that --track names is imported, and nothing else.
-"""
-
+import json
+import math
+import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+import transformers
+from safetensors import SafetensorError
+from torch import nn
+from tqdm import tqdm
 
-from settings import SettingError
+from infra import parallel
+from infra.files import DataError, append_line, cut_back, write_atomically
+from infra.model import pick_device
+from ops.packed import ModelError, Row
+from settings import METHODS, SettingError, Settings
 
-Log = Callable[[int, dict], None]  # step and its record, as in metrics.jsonl and evals.jsonl
+LOGS = ("metrics", "evals", "samples")  # NAME.jsonl in the run folder: one JSON object per line, each with a "step"
+METRICS = (
+    "reward", "response_tokens", "truncated_frac", "zero_std_groups", "entropy", "kl", "clip_frac", "sft_nll",
+    "cooperative_gain", "gain_grad_norm", "grad_norm_theta", "grad_norm_w", "grad_norm_theta_hat", "ratio_hat_mean",
+    "ratio_hat_max", "ratio_hat_limited", "logp_gap_mean", "logp_gap_max", "lora_norm", "tokens_per_second",
+    "skipped_in_a_row",
+)  # fmt: skip
+
+MAX_SKIPPED = 5  # updates with a loss or gradient that is not finite, without a clean step between, end the run
+MAX_LOGP_GAP = 0.1  # nats per token between sampler and trainer on the same weights end the run
 
 
-def nowhere(step: int, record: dict) -> None:
-    """The log of a run that nobody tracks."""
+class Diverged(RuntimeError):
+    """Training that makes no sense to continue."""
 
 
-def numbers(record: dict, prefix: str = "") -> dict[str, float]:
-    """A record's numbers under one level of names; `step`, text and null are left out.
+@dataclass
+class RunFolder:
+    """The folder of a run. Rank 0 writes it; on other ranks the methods write nothing."""
 
-    >>> numbers({"step": 3, "reward": 0.5, "kl": None, "seconds": {"sample": 1.5}})
+    path: Path
+    tracker: Callable[[int, dict], object] | None = None  # gets a step and its record of metrics or accuracies
+
+    def refuse_existing(self, unless: bool) -> None:
+        """Raises SettingError on all ranks if the folder holds files, unless the run resumes."""
+        if parallel.broadcast(not unless and self.path.exists() and any(self.path.iterdir())):
+            raise SettingError(f"{self.path} exists: --resume continues it, --out names another folder")
+
+    def begin(self, s: Settings, argv: list[str], step: int) -> None:
+        """Creates the folder, or cuts its logs back to `step`, and writes config.json. Raises OSError, DataError."""
+        if parallel.rank() > 0:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        for name in LOGS:
+            cut_back(self.path / f"{name}.jsonl", step)
+        versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+        config = {"settings": asdict(s), "command": ["bridge.py", *argv], "versions": versions}
+        write_atomically(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def log(self, name: str, step: int, record: dict) -> None:
+        """Appends a record to NAME.jsonl and sends metrics and evaluations to the tracker."""
+        if parallel.rank() > 0:
+            return
+        append_line(self.path / f"{name}.jsonl", {"step": step} | record)
+        if self.tracker and name != "samples":
+            self.tracker(step, record)
+
+    def log_step(self, step: int, values: dict, seconds: dict[str, float], skipped: int, samples: list[dict]) -> None:
+        """Appends a step's metrics, null where the method lacks one, and the sampled completions of one group.
+
+        values: metrics by name; seconds: by phase; skipped: updates skipped in a row. Raises Diverged.
+        """
+        values = values | {"skipped_in_a_row": skipped}
+        if "sampled_tokens" in values:
+            values["tokens_per_second"] = values["sampled_tokens"] / seconds["sample"]
+        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        record = {name: float(f"{known[name]:.6g}") if name in known else None for name in METRICS}
+        self.log("metrics", step, record | {"seconds": {phase: round(t, 4) for phase, t in seconds.items()}})
+        for sample in samples:
+            self.log("samples", step, sample)
+        if (fraction := values.get("truncated_frac", 0.0)) > 0.5:
+            print0(f"step {step}: {fraction:.0%} of the completions were truncated; raise max_new_tokens?")
+        if skipped >= MAX_SKIPPED:
+            raise Diverged(
+                f"{skipped} updates had a loss or gradient that is not finite, with no clean step between: look into "
+                f"{self.path}/skipped-*.json, or start again with a lower alpha or beta and another --out"
+            )
+        if (gap := values.get("logp_gap_mean", 0.0)) > MAX_LOGP_GAP:
+            raise Diverged(
+                f"sampler and trainer disagree by {gap:.3f} nats per token on the same weights (logp_gap_mean): the "
+                "rollouts would be off-policy"
+            )
+
+    def dump_skipped(self, name: str, stats: dict, rollouts: list[Row] | None, demonstrations: list[Row]) -> None:
+        """Keeps the batch of a skipped update in skipped-NAME.json."""
+        path = self.path / f"skipped-{name}.json"
+        if parallel.rank() == 0:
+            numbers = {name: str(value) for name, value in stats.items()}
+            batch = {"rollouts": rollouts or [], "demonstrations": demonstrations}
+            path.write_text(json.dumps({"stats": numbers, **batch}))
+        print0(f"update {name}: a loss or gradient is not finite; no parameter was changed, the batch is in {path}")
+
+
+def all_finite(values: dict[str, float]) -> bool:
+    return all(map(math.isfinite, values.values()))
+
+
+def numbers(record: dict) -> dict[str, float]:
+    """The numbers of a record without null, those of an inner object under joined names.
+
+    >>> numbers({"reward": 0.5, "kl": None, "seconds": {"sample": 1.5}})
     {'reward': 0.5, 'seconds/sample': 1.5}
     """
-    out: dict[str, float] = {}
+    flat: dict = {}
     for name, value in record.items():
-        if isinstance(value, dict):
-            out |= numbers(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and prefix + name != "step":
-            out[prefix + name] = value
-    return out
+        flat |= {f"{name}/{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
+    return {name: value for name, value in flat.items() if value is not None}
 
 
 @contextmanager
-def tracked(package: str, out: Path, settings: dict, start: int) -> Iterator[Log]:
-    """A `Log` that sends what it is given to `package` ("", "tensorboard" or "wandb"), closed at the end.
+def tracked(folder: RunFolder, s: Settings, start: int) -> Iterator[None]:
+    """Sends the folder's records to the package `s.track` ("", "tensorboard" or "wandb") during the block.
 
-    A run resumed at step `start` continues its curves. TensorBoard drops what lies beyond `start`; W&B keeps what it
-    has and ignores those steps when they come again, with the same numbers. Raises SettingError if W&B refuses.
+    A run resumed at step `start` continues its curves: TensorBoard drops the steps beyond `start`, W&B ignores their
+    second record, which has the same numbers. Raises SettingError if W&B refuses.
     """
-    match package:
-        case "tensorboard":
-            from torch.utils.tensorboard import SummaryWriter
+    out = folder.path
+    if parallel.rank() > 0 or not s.track:
+        yield
+    elif s.track == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
 
-            writer = SummaryWriter(out / "tensorboard", purge_step=start + 1 if start else 0)
+        with SummaryWriter(out / "tensorboard", purge_step=start + 1 if start else 0) as writer:
+            folder.tracker = lambda step, record: [writer.add_scalar(n, v, step) for n, v in numbers(record).items()]
+            yield
+    else:
+        import wandb
 
-            def log(step: int, record: dict) -> None:
-                for name, value in numbers(record).items():
-                    writer.add_scalar(name, value, step)
-
-            try:
-                yield log
-            finally:
-                writer.close()
-        case "wandb":
-            import wandb
-
-            id_file = out / "wandb-id.txt"
-            if not id_file.exists():
-                id_file.write_text(secrets.token_hex(8))
-            id = id_file.read_text()
-            try:
-                run = wandb.init(project="bridge", name=out.name, id=id, resume="allow", dir=out, config=settings)
-            except wandb.Error as error:
-                raise SettingError(f"track: wandb refuses: {str(error).splitlines()[0]}") from error
-            with run:
-                yield lambda step, record: run.log(numbers(record), step=step)
-        case _:
-            yield nowhere
+        id_file = out / "wandb-id.txt"
+        if not id_file.exists():
+            id_file.write_text(secrets.token_hex(8))
+        names = dict(project="bridge", name=out.name, id=id_file.read_text())
+        try:
+            run = wandb.init(**names, resume="allow", dir=out, config=asdict(s))
+        except wandb.Error as error:
+            raise SettingError(f"track: wandb refuses: {str(error).splitlines()[0]}") from error
+        with run:
+            folder.tracker = lambda step, record: run.log(numbers(record), step=step)
+            yield
 
 
-def profiled(iterations: Iterable[int], steps: range, out: Path) -> Iterator[int]:
-    """The iterations k, with a trace of what is done in those whose step k+1 is in `steps`.
+class Timer:
+    """Seconds of one step by phase. Adds rank, step and phase to any exception."""
 
-    The trace goes to OUT/profile-step-000003.json.gz, which ui.perfetto.dev and chrome://tracing show; the phases of
-    the step's clock are ranges in it. Tracing slows a step down.
+    def __init__(self, step: int):
+        self.step, self.seconds = step, {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            with torch.profiler.record_function(phase):
+                yield
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+        except BaseException as error:
+            error.add_note(f"rank {parallel.rank()} of {parallel.world_size()}, step {self.step}, phase {phase}")
+            raise
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class StopSignal:
+    """SIGINT and SIGTERM end the loop after the current step; a second one ends the process at once.
+
+    Under torchrun a second one changes nothing, since torchrun repeats a signal that the terminal sent to all ranks.
     """
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * torch.cuda.is_available()
-    for k in iterations:
-        if k + 1 not in steps:
-            yield k
-            continue
-        with profile(activities=activities) as trace:
-            yield k
-        trace.export_chrome_trace(str(out / f"profile-step-{k + 1:06d}.json.gz"))
+
+    def __init__(self):
+        self.requested: signal.Signals | None = None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number, frame) -> None:
+        self.requested = signal.Signals(number)
+        if "TORCHELASTIC_RUN_ID" not in os.environ:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        print(f"\n{self.requested.name}: finishing this step, then saving", flush=True)
+
+    def on_any_rank(self) -> bool:
+        """Whether some rank received a signal; then all have it as `requested`. All ranks call it after every step."""
+        if number := max(parallel.all_gather([self.requested or 0])):
+            self.requested = signal.Signals(number)
+        return number > 0
+
+    def exit(self, step: int) -> NoReturn:
+        print0(f"stopped by {self.requested.name} after step {step}; everything is saved, --resume continues")
+        sys.exit(128 + self.requested)
+
+
+def print0(text: str) -> None:
+    """Prints on rank 0, above the progress bar."""
+    if parallel.rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def empty_cache() -> None:
+    """Returns free GPU memory to the driver: blocks cached by one stream or graph pool do not serve another."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def describe(s: Settings, parameters: dict[str, list[nn.Parameter]], data: dict[str, str]) -> str:
+    """What the run is about to do. parameters: by set; data: titled lines about the task."""
+    sizes = [f"{name} {sum(p.numel() for p in tensors):,} in {len(tensors)}" for name, tensors in parameters.items()]
+    sequences = f"{s.prompts_per_step} prompts x {s.group_size} samples = {s.prompts_per_step * s.group_size} sequences"
+    batch = [sequences] if METHODS[s.method].rl else []
+    batch += [f"{s.sft_batch} demonstrations"] if METHODS[s.method].sft else []
+    world, gpus, threads = parallel.world_size(), torch.cuda.device_count(), torch.get_num_threads()
+    ranks = f"{world} ranks{', sharded' if s.shard else ''}, each " if world > 1 else ""
+    idle = f"; torchrun --standalone --nproc-per-node {gpus} would use all {gpus} GPUs" if gpus > 1 == world else ""
+    lines = {
+        "settings": " ".join(f"{name}={value}" for name, value in asdict(s).items() if value != ""),
+        "trainable": f"{', '.join(sizes)} tensors, on {ranks}{pick_device()} with {threads} threads{idle}", **data,
+        "batch": f"a step takes {' and '.join(batch)}, {s.total_steps} steps; updates on the same rollouts: "
+        f"{s.updates_per_rollout}; at most {s.tokens_per_micro_batch} tokens in memory at a time",
+    }  # fmt: skip
+    return "\n".join(f"{title:<10}{text}" for title, text in lines.items())
+
+
+MEMORY_SETTINGS = "in sampling lower --sampler-slots, else --tokens-per-micro-batch, or raise --checkpoint-layers"
+EXPECTED = (SettingError, DataError, ModelError, Diverged, FloatingPointError, SafetensorError, OSError)
+
+
+@contextmanager
+def one_line_errors(program: str, when_full: str = MEMORY_SETTINGS) -> Iterator[None]:
+    """Ends the process with one line for an error that the user can mend, for full GPU memory and for Ctrl-C.
+
+    when_full: what to change when a GPU is out of memory.
+    """
+    name = f"{program}, rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else program
+    try:
+        yield
+    except (*EXPECTED, torch.OutOfMemoryError) as error:
+        notes = getattr(error, "__notes__", [])  # of Timer
+        where = f" ({'; '.join(notes)})" if notes else ""
+        full = f"out of GPU memory: {when_full}: " if isinstance(error, torch.OutOfMemoryError) else ""
+        parallel.fail(f"{name}: {full}{error}{where}")
+    except KeyboardInterrupt:
+        print(f"\n{name}: interrupted; the same command continues, of bridge.py with --resume")
+        sys.exit(128 + signal.SIGINT)

@@ -1,9 +1,9 @@
-"""Compiles every Triton kernel for Hopper (sm_90), which needs no GPU, and prints what came out as JSON lines.
+"""Compiles every Triton kernel for Hopper (sm_90) without a GPU and prints one JSON line per kernel.
 
     python tests/compile_kernels.py
 
-Registers and stack bytes per thread (a stack means that registers spilled), shared memory per program, and whether the
-matmul uses Hopper's own instructions: wgmma on the tensor cores, TMA copies.
+A line has registers and stack bytes per thread (a stack means spilled registers), shared memory per program, and
+whether the kernel uses Hopper's own instructions: wgmma on the tensor cores, TMA copies.
 """
 
 import json
@@ -18,45 +18,43 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-import logprob
-import sampler
-from ops import decoder
+from ops import decode, head, sample
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 F, B, I = "*fp32", "*bf16", "*i64"
 ROW = dict(V="i32", stride="i32", temperature="fp32")
 ATTEND = dict(Q=B, KEYS=B, VALUES=B, LENGTH=I, OUT=F, LSE=F, scale="fp32", q_stride="i32", slot_stride="i64",
               SPLITS="i32")  # fmt: skip
-TILE = dict(TOKENS=logprob.TOKENS, WORDS=logprob.WORDS, DEPTH=logprob.DEPTH, GROUP=logprob.GROUP)
+TILE = dict(TOKENS=head.TOKENS, WORDS=head.WORDS, DEPTH=head.DEPTH, GROUP=head.GROUP)
 SCORE = dict(HIDDEN="tensordesc<bf16[{TOKENS},{DEPTH}]>".format(**TILE),
              WEIGHT="tensordesc<bf16[{WORDS},{DEPTH}]>".format(**TILE), Y=I, MAX=F, SUM=F, SUM_Z=F,
              TARGET=F, N="i32", H="i32", V="i32", inverse_temperature="fp32")  # fmt: skip
 ROPE = dict(QKV=B, COS=F, SIN=F, NORMS=B, KV=B, CELLS=I, HEADS="i32", KV_HEADS="i32", eps="fp32")
 GRAD = dict(Z=F, Y=I, LSE=F, ENTROPY=F, G_LOGP=F, G_ENTROPY=F, D=B, V="i32", z_stride="i32", d_stride="i32",
             temperature="fp32")  # fmt: skip
-CHOOSE = dict(Z=F, U="*fp64", TOKEN=I, LOGP=F, **ROW, top_p="fp32")
+SAMPLE = dict(Z=F, U="*fp64", TOKEN=I, LOGP=F, **ROW, top_p="fp32")
 
-HALF, FULL = decoder.BLOCKS[2], decoder.BLOCKS[4]  # of bf16 and fp32
+HALF, FULL = decode.BLOCKS[2], decode.BLOCKS[4]  # for bf16 and fp32
 KERNELS = [  # kernel, types of its arguments, constants, warps, pipeline stages: as launched, for Qwen2.5-3B and others
-    (logprob.row_stats_kernel, dict(Z=F, Y=I, LOGP=F, ENTROPY=F, LSE=F, **ROW), dict(BLOCK=4096), 8, 3),
-    (logprob.row_gradients_kernel, GRAD, dict(BLOCK=4096), 8, 3),
-    (logprob.score_kernel, SCORE, dict(**TILE, UPCAST=False), 8, 4),
-    *((sampler.choose_kernel, CHOOSE, dict(GREEDY=g, NUCLEUS=p, BLOCK=2048), 8, 3)
+    (head.row_stats_kernel, dict(Z=F, Y=I, LOGP=F, ENTROPY=F, LSE=F, **ROW), dict(BLOCK=4096), 8, 3),
+    (head.row_gradients_kernel, GRAD, dict(BLOCK=4096), 8, 3),
+    (head.score_kernel, SCORE, dict(**TILE, UPCAST=False), 8, 4),
+    *((sample.sample_tokens_kernel, SAMPLE, dict(GREEDY=g, NUCLEUS=p, BLOCK=2048), 8, 3)
       for g, p in ((False, False), (False, True), (True, False))),
-    *((decoder.rope_and_store_kernel, ROPE, dict(D=128, BLOCK=64, NORM=norm), 1, 3) for norm in (False, True)),
-    (decoder.swiglu_kernel, dict(GATE_UP=B, OUT=B, width="i32"), dict(BLOCK=1024), 4, 3),
-    *((decoder.attend_kernel, ATTEND, dict(KV_HEADS=n, G=g, ROWS=16, D=d, WIDTH=w, BLOCK=HALF["BLOCK"], UPCAST=False),
+    *((decode.rope_and_store_kernel, ROPE, dict(D=128, BLOCK=64, NORM=norm), 1, 3) for norm in (False, True)),
+    (decode.swiglu_kernel, dict(GATE_UP=B, OUT=B, width="i32"), dict(BLOCK=1024), 4, 3),
+    *((decode.attend_kernel, ATTEND, dict(KV_HEADS=n, G=g, ROWS=16, D=d, WIDTH=w, BLOCK=HALF["BLOCK"], UPCAST=False),
        HALF["num_warps"], 3)
       for n, g, d, w in ((2, 8, 128, 128), (8, 3, 128, 128), (8, 4, 64, 64), (2, 7, 80, 128))),
-    (decoder.attend_kernel, ATTEND | dict(Q=F, KEYS=F, VALUES=F),  # --dtype float32 on a GPU
+    (decode.attend_kernel, ATTEND | dict(Q=F, KEYS=F, VALUES=F),  # --dtype float32 on a GPU
      dict(KV_HEADS=2, G=8, ROWS=16, D=128, WIDTH=128, BLOCK=FULL["BLOCK"], UPCAST=False), FULL["num_warps"], 3),
-    *((decoder.attend_merge_kernel, dict(PARTS=F, LSE=F, OUT=B, SPLITS="i32"), dict(D=128, WIDTH=128, PADDED_SPLITS=n),
+    *((decode.attend_merge_kernel, dict(PARTS=F, LSE=F, OUT=B, SPLITS="i32"), dict(D=128, WIDTH=128, PADDED_SPLITS=n),
        4, 3) for n in (1, 8, 64)),
 ]  # fmt: skip
 
 
 def compiled(kernel, types: dict[str, str], constants: dict, warps: int, stages: int) -> dict:
-    """Compiles one kernel, pointers and strides taken to be multiples of 16 as torch makes them."""
+    """Compiles one kernel. Pointers and strides are multiples of 16, like torch's."""
     names = [p.name for p in kernel.params]
     aligned = {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*" or "stride" in n}
     signature = {n: types.get(n, "constexpr") for n in names}

@@ -1,7 +1,9 @@
-"""Tiny random models on the CPU; every test is deterministic."""
+"""Tiny random models on the CPU. Every test is deterministic."""
 
+import contextlib
 import json
 import os
+import signal
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; read when transformers is imported
@@ -14,8 +16,8 @@ if not torch.cuda.is_available():  # kernels that a test asks for run on the CPU
 
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
+import ops.packed  # noqa: F401  registers the packed attention
 from infra import checkpoint
-from infra import model as _registers_the_packed_attention  # noqa: F401
 
 torch.set_num_threads(1)  # the models are tiny: two threads only get in each other's way
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
@@ -72,3 +74,26 @@ def exact(hidden, weight, targets, temperature=1.0):
 @pytest.fixture(params=CONFIGS)
 def any_model(request):
     return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """finished_run(*flags) is the folder of a smoke run with these flags, made once and shared: read it only.
+
+    The file `stdout` beside the folder holds what the run printed.
+    """
+    import bridge
+
+    folders = {}
+
+    def folder_of(*flags: str) -> Path:
+        if flags not in folders:
+            folders[flags] = tmp_path_factory.mktemp("runs") / "run"
+            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            with open(folders[flags].parent / "stdout", "w") as file, contextlib.redirect_stdout(file):
+                bridge.main(["--preset", "smoke", "--out", str(folders[flags]), *flags])
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return folders[flags]
+
+    return folder_of

@@ -1,4 +1,4 @@
-"""What the grader must accept and refuse: (gold, answer in the box, expected, why)."""
+"""Cases for the grader. CASES: (gold, content of the box, expected verdict, why)."""
 
 # fmt: off
 CASES = [
@@ -8,7 +8,7 @@ CASES = [
     ("27.0", "27.05", False, "the float gold is not a rounded one"),
     ("42", "42.", True, "a stray full stop"),
     ("025", "25", True, "AIME golds are padded with zeros"),
-    ("25", "025", True, "the model pads with zeros"),
+    ("25", "025", True, "the answer is padded with zeros"),
     ("073", "730", False, "a zero at the other end counts"),
     ("+2", "2", True, "a plus sign before the gold"),
     ("10", "+10", True, "a plus sign before the answer"),
@@ -22,7 +22,7 @@ CASES = [
     ("1.25", "1.2", False, "rounded to one digit"),
     ("326.5", "327", False, "rounded to an integer"),
     ("42", "42 or 43", False, "a list of candidates"),
-    ("42", "43, 42", False, "the right one is last of two"),
+    ("42", "43, 42", False, "the correct one is the last of two"),
     ("5", "5, 5", False, "a list of two is not one number"),
     ("42", "4 2", False, "two digits with a space are not one number"),
     ("42", "4_2", False, "an underscore does not glue digits"),
@@ -123,7 +123,7 @@ CASES = [
     (r"137 \frac{1}{2}", "137.5", True, "a mixed number as a decimal"),
     (r"137 \frac{1}{2}", "68.5", False, "a mixed number does not multiply"),
     (r"-1\frac{1}{2}", "-1.5", True, "the sign holds for both parts"),
-    (r"-1\frac{1}{2}", "-0.5", False, "the sign is not of the whole part alone"),
+    (r"-1\frac{1}{2}", "-0.5", False, "the sign holds for more than the whole part"),
     (r"\frac{x}{2}", r"x\frac{1}{2}", True, "a letter before a fraction does multiply"),
 
     # worked out or not
@@ -170,9 +170,9 @@ CASES = [
     (r"8 \%", r"8\text{ percent}", True, "percent as a word"),
     (r"8 \%", "0.8", False, "percent is a hundredth, not a tenth"),
     (r"8 \%", "800", False, "percent is never a hundred times more"),
-    ("7", "0.07", False, "nobody spoke of percent, divided"),
-    ("7", "700", False, "nobody spoke of percent, multiplied"),
-    ("0.07", "7", False, "nobody spoke of percent, gold below one"),
+    ("7", "0.07", False, "no percent sign in either, divided by 100"),
+    ("7", "700", False, "no percent sign in either, multiplied by 100"),
+    ("0.07", "7", False, "no percent sign in either, the gold is below one"),
     ("17.5%", r"17.6\%", False, "another percentage"),
 
     # degrees
@@ -198,7 +198,7 @@ CASES = [
     (r"\$36", r"-\$36", False, "a debt"),
 
     # units
-    ("15", r"15 \text{ cm}", True, "a unit the gold does not have"),
+    ("15", r"15 \text{ cm}", True, "a unit for a gold without a unit"),
     (r"15\mbox{ cm}^2", "15", True, "a unit left out"),
     (r"15\mbox{ cm}^2", r"15\,\mathrm{cm^2}", True, "the square inside the roman letters"),
     (r"15\mbox{ cm}^2", "15 cm^2", True, "a unit in plain letters"),
@@ -214,8 +214,8 @@ CASES = [
     (r"60 \text{ km/h}", r"60 \text{ mph}", False, "another speed"),
     (r"60 \text{ km/h}", r"60 \text{ km}", False, "a distance for a speed"),
     (r"12\pi", r"12\pi \text{ cm}", True, "a unit after an expression"),
-    ("12", r"12 \text{ apples}", True, "an unknown word says nothing"),
-    ("12", r"13 \text{ apples}", False, "an unknown word hides nothing"),
+    ("12", r"12 \text{ apples}", True, "an unknown word after the number is ignored"),
+    ("12", r"13 \text{ apples}", False, "an unknown word does not excuse another number"),
     ("3", r"3 \text{ hours } 15 \text{ minutes}", False, "two units, only the first part is right"),
     ("12", r"1 \text{ or } 2", False, "deleted words would glue the digits"),
     ("7", r"7 \text{ or } 8", False, "a hedge in words after the number"),
@@ -301,7 +301,7 @@ CASES = [
     ("1e11", "10^{11}", True, "a bare power of ten"),
     ("1e-5", "0.00001", True, "a negative exponent"),
     (r"6\times10^{-34}", r"6\times10^{-31}", False, "two tiny numbers"),
-    ("2.88e16", r"2.9\times10^{16}", False, "rounded with nobody allowing it"),
+    ("2.88e16", r"2.9\times10^{16}", False, "rounded without a tolerance"),
 
     # powers, factorials, binomials
     ("2^{1009}", "2^{1010}", False, "the next power"),
@@ -354,8 +354,8 @@ CASES = [
     (r"(1 - 3e^{-2t} + 2e^{-5t}) u(t)", r"u(t)(1 - 3e^{-2t} + 2e^{-5t})", True, "a step function in front"),
     (r"(1 - 3e^{-2t} + 2e^{-5t}) u(t)", "1 - 3e^{-2t} + 2e^{-5t}", False, "the step function is lost"),
     ("I(0)", "0", False, "a name with an argument is not a product with zero"),
-    ("I(0)", "2I(0)", False, "not a multiple of nothing"),
-    ("0", "I(0)", False, "and it is not zero itself"),
+    ("I(0)", "2I(0)", False, "a multiple of a function value is not the function value"),
+    ("0", "I(0)", False, "a function value is not zero"),
 
     # absolute value, floor, ceiling
     ("|x|", "x", False, "equal for positive numbers only"),
@@ -388,7 +388,7 @@ CASES = [
     ("(2,4)", "{(2,4)}", True, "braces around a tuple"),
     ("4.5", r"4.5\ \mathrm{erg\,s^{-1}}", True, "a unit with a negative power"),
     ("4.5", r"4.5\ \mathrm{g/cm^{3}}", True, "a unit with a braced power"),
-    ("204", r"\text{204 minutes}", True, "the whole answer as text"),
+    ("204", r"\text{204 minutes}", True, "the whole answer inside a text command"),
     (r"80\text{ cents}", "80\u00a2", True, "the cent sign"),
     (r"(-\infty,5)\cup(5,\infty)", r"\mathbb{R}\setminus\{5\}", True, "all reals but one"),
     (r"(-\infty,5)\cup(5,\infty)", r"\mathbb{R}\setminus\{-5\}", False, "all reals but another one"),
@@ -406,7 +406,7 @@ CASES = [
     ("MR=SRMC", "SRMC=MR", True, "names on both sides"),
     ("MR=SRMC", "SRMC", False, "one side of an equation between names"),
     ("-2+7i", r"-2 + 7\mathrm{i}", True, "an upright imaginary unit"),
-    ("x", r"\sqrt{x^2}", True, "letters stand for positive numbers unless bars say otherwise"),
+    ("x", r"\sqrt{x^2}", True, "letters stand for positive numbers unless bars are present"),
     ("|x|", r"\sqrt{x^2}", True, "the absolute value as a root"),
     ("|x-1|", r"\left|1-x\right|", True, "the distance is symmetric"),
     ("|x|", r"\lvert x \rvert", True, "TeX's own bars"),
@@ -415,6 +415,8 @@ CASES = [
     (r"m n-\lfloor m / 2\rfloor", r"mn - \lceil m/2 \rceil", False, "a ceiling for a floor"),
     (r"\lceil n / 2\rceil+1", r"\left\lceil \frac{n}{2} + 1 \right\rceil", True, "an integer moves into the ceiling"),
     ("x", r"\lfloor x \rfloor", False, "equal at integers only"),
+    (r"\lceil k/2 \rceil", r"\lfloor (k+1)/2 \rfloor", True, "a floor and a ceiling that are equal at integers"),
+    (r"\lceil k/2 \rceil", r"\lfloor k/2 \rfloor", False, "a floor and a ceiling that differ at odd integers"),
     (r"\left\lfloor\log _{2} n\right\rfloor+1", r"\lfloor \frac{\ln n}{\ln 2} \rfloor+1", True, "base 2 in a floor"),
 
     # names, equations, chains
@@ -528,7 +530,7 @@ CASES = [
     (r"\left( 3, \frac{\pi}{2} \right)", "(3, 1.5708)", False, "a rounded coordinate"),
     (r"\left( 3, \frac{\pi}{2} \right)", r"(3, 90^\circ)", False, "degrees for radians in a pair"),
     (r"\left( \frac{3}{2}, -13 \right)", "(1.5, -13)", True, "coordinates compare by value"),
-    ("(15,-29)", "x=15, y=-29, z=0", False, "names that the pair does not have"),
+    ("(15,-29)", "x=15, y=-29, z=0", False, "three named values for a pair"),
     ("$(1,1), (3,2)$", r"\{(3,2),(1,1)\}", True, "a set of pairs"),
     ("(1,1), (3,2)", "(1,1), (2,3)", False, "one pair turned round"),
     ("(1,1), (3,2)", "1, 1, 3, 2", False, "the pairs dissolved"),
@@ -539,7 +541,7 @@ CASES = [
     # matrices
     (r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}", r"\begin{bmatrix}1&2\\3&4\end{bmatrix}", True, "square brackets"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\left(\begin{array}{cc}1&2\\3&4\end{array}\right)", True, "an array"),
-    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\\ \end{pmatrix}", True, "a last line break"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&4\\ \end{pmatrix}", True, "a line break after the last row"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&3\\2&4\end{pmatrix}", False, "transposed"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}", False, "one entry is wrong"),
     (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{vmatrix}1&2\\3&4\end{vmatrix}", False, "a determinant"),
@@ -557,7 +559,7 @@ CASES = [
     ("(3,4]", "[4,3)", False, "the ends swapped"),
     (r"\left(\frac{3}{5},\frac{8}{3}\right]", "(0.6, 8/3]", True, "ends compare by value"),
     (r"\left(\frac{3}{5},\frac{8}{3}\right]", "(0.6, 2.667]", False, "a rounded end"),
-    (r"(2,\infty)", r"[2,\infty)", False, "two belongs to it or not"),
+    (r"(2,\infty)", r"[2,\infty)", False, "the end 2 belongs to one of the two only"),
     (r"(2,\infty)", r"(-\infty,2)", False, "the other half line"),
     (r"(2,\infty)", r"(2,+\infty)", True, "a plus before infinity"),
     (r"(2,\infty)", "2", False, "only the end"),
@@ -612,7 +614,7 @@ CASES = [
     ("52_8", "52_7", False, "another base"),
     ("52_8", "25_8", False, "other digits"),
     ("4210_{5}", "4210_{10}", False, "the digits in base ten"),
-    ("52", "52_8", False, "a base the gold does not have"),
+    ("52", "52_8", False, "a base for a gold without a base"),
     ("42", "52_8", False, "the value in a base for a bare gold"),
 
     # ratios
@@ -670,7 +672,7 @@ CASES = [
     ("5", "eval('5')", False, "a string to evaluate"),
     ("5", "().__class__.__base__ and 5", False, "dunder names before the answer"),
     ("0", r"open('x','w').write('')*0*\pi", False, "a file written on the way to zero"),
-    ("0", r"exit(0*\pi)", False, "leaves the grader"),
+    ("0", r"exit(0*\pi)", False, "a call that ends the process"),
     ("5", r"\input{/etc/hostname} 5", False, "a TeX file command"),
     ("5", r"\def\x{5}\x", False, "a TeX macro"),
     ("5", "5; import os", False, "a second statement"),
@@ -687,9 +689,9 @@ CASES = [
     ("5", "{5", False, "a brace too many opens"),
     ("5", "6}5", False, "a brace too many closes the box early"),
     ("5", r"\left(5", False, "a parenthesis that never closes"),
-    ("5", "\\", False, "a backslash alone, which also hides the brace"),
+    ("5", "\\", False, "a backslash alone, which also escapes the closing brace"),
 
-    # golds that cannot be read: nothing is right for them
+    # unreadable golds: every answer is wrong
     (r"\frac{1}{", r"\frac{1}{", False, "the same broken text"),
     (r"\frac{1}{", "1", False, "a guess at a broken gold"),
     ("", "", False, "nothing for nothing"),
@@ -701,7 +703,7 @@ CASES = [
     ("5+", "5", False, "a gold that breaks off"),
     (r"\begin{pmatrix} 1 \\ 2", r"\begin{pmatrix} 1 \\ 2", False, "a gold with an open matrix"),
 ]
-RESPONSES = [  # (gold, whole response, expected, why): extraction
+RESPONSES = [  # (gold, whole response, expected verdict, why)
     ("42", r"The answer is \boxed{42}. I used \boxed as required.", True, "a box that is only mentioned"),
     ("5", r"$\boxed{5}$.  $\boxed{x=5}$", True, "the same answer twice, once with its name"),
     ("5", r"$\boxed{5}$. $\boxed{6}$", False, "two answers side by side"),
@@ -765,24 +767,24 @@ RESPONSES = [  # (gold, whole response, expected, why): extraction
     ("42", r"<think>It is \boxed{4", False, "cut off in the thought"),
     ("8", r"<think>\boxed{7}</think>\boxed{8}", True, "a thought's box is not glued to the answer"),
 ]
-WITH_OPTIONS = [  # (gold, answer, dict(tolerance=..., unit=...), expected, why)
+WITH_OPTIONS = [  # (gold, content of the box, dict(tolerance=..., unit=...), expected verdict, why)
     # tolerance
     ("1.6", "1.59", dict(tolerance=0.01), True, "within the tolerance"),
     ("1.6", "1.5", dict(tolerance=0.01), False, "beyond the tolerance"),
-    ("1.6", "-1.6", dict(tolerance=0.05), False, "the sign is not a matter of tolerance"),
+    ("1.6", "-1.6", dict(tolerance=0.05), False, "a tolerance does not allow another sign"),
     ("1.6", "160", dict(tolerance=0.05), False, "a hundred times too big"),
     ("1000", "1009", dict(tolerance=0.01), True, "the tolerance is relative, large gold"),
     ("0.003", "0.0035", dict(tolerance=0.05), False, "the tolerance is relative, small gold"),
-    ("0", "0.001", dict(tolerance=0.05), False, "nothing is close to zero in relative terms"),
+    ("0", "0.001", dict(tolerance=0.05), False, "no other number is close to zero in relative terms"),
     ("0", "0.0", dict(tolerance=0.05), True, "zero is zero"),
     ("3.83e35", r"3.8\times10^{35}", dict(tolerance=0.01), True, "rounded scientific notation"),
     ("3.83e35", r"3.83\times10^{34}", dict(tolerance=0.05), False, "the power of ten is off by one"),
     ("0.33", r"\frac{1}{3}", dict(tolerance=0.02), True, "a fraction near a decimal"),
     ("1.414", r"\sqrt{2}", dict(tolerance=0.01), True, "a radical near a decimal"),
-    ("1.6", "1 + 0.6", dict(tolerance=0.05), False, "not worked out, tolerance or not"),
+    ("1.6", "1 + 0.6", dict(tolerance=0.05), False, "not worked out, with a tolerance"),
     ("1.6", "1.6 or 1.7", dict(tolerance=0.05), False, "two candidates near the gold"),
     ("1.6", "x > 1.6", dict(tolerance=0.05), False, "a bound near the gold"),
-    ("1.6", r"\infty", dict(tolerance=0.05), False, "infinity is near nothing"),
+    ("1.6", r"\infty", dict(tolerance=0.05), False, "infinity is not near a number"),
     ("1.68,0.45", "0.45, 1.7", dict(tolerance=0.02), True, "each item of a list has the tolerance"),
     ("1.68,0.45", "0.45, 0.46", dict(tolerance=0.02), False, "two items near the same gold"),
     (r"\text{Evelyn}", "Eve", dict(tolerance=0.5), False, "no tolerance for words"),

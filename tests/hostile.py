@@ -1,4 +1,4 @@
-"""Strings that a grader must survive: atoms thrown together, mutated answers, TeX grown from a grammar, repetitions."""
+"""Hostile strings for the grader: random atoms, mutated answers, random TeX of a grammar, repetitions."""
 
 import random
 
@@ -26,7 +26,7 @@ BRANCHES = [
 
 
 def grow(rng: random.Random, depth: int = 8) -> str:
-    """A sentence of the TeX grammar."""
+    """A random TeX expression of the grammar given by LEAVES and BRANCHES."""
     if depth == 0 or rng.random() < 0.25:
         return rng.choice(LEAVES)
     first, *rest = rng.choice(BRANCHES).split("@")
@@ -34,7 +34,7 @@ def grow(rng: random.Random, depth: int = 8) -> str:
 
 
 def mutate(rng: random.Random, text: str) -> str:
-    """A few characters dropped, atoms inserted, tails doubled."""
+    """Drops characters, inserts atoms and doubles tails, one to four times."""
     for _ in range(rng.randrange(1, 5)):
         i, kind = rng.randrange(len(text) + 1), rng.random()
         if kind < 0.4:
@@ -47,7 +47,7 @@ def mutate(rng: random.Random, text: str) -> str:
 
 
 def strings(seed: int, count: int, answers: list[str]):
-    """`count` hostile strings; `answers` are ordinary ones to start mutations from."""
+    """Yields `count` hostile strings. `answers` are ordinary answers, the starting points of mutations."""
     rng = random.Random(seed)
     for n in range(count):
         if n % 4 == 0:
@@ -57,6 +57,6 @@ def strings(seed: int, count: int, answers: list[str]):
         elif n % 4 == 2:
             text = grow(rng)
         else:
-            many = rng.choice(ATOMS) * rng.choice([3, 20, 50, 300, 3000])  # what a policy stuck in a loop writes
+            many = rng.choice(ATOMS) * rng.choice([3, 20, 50, 300, 3000])  # the output of a degenerate policy
             text = mutate(rng, grow(rng)) if rng.random() < 0.5 else rng.choice(["", "x = "]) + many + rng.choice(TAILS)
         yield text if rng.random() < 0.1 else "\\boxed{" + text + "}"

@@ -1,8 +1,9 @@
-"""prompts.py and data.py: templates, sources, fields, filters, contamination, presets, the user's own reward."""
+"""Prompts, sources, contamination, the tasks that --task names, and functions of the user."""
 
 import copy
 import json
-import time
+import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,15 @@ from transformers import PreTrainedTokenizerFast
 
 import bridge
 import rewards
+import rollout
 import settings
-from infra.model import ModelError
+from infra.files import DataError
+from infra.run import RunFolder
+from ops.packed import ModelError
 from sampler import Completion
-from tasks import arithmetic as toy
-from tasks import prompts
-from tasks import sources as data
+from tasks import arithmetic, named, prompts, sources
 from tasks import task as tasks
-from tasks.sources import DataError, Demonstration, Problem
-from tasks.task import Task
+from tasks.task import Demonstration, Problem, Task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CHATML = (
@@ -33,12 +34,12 @@ LLAMA = (
     "{% endfor %}"
     "{% if add_generation_prompt %}<|start|>assistant<|stop|>\n\n{% endif %}"
 )
-THINKS = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")  # as Qwen3's does with old thoughts
+THINKS = CHATML.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")  # Qwen3's drops old thoughts
 SPECIAL = ["<end>", "<bos>", "<|im_start|>", "<|im_end|>", "<|start|>", "<|stop|>", "<|eot_id|>"]
 
 
 def make(chat_template=None, adds_bos=False):
-    """A byte tokenizer; its BOS, if it adds one, comes from the post-processor, as in Llama's."""
+    """A byte tokenizer; like Llama's it may add a BOS in its post-processor."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     inner = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate([*SPECIAL, *alphabet])}, merges=[]))
     inner.pre_tokenizer, inner.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -63,17 +64,11 @@ def write(path, rows):
 @pytest.mark.parametrize("adds_bos", [False, True])
 @pytest.mark.parametrize(
     ("chat_template", "template", "end"),
-    [
-        (CHATML, "", "<|im_end|>"),
-        (LLAMA, "", "<|eot_id|>"),
-        (THINKS, "", "<|im_end|>"),
-        (None, "qwen-boxed", "<|im_end|>"),
-        (CHATML, "plain", "<end>"),
-    ],
-)
-def test_sft_and_rl_share_prompt_ids_have_one_bos_and_a_trained_end_of_turn(adds_bos, chat_template, template, end):
-    if chat_template == LLAMA and not adds_bos:
-        pytest.skip("this template writes a BOS")
+    [(CHATML, "", "<|im_end|>"), (LLAMA, "", "<|eot_id|>"), (THINKS, "", "<|im_end|>"),
+     (None, "qwen-boxed", "<|im_end|>"), (CHATML, "plain", "<end>")],
+)  # fmt: skip
+def test_sft_and_rl_prompts_are_equal_and_the_end_of_turn_is_trained(adds_bos, chat_template, template, end):
+    adds_bos = adds_bos or chat_template == LLAMA  # this template writes a BOS
     tokenizer = make(chat_template, adds_bos)
     d = Demonstration("What is 1+2?", "<think>three</think>\\boxed{3}" + end + "<end>", "3")
     task = Task([Problem("What is 2+2?", "4")], [d], [Problem("What is 5+5?", "10")], template=template)
@@ -85,7 +80,7 @@ def test_sft_and_rl_share_prompt_ids_have_one_bos_and_a_trained_end_of_turn(adds
     assert tokenizer.decode(prompt).count("What is 1+2?") == 1
 
 
-def test_the_named_templates_are_simplerl_s_to_the_letter():
+def test_the_named_templates_equal_simplerl_s_letter_by_letter():
     question = "What is {x} {question}?"
     assert prompts.prompt_text(None, question, "ignored", "qwen-boxed") == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nWhat is {x} {question}?\n"
@@ -95,12 +90,16 @@ def test_the_named_templates_are_simplerl_s_to_the_letter():
     assert prompts.prompt_text(None, question, "ignored", "plain") == expected
 
 
-def test_the_end_of_turn_is_what_the_template_writes_behind_an_answer():
+def test_the_settings_offer_exactly_the_named_templates():
+    assert settings.CHOICES["template"] == ("", *prompts.TEMPLATES)
+
+
+def test_the_end_of_turn_is_the_first_special_token_behind_an_answer():
     ends = {template: prompts.end_of_turn(make(template, adds_bos=True)) for template in (CHATML, LLAMA, THINKS)}
     assert [SPECIAL[i] for i in ends.values()] == ["<|im_end|>", "<|eot_id|>", "<|im_end|>"]
     assert prompts.end_of_turn(make("{% for m in messages %}{{ m.content }}{% endfor %}")) is None
     assert prompts.end_of_turn(make(), "plain") is None
-    assert prompts.end_of_turn(toy.make_tokenizer(), "qwen-boxed") is None, "its vocabulary has no <|im_end|>"
+    assert prompts.end_of_turn(arithmetic.make_tokenizer(), "qwen-boxed") is None, "no <|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -108,130 +107,122 @@ def test_the_end_of_turn_is_what_the_template_writes_behind_an_answer():
     [
         (None, r"has no chat template: choose one with --template, qwen-boxed or plain"),
         ("{{ bos_token }}Answer:", r"drops or changes the question 'What is 5\+5\?'"),
-        (
-            "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
-            r"drops what the assistant says.*choose a --template, qwen-boxed or plain",
-        ),
+        ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
+         r"drops the assistant's message: choose one with --template, qwen-boxed or plain"),
         ("{{ bos_token + bos_token }}{{ messages[0].content }}", r"begins with '<bos>' twice"),
         ("{{ raise_exception('no user') }}", r"chat template fails \(no user\)"),
         ("{% for m in messages %", r"chat template fails"),
     ],
-)
-def test_a_template_that_cannot_be_trained_on_is_refused_in_one_line(chat_template, message):
+)  # fmt: skip
+def test_an_unusable_chat_template_is_refused_in_one_line(chat_template, message):
     task = Task([Problem("What is 2+2?", "4")], [], [Problem("What is 5+5?", "10")])
     with pytest.raises(ModelError, match=message) as refused:
         tasks.prepare(task, make(chat_template, adds_bos=True), 100, 1000, False)
     assert "\n" not in str(refused.value)
 
 
-def test_a_run_samples_and_evaluates_in_its_template_and_stops_at_its_end_of_turn(tmp_path, monkeypatch):
+def test_a_run_evaluates_and_trains_in_its_template_and_stops_at_its_end_of_turn(tmp_path, monkeypatch):
     tokenizer, model = make(CHATML), tiny_model()
-    model.resize_token_embeddings(len(tokenizer))
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.max_position_embeddings, model.generation_config.eos_token_id = 1000, None
-    monkeypatch.setattr(bridge, "load", lambda *_: (copy.deepcopy(model), tokenizer))
+    monkeypatch.setattr(rollout, "load", lambda *_: (copy.deepcopy(model), tokenizer))
     rows = [{"question": f"{i}+{i}?", "answer": str(2 * i), "solution": f"\\boxed{{{2 * i}}}"} for i in range(9)]
-    path, asked, answered = write(tmp_path / "a.jsonl", rows), [], Completion([0], [0.0], "stop")
-    for template, stop in (
-        ("qwen-boxed", ["<end>", "<|im_end|>"]),
-        ("", ["<end>", "<|im_end|>"]),
-        ("plain", ["<end>"]),
-    ):
-        s = settings.Settings(rl_data=path, sft_data=path, eval_problems=1, template=template)
-        run = bridge.set_up(s, tmp_path)
-        assert [SPECIAL[i] for i in run.sampler.stop] == stop
+    path, asked = write(tmp_path / "a.jsonl", rows), []
+
+    def generate(ids, *_, **__):
+        asked.extend(ids)
+        return [[Completion([0], [0.0], "stop")]] * len(ids)
+
+    for template, stop in (("qwen-boxed", ["<|im_end|>"]), ("", ["<|im_end|>"]), ("plain", [])):
+        s = settings.Settings(model="tiny", rl_data=path, sft_data=path, eval_problems=1, template=template)
+        run = bridge.set_up(s, RunFolder(tmp_path))
+        assert [SPECIAL[i] for i in run.env.sampler.stop] == ["<end>", *stop]
         expected = prompts.encode_prompt(tokenizer, "8+8?", prompts.INSTRUCTION, template)
         assert run.demonstrations[0][0] == prompts.encode_prompt(tokenizer, "0+0?", prompts.INSTRUCTION, template)
-        monkeypatch.setattr(run.sampler, "generate", lambda ids, *_, **__: asked.extend(ids) or [[answered]] * len(ids))
+        monkeypatch.setattr(run.env.sampler, "generate", generate)
         bridge.evaluate_policies(run, 0)
         assert asked[-1] == expected
 
 
-def test_an_unknown_template_is_refused_before_anything_is_loaded():
-    with pytest.raises(settings.SettingError, match=r"template must be qwen-boxed or plain, or empty.*got 'qwen'"):
+def test_an_unknown_template_is_refused_before_any_loading():
+    with pytest.raises(settings.SettingError, match=r"template must be one of empty, qwen-boxed, plain; got 'qwen'"):
         settings.parse(["--template", "qwen", "--model", "nowhere/nothing"])
     with pytest.raises(ModelError, match="template: there is no 'qwen'; choose from qwen-boxed, plain"):
         prompts.prompt_text(None, "q", "", "qwen")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Sources, fields, filters
+# Sources
 
 
 ROWS = [
-    {"ask": "one and one?", "gold": "2", "level": "Level 3", "hard": 3.0, "tries": ["\\boxed{3}", "\\boxed{2}"]},
-    {"ask": "one and two?", "gold": "3", "level": "Level 4", "hard": "4.5", "tries": ["\\boxed{5}", "\\boxed{6}"]},
-    {"ask": "one and three?", "gold": "4", "level": "Level 5", "hard": 8, "tries": ["\\boxed{4}"]},
-    {"ask": "one and four?", "gold": "5", "level": "Level 1", "hard": None, "tries": ["\\boxed{5}", "5: \\boxed{5}"]},
+    {"problem": "one and one?", "final_answer": "2", "level": "Level 3", "source": "a"},
+    {"problem": "one and two?", "final_answer": "3", "level": "Level 4", "source": "b"},
 ]
-FIELDS = "question=ask,answer=gold"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet"])
-def test_all_kinds_of_files_give_the_same_problems(tmp_path, kind):
-    path, rows = tmp_path / f"a.{kind}", [{k: str(v) for k, v in row.items() if k != "tries"} for row in ROWS]
+def test_every_kind_of_file_yields_the_same_problems(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
     if kind == "jsonl":
-        write(path, rows)
+        write(path, ROWS)
     elif kind == "json":
-        path.write_text(json.dumps(rows))
+        path.write_text(json.dumps(ROWS))
     else:
         datasets = pytest.importorskip("datasets")
-        getattr(datasets.Dataset.from_list(rows), f"to_{kind}")(path)
-    problems = tasks.read_problems(str(path), "rl_data", [], FIELDS)
-    assert [(p.question, p.answer, p.group) for p in problems] == [
-        (row["ask"], row["gold"], row["level"].lower()) for row in ROWS
+        getattr(datasets.Dataset.from_list(ROWS), f"to_{kind}")(path)
+    problems = sources.read_problems(f"{path}, {path}", "rl_data", [])
+    assert [(p.question, p.answer, p.group) for p in problems] == 2 * [
+        ("one and one?", "2", "level 3"),
+        ("one and two?", "3", "level 4"),
     ]
+    assert problems[0].extra == {"level": "Level 3", "source": "a"}
+    assert list(sources.rows_of(str(path)))[1]["source"] == "b"
 
 
-@pytest.mark.parametrize(
-    ("condition", "kept"),
-    [("level=Level 3|Level 5", [0, 2]), ("hard=3..4.5", [0, 1]), ("hard=3", [0]), ("hard=4..9, level=Level 4", [1])],
-)
-def test_a_filter_keeps_values_and_ranges_and_counts(tmp_path, condition, kept):
-    path, notes = write(tmp_path / "a.jsonl", ROWS), []
-    problems = tasks.read_problems(f"{path}, {path}", "rl_data", notes, FIELDS, condition)
-    assert [p.question for p in problems] == [ROWS[i]["ask"] for i in kept] * 2
-    assert notes == [f"rl_data: {condition} keeps {len(kept)} of 4 rows of {path}"] * 2
+def test_a_difficulty_is_a_group_unless_the_row_has_a_level(tmp_path):
+    rows = [{"problem": "1+1?", "answer": "2", "difficulty": 3.5}, {"problem": "1+2?", "answer": "3", "level": None}]
+    rows += [{"problem": "1+3?", "answer": "4", "difficulty": 3.5, "level": 2}]
+    problems = sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])
+    assert [p.group for p in problems] == ["difficulty 3.5", "all", "level 2"]
 
 
-@pytest.mark.parametrize(
-    ("fields", "condition", "message"),
-    [
-        (FIELDS, "grade=3", r"rl_filter: no row of .* has a field 'grade'; there are ask, gold, level, hard, tries"),
-        (
-            FIELDS,
-            "level=Level 2",
-            r"rl_filter: 'level=Level 2' keeps none of the 4 rows of .*level is Level 3, Level 4",
-        ),
-        (FIELDS, "level", r"rl_filter: 'level' is no condition; write FIELD=VALUE\|VALUE or FIELD=LOW\.\.HIGH"),
-        (FIELDS, "hard=a..b", r"rl_filter: 'hard=a\.\.b' is no condition"),
-        (FIELDS, "hard=", r"rl_filter: 'hard=' is no condition"),
-        ("question:ask", "", r"rl_fields: 'question:ask' names no field; write question=NAME, answer=NAME, solution=N"),
-        ("prompt=ask", "", r"rl_fields: 'prompt=ask' names no field"),
-        ("question=ask,answer=", "", r"rl_fields: 'answer=' names no field"),
-        ("question=asked", "", r"line 1: needs a field named answer or final_answer, has ask, gold.*; rl_fields says"),
-        ("question=asked,answer=gold", "", r"line 1: needs a field named asked, has ask, gold"),
-    ],
-)
-def test_bad_fields_and_filters_get_one_line_that_says_what_to_change(tmp_path, fields, condition, message):
-    with pytest.raises(DataError, match=message):
-        tasks.read_problems(write(tmp_path / "a.jsonl", ROWS), "rl_data", [], fields, condition)
+def test_the_rest_of_a_row_changes_neither_equality_nor_hash_nor_text():
+    plain, rich = Problem("q", "1"), Problem("q", "1", extra={"tests": ["a"]})
+    assert plain == rich
+    assert hash(plain) == hash(rich)
+    assert repr(plain) == repr(rich)
+    assert plain.extra == {}
 
 
-def test_of_several_solutions_the_first_right_one_is_shown(tmp_path):
-    rows = [{**row, "more": row["tries"][-1], "less": row["tries"][0]} for row in ROWS]
-    path = write(tmp_path / "a.jsonl", rows)
-    for several in ("tries", "less|more"):
-        found = tasks._demonstrations(path, [], f"{FIELDS},solution={several}")
-        assert [d.response for d in found] == ["\\boxed{2}", "\\boxed{5}", "\\boxed{4}", "\\boxed{5}"]
-        assert [d.answer for d in found] == ["2", "3", "4", "5"]
-    with pytest.raises(DataError, match=r"line 1: fields empty and none are empty"):
-        tasks._demonstrations(write(tmp_path / "b.jsonl", [{**ROWS[0], "empty": "", "none": None}]), [],
-                              f"{FIELDS},solution=empty|none")  # fmt: skip
+def test_a_row_without_a_usual_field_is_refused_with_its_fields_and_a_way_out(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"ask": "one and one?", "gold": "2"}])
+    for row_reader, setting in ((sources.read_problems, "rl_data"), (sources.read_demonstrations, "sft_data")):
+        with pytest.raises(DataError) as refused:
+            row_reader(path, setting, [])
+        assert str(refused.value) == (
+            f"{setting}: {path}, line 1: needs a field named question or problem or prompt, has ask, gold; "
+            "--task FILE.py:FUNCTION reads rows of any shape"
+        )
+    write(tmp_path / "a.jsonl", [{"question": "one and one?", "gold": "2"}])
+    with pytest.raises(DataError, match=r"line 1: needs a field named answer or final_answer or solution .* has quest"):
+        sources.read_problems(path, "rl_data", [])
+    with pytest.raises(DataError, match=r"line 1: needs a field named solution or response or demonstration, has q"):
+        sources.read_demonstrations(path, "sft_data", [])
 
 
-def test_a_boxed_solution_may_serve_as_answer(tmp_path):
-    path = write(tmp_path / "a.jsonl", [{"problem": "1+1?", "solution": "two, \\boxed{2}."}])
-    assert tasks.read_problems(path, "rl_data", [], "answer=solution") == [Problem("1+1?", "2")]
+def test_the_first_correct_response_is_chosen_or_else_the_first():
+    assert sources.first_correct(["\\boxed{3}", "\\boxed{2}", "2: \\boxed{2}"], "2") == "\\boxed{2}"
+    assert sources.first_correct(["\\boxed{3}", "\\boxed{4}"], "2") == "\\boxed{3}"
+
+
+def test_a_boxed_solution_is_its_gold_answer_and_a_solution_without_a_box_is_dropped(tmp_path):
+    rows = [{"problem": "1+1?", "solution": "two, \\boxed{2}."}, {"problem": "1+2?", "solution": "3"}]
+    notes = []
+    assert sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", notes) == [Problem("1+1?", "2")]
+    assert "1 of 2 rows" in notes[0]
+    boxed = write(tmp_path / "b.jsonl", [{"problem": "1+1?", "answer": "so \\boxed{2}"}])
+    assert sources.read_problems(boxed, "rl_data", []) == [Problem("1+1?", "2")]
 
 
 @pytest.mark.parametrize(
@@ -244,16 +235,16 @@ def test_a_boxed_solution_may_serve_as_answer(tmp_path):
         ("owner/name:hard/a.parquet", dict(path="owner/name", data_files={"train": "hard/a.parquet"}, split="train")),
     ],
 )
-def test_a_hub_name_is_read_by_config_and_split(monkeypatch, source, called):
+def test_a_hub_name_selects_configuration_split_and_file(monkeypatch, source, called):
     datasets, calls = pytest.importorskip("datasets"), []
     monkeypatch.setattr(datasets, "load_dataset", lambda path, **o: calls.append(dict(path=path, **o)) or ROWS)
     if called is None:
         with pytest.raises(DataError, match=r"rl_data: .* is neither a"):
-            list(data.read_rows(source, "rl_data"))
+            list(sources.read_rows(source, "rl_data"))
     else:
-        rows = list(data.read_rows(source, "rl_data"))
+        rows = list(sources.read_rows(source, "rl_data"))
         assert calls == [called]
-        assert rows[1] == (f"{source}, row 1", ROWS[1])
+        assert rows[1] == (f"rl_data: {source}, row 1", ROWS[1])
 
 
 def raises(error):
@@ -263,58 +254,53 @@ def raises(error):
     return load_dataset
 
 
-def test_what_the_hub_cannot_give_is_said_in_one_line(monkeypatch):
+def test_an_error_of_the_hub_becomes_one_line(monkeypatch):
     datasets = pytest.importorskip("datasets")
     offline = ConnectionError("Couldn't reach 'a/b' on the Hub (OfflineModeIsEnabled)\nand more")
-    for error, message in (
-        (
-            datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"),
-            r"no data set 'a/b' on the hub, or it",
-        ),
-        (
-            ValueError("Unknown split \"tset\". Should be one of ['train', 'test']."),
-            r"Should be one of \['train', 'test'",
-        ),
-        (
-            ValueError("BuilderConfig 'x' not found. Available: ['main']"),
-            r"cannot read 'a/b': BuilderConfig 'x' not fo",
-        ),
-        (FileNotFoundError("Unable to find 'hard/a.parquet'"), r"cannot read 'a/b': Unable to find"),
-        (
-            offline,
-            r"no way to the hub for 'a/b' .*save its rows as a \.jsonl or \.parquet file and give that as sft_data",
-        ),
+    for error, reason in (
+        (datasets.exceptions.DatasetNotFoundError("Dataset 'a/b' doesn't exist"), "Dataset 'a/b' doesn't exist"),
+        (ValueError("Unknown split \"tset\". Should be one of ['train', 'test']."), r"Unknown .* \['train', 'test'\]."),
+        (offline, r"Couldn't reach 'a/b' on the Hub \(OfflineModeIsEnabled\)"),
+        (RuntimeError(), "RuntimeError"),
     ):
         monkeypatch.setattr(datasets, "load_dataset", raises(error))
-        with pytest.raises(DataError, match=f"sft_data: .*{message}") as refused:
-            list(data.read_rows("a/b", "sft_data"))
-        assert "\n" not in str(refused.value)
+        with pytest.raises(DataError) as refused:
+            list(sources.read_rows("a/b", "sft_data"))
+        advice = "save its rows as a .jsonl file and name that"
+        assert re.fullmatch(rf"sft_data: cannot read 'a/b' \({reason}\): {advice}", str(refused.value))
 
 
-def test_without_network_the_real_loader_says_which_files_to_give():
-    pytest.importorskip("datasets")
-    with pytest.raises(DataError, match=r"rl_data: .*'nobody/nothing'.*(HF_HOME|on the hub)"):
-        list(data.read_rows("nobody/nothing", "rl_data"))
+def test_the_real_loader_gives_a_way_out_without_network(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)  # no connection attempts, which it would repeat
+    with pytest.raises(DataError, match=r"rl_data: cannot read 'nobody/nothing' .*: save its rows"):
+        list(sources.read_rows("nobody/nothing", "rl_data"))
 
 
 @pytest.mark.parametrize("source", ["data.txt", "name", "a/b/c", "owner/", "", "owner/name:", "a/b:c:d:e"])
-def test_what_is_neither_file_nor_hub_name_is_refused(source):
+def test_a_source_that_is_neither_file_nor_hub_name_is_refused(source):
     with pytest.raises(DataError, match=r"rl_data: .*is neither a .jsonl, .json, .parquet, .csv file nor a data set"):
-        list(data.read_rows(source, "rl_data"))
+        list(sources.read_rows(source, "rl_data"))
 
 
 @pytest.mark.parametrize("name", ["no.jsonl", "no.json", "no.parquet", "no.csv"])
 def test_a_missing_file_of_any_kind_is_named(name):
     with pytest.raises(DataError, match=f"rl_data: there is no file '{name}'"):
-        list(data.read_rows(name, "rl_data"))
+        list(sources.read_rows(name, "rl_data"))
 
 
 def test_a_json_file_of_another_shape_is_refused(tmp_path):
-    for text, message in (('{"a": 1}\n{"a": 2}', "must be named .jsonl"), ('{"a": 1}', "a list of JSON objects"),
-                          ("[1]", "row 0: a JSON object is needed"), ("[]", "holds no row")):  # fmt: skip
-        (tmp_path / "a.json").write_text(text)
+    for text, message in (
+        ('{"a": 1}\n{"a": 2}', r"cannot read .*a\.json' \(Extra data: line 2 .*\): save its rows as a \.jsonl file"),
+        ("[" + "1" * 5000 + "]", "cannot read"),
+        ('["\xff"]', "cannot read .*utf-8"),
+        ('{"a": 1}', "cannot read"),
+        ("[1]", "cannot read"),
+        ("[]", "holds no row"),
+    ):
+        (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(DataError, match=message):
-            list(data.read_rows(str(tmp_path / "a.json"), "rl_data"))
+            list(sources.read_rows(str(tmp_path / "a.json"), "rl_data"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,27 +328,25 @@ def test_a_question_of_just_thirteen_words_is_compared_by_words():
     assert tasks.ngrams(words + ".") == tasks.ngrams(words.upper()) == [tuple(words.split())]
 
 
-def test_the_built_in_task_loses_nothing():
-    task = toy.task(0, 100)
+def test_the_built_in_task_shares_no_words_with_its_evaluation():
+    task = arithmetic.task(0, 100)
     before = len(task.problems), len(task.demonstrations)
     tasks.decontaminate(task)
     assert (len(task.problems), len(task.demonstrations), task.notes) == (*before, [])
 
 
-def test_a_hundred_thousand_rows_take_seconds():
-    questions = [" ".join(f"word{(7 * i + j * j) % 9973}" for j in range(60)) for i in range(100_000)]
-    task = Task([Problem(q, "1") for q in questions], [], [Problem(q, "1") for q in questions[:1500]])
-    start = time.perf_counter()
+def test_decontamination_removes_the_evaluated_rows_among_a_thousand_and_no_others():
+    questions = [" ".join(f"word{i}x{j}" for j in range(60)) for i in range(1000)]
+    task = Task([Problem(q, "1") for q in questions], [], [Problem(q, "1") for q in questions[:400]])
     tasks.decontaminate(task)
-    assert time.perf_counter() - start < 60, "some 5 s on one core that nobody shares"
-    assert len(task.problems) <= 98_500
+    assert [p.question for p in task.problems] == questions[400:]
 
 
-def test_eval_problems_limits_each_group_but_all_of_the_set_is_kept_out_of_training(tmp_path):
+def test_eval_problems_limits_each_group_and_training_excludes_the_complete_set(tmp_path):
     rows = [{"question": f"What is {i} plus 1?", "answer": str(i + 1), "level": i % 2} for i in range(10)]
     train = [*rows, {"question": "What is 99 plus 1?", "answer": "100"}]
     paths = write(tmp_path / "a.jsonl", train), "", write(tmp_path / "b.jsonl", rows)
-    task = tasks.from_files(*paths, 2)
+    task = named.from_files(*paths, 2)
     assert [p.question for p in task.evaluation] == [f"What is {i} plus 1?" for i in (0, 2, 1, 3)]
     tasks.prepare(task, make(CHATML), 20, 1000, False)
     assert [p.question for p in task.problems] == ["What is 99 plus 1?"]
@@ -374,14 +358,14 @@ def test_benchmarks_are_evaluation_sets_under_their_names(tmp_path, monkeypatch)
     for name in ("math500", "aime24"):
         write(tmp_path / "benchmarks" / f"{name}.jsonl", [{"problem": f"{name} {i}", "answer": "1"} for i in range(3)])
     train = write(tmp_path / "a.jsonl", [{"question": q, "answer": "1"} for q in ("math500 2", "another")])
-    task = tasks.from_files(train, "", "math500, aime24", 2)
+    task = named.from_files(train, "", "math500, aime24", 2)
     assert [(p.group, p.question) for p in task.evaluation] == [
         (name, f"{name} {i}") for name in ("math500", "aime24") for i in range(2)
     ]
     tasks.decontaminate(task)
     assert [p.question for p in task.problems] == ["another"]
     with pytest.raises(DataError, match=r"eval_data: .*or put the rows into benchmarks/amc23\.jsonl"):
-        tasks.from_files(train, "", "amc23", 2)
+        named.from_files(train, "", "amc23", 2)
 
 
 def real(name):
@@ -390,38 +374,34 @@ def real(name):
     return str(DATA / name)
 
 
-def test_math_500_is_found_in_the_test_set_it_was_drawn_from():
-    notes = []
-    problems = tasks.read_problems(real("math_test_solutions.jsonl"), "rl_data", notes, "answer=solution")
-    demonstrations = tasks._demonstrations(real("math_test_solutions.jsonl"), notes)
-    task = Task(problems, demonstrations, [], kept_apart=[
-        p.question for p in tasks.read_problems(real("math500.jsonl"), "eval_data", notes)
-    ])  # fmt: skip
-    held_out = {" ".join(q.split()) for q in task.kept_apart}
+@pytest.fixture(scope="module")
+def math_problems():
+    return sources.read_problems(real("math_test_solutions.jsonl"), "rl_data", [])
+
+
+def test_decontamination_finds_math_500_in_the_test_set_that_contains_it(math_problems):
+    demonstrations = sources.read_demonstrations(real("math_test_solutions.jsonl"), "sft_data", [])
+    math_500 = [p.question for p in sources.read_problems(real("math500.jsonl"), "eval_data", [])]
+    task = Task(math_problems, demonstrations, [], kept_apart=math_500)
+    held_out = {" ".join(q.split()) for q in math_500}
     tasks.decontaminate(task)
     assert not held_out & {" ".join(r.question.split()) for r in (*task.problems, *task.demonstrations)}
-    for before, after in ((problems, task.problems), (demonstrations, task.demonstrations)):
+    for before, after in ((math_problems, task.problems), (demonstrations, task.demonstrations)):
         assert 500 <= len(before) - len(after) <= 800
         assert len(after) > 4000
 
 
-def test_math_s_levels_and_difficulties_are_filtered():
-    notes = []
-    hard = tasks.read_problems(
-        real("math_test_solutions.jsonl"), "rl_data", notes, "answer=solution", "level=Level 3|Level 4|Level 5"
-    )
-    assert {p.group for p in hard} == {"level 3", "level 4", "level 5"}
-    assert "keeps 3669 of 5000 rows" in notes[0]
-    middle = tasks.read_problems(real("math_train_problems.json"), "rl_data", notes, "", "difficulty=3..4,type=Algebra")
-    assert {p.group for p in middle} <= {"difficulty 3.0", "difficulty 3.5", "difficulty 4.0"}
-    assert len(middle) > 100
+def test_math_s_levels_are_groups_and_its_other_fields_are_kept(math_problems):
+    levels = Counter(p.group for p in math_problems)
+    assert set(levels) == {f"level {n}" for n in range(1, 6)}
+    assert 3660 <= levels["level 3"] + levels["level 4"] + levels["level 5"] <= 3669
+    assert {p.extra["type"] for p in math_problems} >= {"Algebra", "Geometry", "Number Theory"}
 
 
-def test_gsm8k_is_read_through_the_settings_and_shares_nothing_with_its_test_set():
+def test_gsm8k_files_named_by_flags_form_a_task_that_shares_nothing_with_its_test_set():
     flags = ["--rl-data", real("gsm8k_train.jsonl"), "--sft-data", real("gsm8k_train.jsonl")]
-    s, *_ = settings.parse([*flags, "--eval-data", real("gsm8k_test.jsonl")])
-    names = s.rl_fields, s.sft_fields, s.rl_filter, s.sft_filter
-    task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems, *names)
+    s, _ = settings.parse([*flags, "--eval-data", real("gsm8k_test.jsonl")])
+    task = named.load_task(s)
     assert (len(task.problems), len(task.demonstrations)) == (7473, 7473)
     assert len(task.evaluation) + len(task.kept_apart) == 1319
     tasks.decontaminate(task)
@@ -429,11 +409,44 @@ def test_gsm8k_is_read_through_the_settings_and_shares_nothing_with_its_test_set
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Presets and rewards
+# The tasks that --task names
+
+
+HUB = {  # made-up rows with the fields of the published data
+    "GAIR/LIMR": [{"id": str(i), "prompt": f"limr {i}?", "answer": "2", "source": "math"} for i in range(5)],
+    "hkust-nlp/SimpleRL-Zoo-Data": [
+        {"prompt": [{"role": "user", "content": "x"}], "question": f"zoo {i}?", "gt_answer": answer, "level": 3}
+        for i, answer in enumerate(["2", "2", "2", ""])
+    ],
+    "zwhe99/DeepMath-103K": [
+        {"question": f"deep {difficulty}?", "final_answer": gold, "difficulty": difficulty, "topic": "t",
+         "r1_solution_1": "\\boxed{4}", "r1_solution_2": "a</think>\\boxed{3}", "r1_solution_3": "\\boxed{3}"}
+        for difficulty, gold in ((2.5, "3"), (3.0, "3"), (5.5, "7"), (6.0, "3"), (6.5, "3"), (4.0, ""))
+    ],
+    "openai/gsm8k": [{"question": f"How many {i}?", "answer": f"1+1=2\n#### {i}"} for i in range(5)],
+}  # fmt: skip
+DEEP = [
+    Demonstration("deep 3.0?", "a</think>\\boxed{3}", "3"),
+    Demonstration("deep 5.5?", "\\boxed{4}", "7"),
+    Demonstration("deep 6.0?", "a</think>\\boxed{3}", "3"),
+]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Replaces the hub by HUB; the sources that were asked for."""
+    datasets, asked = pytest.importorskip("datasets"), []
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, **o: asked.append((path, o)) or HUB[path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").mkdir()
+    for name in settings.PAPER["eval_data"].split(","):
+        row = {"problem": f"{name}?", "answer": "1", "final_answer": ["1"]}
+        write(tmp_path / "benchmarks" / f"{name}.jsonl", [row])
+    return asked
 
 
 @pytest.mark.parametrize("preset", ["qwen2.5-3b", "llama-3.2-3b-instruct", "qwen3-8b-base"])
-def test_the_presets_of_the_paper_need_no_other_flag(preset, tmp_path, monkeypatch):
+def test_the_presets_of_the_paper_need_no_other_flag(preset, hub):
     s, args = settings.parse(["--preset", preset])
     assert args.out == Path(f"runs/bridge-{preset}-0")
     assert (s.prompts_per_step, s.group_size, s.max_new_tokens, s.lora_rank, s.lora_alpha) == (64, 5, 3000, 16, 16)
@@ -441,36 +454,130 @@ def test_the_presets_of_the_paper_need_no_other_flag(preset, tmp_path, monkeypat
     assert 10 <= s.beta / s.alpha <= 200
     rows = 1389 if preset == "qwen2.5-3b" else 8523
     assert s.steps == round(6 * rows / 64)
-    monkeypatch.chdir(tmp_path)  # the fields their sources have, as read in public loaders
-    (tmp_path / "benchmarks").mkdir()
-    for name in s.eval_data.split(","):
-        row = {"problem": f"{name}?", "answer": "1", "final_answer": ["1"]}
-        write(tmp_path / "benchmarks" / f"{name}.jsonl", [row])
-    sources = {
-        "GAIR/LIMR": [{"id": "0", "prompt": "limr?", "answer": "2", "source": "math"}],
-        "hkust-nlp/SimpleRL-Zoo-Data": [
-            {"prompt": [{"role": "user", "content": "x"}], "question": "zoo?", "gt_answer": "2", "level": 3}
-        ],
-        "zwhe99/DeepMath-103K": [
-            {"question": "deep?", "final_answer": "3", "difficulty": d, "topic": "t", "r1_solution_1": "\\boxed{4}",
-             "r1_solution_2": "a</think>\\boxed{3}", "r1_solution_3": "\\boxed{3}"} for d in (2.0, 5.5, 8.0)
-        ],
-    }  # fmt: skip
-    monkeypatch.setattr(pytest.importorskip("datasets"), "load_dataset", lambda path, **options: sources[path])
-    names = s.rl_fields, s.sft_fields, s.rl_filter, s.sft_filter
-    task = tasks.from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems, *names)
-    assert [(p.question, p.answer) for p in task.problems] == [("limr?" if rows == 1389 else "zoo?", "2")]
-    assert task.demonstrations == [Demonstration("deep?", "a</think>\\boxed{3}", "3")]
-    assert [p.group for p in task.evaluation] == list(s.eval_data.split(","))
+    task = named.load_task(s)
+    questions = [f"limr {i}?" for i in range(5)] if rows == 1389 else [f"zoo {i}?" for i in range(3)]
+    assert [(p.question, p.answer) for p in task.problems] == [(question, "2") for question in questions]
+    assert task.demonstrations == DEEP
+    assert [p.group for p in task.evaluation] == s.eval_data.split(",")
+    assert (task.instruction, task.template) == (prompts.INSTRUCTION, s.template)
+    dropped = [note for note in task.notes if "no gold answer the grader can read" in note]
+    assert len(dropped) == 1 + (rows == 8523), "a row of DeepMath, and one of SimpleRL's"
+    assert [path for path, _ in hub][-1] == "zwhe99/DeepMath-103K"
 
 
-PROBLEM = Problem("How long?", "1")
+def test_limr_reads_deepmath_only_for_methods_with_sft_and_without_sft_data(hub, tmp_path):
+    own = write(tmp_path / "own.jsonl", [{"question": "own?", "solution": "\\boxed{1}"}])
+    for flags, demonstrations in (
+        (["--method", "rl"], []),
+        (["--sft-data", own], [Demonstration("own?", "\\boxed{1}", "1")]),
+    ):
+        s, _ = settings.parse(["--task", "limr", "--eval-problems", "2", *flags])
+        task = named.load_task(s)
+        assert task.demonstrations == demonstrations
+        assert [p.question for p in task.evaluation] == ["limr 3?", "limr 4?"], "held out without eval_data"
+    assert {path for path, _ in hub} == {"GAIR/LIMR"}
 
 
-def test_a_reward_of_one_s_own_sees_response_and_problem(tmp_path):
-    path = tmp_path / "mine.py"
-    path.write_text("def length(response, problem):\n    return len(response) + len(problem.answer)\n")
-    assert rewards.load_reward(f"{path}:length")("four", PROBLEM) == 5.0
+def test_gsm8k_is_evaluated_on_its_test_split_or_on_eval_data(hub):
+    task = named.load_task(settings.Settings(task="gsm8k"))
+    assert hub == [("openai/gsm8k", {"name": "main", "split": split}) for split in ("train", "train", "test")]
+    assert task.problems[1] == Problem("How many 1?", "1")
+    assert task.demonstrations[1].response == "1+1=2\nThe answer is \\boxed{1}."
+    assert {p.group for p in task.evaluation} == {"gsm8k"}
+    task = named.load_task(settings.Settings(task="gsm8k", eval_data="aime24"))
+    assert [p.question for p in task.evaluation] == ["aime24?"]
+
+
+def test_the_built_in_task_comes_from_seed_and_eval_problems():
+    assert named.load_task(settings.Settings(seed=3, eval_problems=2)) == arithmetic.task(3, 2)
+
+
+CHAT_ROWS = [
+    {"prompt": [{"role": "user", "content": f"{i}+1?"}], "reward_model": {"ground_truth": str(i + 1)}, "tests": [i]}
+    for i in range(5)
+]
+CHAT_TASK = """from tasks.named import with_evaluation
+from tasks.sources import rows_of
+from tasks.task import Demonstration, Problem, Task
+
+def chat(s):
+    rows = rows_of("chat.jsonl")
+    problems = [Problem(r["prompt"][-1]["content"], r["reward_model"]["ground_truth"], extra=r) for r in rows]
+    demonstrations = [Demonstration(p.question, f"\\\\boxed{{{p.answer}}}", p.answer) for p in problems]
+    return with_evaluation(Task(problems, demonstrations, [], " Box it.", "plain"), s.eval_data, s.eval_problems)
+"""
+
+
+def test_a_function_of_the_user_makes_a_task_of_rows_in_chat_format(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "chat.jsonl", CHAT_ROWS)
+    (tmp_path / "own.py").write_text(CHAT_TASK)
+    for template in ("", "qwen-boxed"):
+        task = named.load_task(settings.Settings(task="own.py:chat", eval_problems=1, template=template))
+        assert task.problems == [Problem(f"{i}+1?", str(i + 1)) for i in range(4)]
+        assert task.problems[2].extra["tests"] == [2]
+        assert task.demonstrations[0] == Demonstration("0+1?", "\\boxed{1}", "1")
+        assert task.evaluation == [Problem("4+1?", "5")]
+        assert (task.instruction, task.template) == (" Box it.", template or "plain")
+    (tmp_path / "chat.jsonl").unlink()
+    with pytest.raises(DataError, match=r"^task: there is no file 'chat\.jsonl'$"):
+        named.load_task(settings.Settings(task="own.py:chat"))
+
+
+MAKES = "from tasks.task import Demonstration, Problem, Task\nP, D = Problem('q', '1'), Demonstration('q', 'r')\n"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("", r"own\.py has no function 'f'"),
+        ("f = 3", r"f in .*own\.py is a int, not a function"),
+        ("def f(:", r"own\.py, line 1, while loading: SyntaxError"),
+        ("\nimport nowhere", r"own\.py, line 2, while loading: ModuleNotFoundError"),
+        ("def g():\n    return {}['k']\ndef f(s):\n    return g()", r"own\.py, line 2, in f: KeyError\('k'\)"),
+        ("f = lambda: 1", r"own\.py in f: TypeError"),
+        ("f = lambda s: None", r"own\.py in f: .*the function must return a Task, it returned a NoneType"),
+        (MAKES + "f = lambda s: Task([P, 'q'], [], [])", r"own\.py in f: .*problems must be a list of Problem"),
+        (MAKES + "f = lambda s: Task([P], [P], [])", r"demonstrations must be a list of Demonstration objects"),
+        (MAKES + "f = lambda s: Task([P], [D], [D])", r"evaluation must be a list of Problem objects"),
+        (MAKES + "f = lambda s: Task([P], None, [])", r"own\.py in f: TypeError.*NoneType"),
+        (MAKES + "f = lambda s: Task([Problem('q', 1)], [], [])", r"own\.py, line 3, in f: .*answer must be text"),
+        (MAKES + "f = lambda s: Task([], [Demonstration('q', '\\ud800')], [])", r"line 3, in f: .*response must"),
+    ],
+)  # fmt: skip
+def test_a_broken_function_of_a_task_is_named_with_file_and_line(tmp_path, code, message):
+    (tmp_path / "own.py").write_text(code)
+    with pytest.raises(rewards.FunctionError, match=f"^task: .*{message}"):
+        named.load_task(settings.Settings(task=f"{tmp_path}/own.py:f"))
+
+
+def test_the_line_of_an_error_is_named_for_a_relative_path_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own.py").write_text("def f(s):\n    return s.nothing\n")
+    with pytest.raises(rewards.FunctionError, match=r"^task: own\.py, line 2, in f: AttributeError"):
+        named.load_task(settings.Settings(task="own.py:f"))
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones():
+    with pytest.raises(rewards.FunctionError, match=r"^task: 'gsm' must be one of arithmetic, limr, .* or FILE\.py:F"):
+        named.load_task(settings.Settings(task="gsm"))
+    with pytest.raises(rewards.FunctionError, match=r"^task: 'own\.txt:f' must be FILE\.py:FUNCTION"):
+        named.load_task(settings.Settings(task="own.txt:f"))
+    with pytest.raises(rewards.FunctionError, match=r"^task: there is no file 'nowhere\.py'"):
+        named.load_task(settings.Settings(task="nowhere.py:f"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Rewards of the user
+
+
+PROBLEM = Problem("How long?", "1", extra={"limit": 3})
+
+
+def test_a_reward_function_receives_response_and_problem_with_the_rest_of_its_row(tmp_path):
+    path = tmp_path / "own.py"
+    path.write_text("def length(response, problem):\n    return len(response) + problem.extra['limit']\n")
+    assert rewards.load_reward(f"{path}:length")("four", PROBLEM) == 7.0
     default = rewards.load_reward("")
     assert (default("\\boxed{1}", PROBLEM), default("\\boxed{2}", PROBLEM)) == (1.0, 0.0)
 
@@ -478,42 +585,45 @@ def test_a_reward_of_one_s_own_sees_response_and_problem(tmp_path):
 @pytest.mark.parametrize(
     ("code", "name", "message"),
     [
-        ("", "f", r"mine\.py has no function 'f'"),
-        ("f = 3", "f", r"f in .*mine\.py is a int, not a function"),
-        ("def f(:", "f", r"mine\.py, line 1, while loading: SyntaxError"),
-        ("\nimport nowhere", "f", r"mine\.py, line 2, while loading: ModuleNotFoundError"),
-        ("f = lambda r, p: None", "f", r"mine\.py:f must return a finite number, it returned None for 'How long\?'"),
+        ("", "f", r"own\.py has no function 'f'"),
+        ("f = 3", "f", r"f in .*own\.py is a int, not a function"),
+        ("def f(:", "f", r"own\.py, line 1, while loading: SyntaxError"),
+        ("\nimport nowhere", "f", r"own\.py, line 2, while loading: ModuleNotFoundError"),
+        ("f = lambda r, p: None", "f", r"own\.py:f must return a finite number, it returned None for 'How long\?'"),
         ("f = lambda r, p: float('nan')", "f", r"it returned nan for"),
         ("f = lambda r, p: 'x'", "f", r"it returned 'x' for"),
-        ("def g():\n    return {}['k']\ndef f(r, p):\n    return g()", "f", r"mine\.py, line 2, in f: KeyError\('k'\)"),
-        ("f = lambda r: 1", "f", r"mine\.py in f: TypeError"),
+        ("def g():\n    return {}['k']\ndef f(r, p):\n    return g()", "f", r"own\.py, line 2, in f: KeyError\('k'\)"),
+        ("f = lambda r: 1", "f", r"own\.py in f: TypeError"),
     ],
 )
-def test_a_reward_that_fails_is_named_with_file_and_line(tmp_path, code, name, message):
-    path = tmp_path / "mine.py"
+def test_a_broken_reward_function_is_named_with_file_and_line(tmp_path, code, name, message):
+    path = tmp_path / "own.py"
     path.write_text(code)
-    with pytest.raises(rewards.RewardError, match=f"reward: .*{message}"):
+    with pytest.raises(rewards.FunctionError, match=f"reward: .*{message}"):
         rewards.load_reward(f"{path}:{name}")("text", PROBLEM)
 
 
-@pytest.mark.parametrize("spec", ["mine", "mine.py", ":f", "mine.txt:f", "mine.py:"])
-def test_a_reward_that_names_no_function_is_refused(spec):
-    with pytest.raises(rewards.RewardError, match=r"must be FILE\.py:FUNCTION"):
+@pytest.mark.parametrize("spec", ["own", "own.py", ":f", "own.txt:f", "own.py:"])
+def test_a_reward_without_file_or_function_is_refused(spec):
+    with pytest.raises(rewards.FunctionError, match=r"must be FILE\.py:FUNCTION"):
         rewards.load_reward(spec)
-    with pytest.raises(rewards.RewardError, match=r"there is no file 'nowhere\.py'"):
+    with pytest.raises(rewards.FunctionError, match=r"there is no file 'nowhere\.py'"):
         rewards.load_reward("nowhere.py:f")
 
 
-def test_a_run_pays_the_reward_it_is_given_and_shows_its_first_prompt(tmp_path, capsys):
-    (tmp_path / "mine.py").write_text("def f(response, problem):\n    return 0.25\n")
-    flags = ["--preset", "smoke", "--steps", "1", "--out", str(tmp_path / "run")]
-    bridge.main([*flags, "--reward", f"{tmp_path}/mine.py:f"])
+def test_a_run_uses_its_reward_function_and_prints_its_first_prompt(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(bridge.plot, "draw", lambda *_: None)  # slow
+    monkeypatch.setattr(arithmetic, "PROMPTS", 64)
+    (tmp_path / "own.py").write_text("def f(response, problem):\n    return 0.25\n")
+    flags = ["--preset", "smoke", "--steps", "1", "--eval-problems", "1", "--max-new-tokens", "16"]
+    flags += ["--reward", f"{tmp_path}/own.py:f", "--out", str(tmp_path / "run")]
+    bridge.main(flags)
     (metrics,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert metrics["reward"] == 0.25
     printed = capsys.readouterr().out
     assert "the first prompt: 'Q:" in printed
     assert "trained tokens in ⟦ ⟧: 'Q:" in printed
-    (tmp_path / "mine.py").write_text("def f(response, problem):\n    return None\n")
+    (tmp_path / "own.py").write_text("def f(response, problem):\n    return None\n")
     flags[-1] += "2"
-    with pytest.raises(SystemExit, match=r"bridge\.py: reward: .*mine\.py:f must return a finite number"):
-        bridge.main([*flags, "--reward", f"{tmp_path}/mine.py:f"])
+    with pytest.raises(SystemExit, match=r"bridge\.py: reward: .*own\.py:f must return a finite number"):
+        bridge.main(flags)

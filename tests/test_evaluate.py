@@ -1,9 +1,10 @@
-"""evaluate.py: the numbers are what their definitions say, and a result file survives interruption and more ranks."""
+"""Evaluation: every number equals its definition; result files survive interruption, damage and more ranks."""
 
 import itertools
 import json
 import os
 import random
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,42 +14,75 @@ import pytest
 from conftest import lines
 
 import evaluate
+import plot
 import rewards
-from grading.scores import interval, majority, paired_test, pass_at_k, summarise
-from tasks import arithmetic as toy
-from tasks import benchmarks
-from tasks import task as tasks
-from tasks.benchmarks import BENCHMARKS, PAPER, read_benchmark
+from grading import scores
+from grading.scores import PAPER, interval, majority, paired_test, pass_at_k, report, summarise
+from infra.files import DataError
+from infra.model import load, stop_tokens
+from infra.results import weights_hash, write_results
+from sampler import Sampler
+from settings import Settings
+from tasks import arithmetic, benchmarks
+from tasks.benchmarks import BENCHMARKS, read_benchmark
+from tasks.task import Problem, Task, fingerprint
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
+SAMPLED = ("--problems", 3, "--protocol", "sampled", "--samples", 4, "--max-new-tokens", 16, "--slots", 1)
+GREEDY = ("--problems", 2, "--max-new-tokens", 16)
+
+
+def run_main(module, *flags) -> None:
+    """Calls the module's main() with a command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, flags)])
+        module.main()
 
 
 def call(*flags) -> None:
-    sys.argv = ["evaluate.py", *map(str, flags)]
-    evaluate.main()
-
-
-@pytest.fixture(autouse=True)
-def _command_line(monkeypatch):
-    monkeypatch.setattr(sys, "argv", sys.argv)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    run_main(evaluate, *flags)
 
 
 @pytest.fixture(scope="module")
 def model():
-    return str(toy.build_base("arithmetic-smoke"))
+    return str(arithmetic.build_base("arithmetic-smoke"))
+
+
+@pytest.fixture(scope="module")
+def sampled(model, tmp_path_factory):
+    """The result file of a sampled evaluation: 6 groups of 3 problems, 4 answers each."""
+    path = tmp_path_factory.mktemp("sampled") / "one.jsonl"
+    call(model, *SAMPLED, "--out", path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def greedy(model, tmp_path_factory):
+    """The result file of a greedy evaluation: 6 groups of 2 problems."""
+    path = tmp_path_factory.mktemp("greedy") / "one.jsonl"
+    call(model, *GREEDY, "--out", path)
+    return path
+
+
+@pytest.fixture
+def few_draws(monkeypatch):
+    """1,500 draws of bootstrap and permutation test: enough for p < 0.001, a sixth of the time."""
+    for function in (scores.interval, scores.paired_test):
+        monkeypatch.setattr(function, "__defaults__", (1500,))
 
 
 def record(group="g", problem=0, sample=0, correct=True, **more):
-    return dict(group=group, id=problem, sample=sample, correct=correct, extracted="1" if correct else "2",
-                reason="equal", finish_reason="stop", tokens=5, labels=()) | more  # fmt: skip
+    extracted = "1" if correct else "2"
+    return dict(group=group, id=problem, sample=sample, correct=correct, extracted=extracted, reason="equal",
+                finish_reason="stop", tokens=5, labels=(), response=rf"\boxed{{{extracted}}}", answer="1",
+                tolerance=None, unit=None) | more  # fmt: skip
 
 
 # Numbers
 
 
-def test_pass_at_k_is_the_share_of_k_subsets_that_hold_a_right_answer():
+def test_pass_at_k_is_the_share_of_k_subsets_with_a_right_answer():
     rng = np.random.default_rng(0)
     correct = (rng.random((20, 6)) < 0.3).astype(float)
     for k in range(1, 7):
@@ -93,7 +127,7 @@ def test_the_interval_of_a_mean_over_benchmarks_covers_it_about_95_times_in_100(
     assert 180 <= covered <= 199
 
 
-def test_the_paired_test_sees_a_small_steady_difference_and_not_noise():
+def test_the_paired_test_detects_a_small_steady_difference_and_ignores_noise(few_draws):
     rng = np.random.default_rng(5)
     difficulty = rng.random(200)
     a = (difficulty > 0.5).astype(float)
@@ -103,11 +137,11 @@ def test_the_paired_test_sees_a_small_steady_difference_and_not_noise():
     assert p < 0.001
     assert paired_test([better], [a])[0] == pytest.approx(-difference)
     assert paired_test([a], [a]) == (0, 0, 0, 1)
-    p_values = [paired_test([rng.random(50)], [rng.random(50)], 500)[3] for _ in range(100)]
+    p_values = [paired_test([rng.random(50)], [rng.random(50)], 100)[3] for _ in range(100)]
     assert sum(p < 0.05 for p in p_values) <= 12  # about 5 of 100 by chance
 
 
-def test_the_average_is_the_plain_mean_of_the_paper_s_five_where_all_five_are_there():
+def test_the_average_is_the_plain_mean_of_the_paper_s_five_if_all_five_are_present():
     records = [record(g, i, correct=i < n) for n, g in enumerate(PAPER) for i in range(4)]
     records += [record("gsm8k", i) for i in range(4)]
     assert summarise(records)["average"]["accuracy"][0] == pytest.approx((0 + 1 + 2 + 3 + 4) / 4 / 5)
@@ -130,10 +164,10 @@ def test_the_summary_counts_samples_truncation_and_labels():
     assert [(n, v["accuracy"]) for n, v in s["g"]["labels"].items()] == [("level 0", [0.5] * 3), ("level 1", [0.5] * 3)]
 
 
-def test_problems_are_paired_by_their_id_whatever_order_they_were_answered_in():
+def test_comparisons_pair_problems_by_id_in_any_order_of_answers(few_draws):
     records = [record(problem=i, correct=i % 3 == 0) for i in range(30)]
     shuffled = random.Random(0).sample(records, 30)
-    table = evaluate.compare([("a", {"data": 0, "seed": 0}, records), ("b", {"data": 0, "seed": 1}, shuffled)])
+    table = scores.compare([("a", {"data": 0, "seed": 0}, records), ("b", {"data": 0, "seed": 1}, shuffled)])
     assert "+0.0 [+0.0, +0.0] p=1.000" in table
     assert "b and a differ in seed: 1 and 0" in table
 
@@ -181,11 +215,11 @@ def test_options_are_shuffled_by_the_seed_and_the_gold_is_the_right_option_s_let
         monkeypatch.undo()
 
 
-def test_a_benchmark_that_is_not_there_says_where_to_put_it(tmp_path, capsys):
-    with pytest.raises(tasks.DataError, match=r"or put the rows into .*math500\.jsonl"):
+def test_the_error_for_an_absent_benchmark_names_the_file_to_provide(tmp_path):
+    with pytest.raises(DataError, match=r"or put the rows into .*math500\.jsonl"):
         read_benchmark("math500", str(tmp_path))
     (tmp_path / "aime24.jsonl").write_text('{"problem": "1+1?"}\n')
-    with pytest.raises(tasks.DataError, match=r"aime24\.jsonl, line 1 is no row of aime24: KeyError\('answer'\)"):
+    with pytest.raises(DataError, match=r"aime24\.jsonl, line 1 is no row of aime24: KeyError\('answer'\)"):
         read_benchmark("aime24", str(tmp_path))
     with pytest.raises(SystemExit, match="no 'aime25'; there are paper, math500"):
         call("arithmetic-smoke", "--benchmarks", "aime25")
@@ -194,7 +228,7 @@ def test_a_benchmark_that_is_not_there_says_where_to_put_it(tmp_path, capsys):
 # Result files
 
 
-def test_a_result_file_names_all_that_its_numbers_depend_on_and_holds_every_answer(model, tmp_path, capsys):
+def test_a_result_file_names_everything_its_numbers_depend_on_and_holds_every_answer(model, tmp_path, capsys):
     out = tmp_path / "a.jsonl"
     call(model, "--problems", 2, "--protocol", "sampled", "--samples", 3, "--max-new-tokens", 24, "--out", out)
     printed = capsys.readouterr().out
@@ -206,6 +240,9 @@ def test_a_result_file_names_all_that_its_numbers_depend_on_and_holds_every_answ
     assert header["sampling"] == dict(
         temperature=0.6, top_p=0.95, max_new_tokens=24, samples={f"n={n}": 3 for n in range(3, 9)}
     )
+    assert header["grader"] == rewards.VERSION
+    names = "model weights dtype prompt sampling seed options_seed grader torch transformers data"
+    assert set(header) == set(names.split())
     assert len(records) == 6 * 2 * 3
     for r in records:
         assert r["prompt"] == f"Q:{r['question']}="
@@ -215,22 +252,31 @@ def test_a_result_file_names_all_that_its_numbers_depend_on_and_holds_every_answ
     assert summary["n=3"]["accuracy"][0] == np.mean([r["correct"] for r in records if r["group"] == "n=3"])
 
 
-def test_settings_reach_the_sampler_and_the_file(model, tmp_path, capsys):
+def test_flags_reach_the_sampler_and_the_header(model, greedy, tmp_path):
     def answers(*flags):
         out = tmp_path / f"{len(list(tmp_path.iterdir()))}.jsonl"
-        call(model, "--problems", 2, "--max-new-tokens", 12, "--out", out, *flags)
+        call(model, *GREEDY, "--out", out, *flags)
         header, *records = lines(out)
         return header["header"], [r["response"] for r in records]
 
-    greedy, sampled = answers(), answers("--temperature", 1)
-    assert answers("--temperature", 1, "--top-p", 1e-9)[1] == greedy[1] != sampled[1]  # a nucleus of one token
-    assert answers("--temperature", 1, "--seed", 1)[1] != sampled[1]
-    assert greedy[0]["grader"] == rewards.VERSION
-    named = "model weights dtype prompt sampling seed options_seed grader torch transformers data"
-    assert set(greedy[0]) == set(named.split())
+    first = [r["response"] for r in lines(greedy)[1:]]
+    one_token = answers("--temperature", 1, "--top-p", 1e-9)[1]  # the nucleus is the likeliest token
+    seed_0, seed_1 = answers("--temperature", 1)[1], answers("--temperature", 1, "--seed", 1)[1]
+    assert one_token == first != seed_0 != seed_1
     with pytest.raises(SystemExit, match="--samples 4 greedy answers would be the same: set --temperature too"):
         answers("--samples", 4)
     assert answers("--protocol", "sampled", "--temperature", 0)[0]["sampling"]["samples"]["n=3"] == 1
+
+
+def test_training_evaluates_greedily_and_averages_over_groups(model):
+    network, tokenizer = load(model)
+    task = Task(problems=[], demonstrations=[], evaluation=arithmetic.evaluation(2), instruction="")
+    sampler = Sampler(network, stop_tokens(network, tokenizer), slots=8)
+    accuracy, records = evaluate.evaluate(sampler, tokenizer, task, 16)
+    by_group = {g: [r["correct"] for r in records if r["group"] == g] for g in sorted(accuracy) if g != "average"}
+    means = {group: np.mean(correct) for group, correct in by_group.items()}
+    assert accuracy == pytest.approx(means | {"average": np.mean(list(means.values()))})
+    assert [r["question"] for r in sorted(records, key=lambda r: r["id"])] == [p.question for p in task.evaluation]
 
 
 def test_a_benchmark_runs_from_its_file_to_its_report(model, tmp_path, capsys):
@@ -254,8 +300,10 @@ def test_a_benchmark_runs_from_its_file_to_its_report(model, tmp_path, capsys):
 
 
 def test_the_paper_s_protocol_is_greedy_with_5000_tokens_and_the_sampled_one_as_customary():
-    assert evaluate.PROTOCOLS["paper"] == evaluate.Protocol(0.0, 1.0, 1, 5000)
-    assert evaluate.PROTOCOLS["sampled"] == evaluate.Protocol(0.6, 0.95, None, 8192)
+    assert {
+        "paper": evaluate.Sampling(temperature=0.0, top_p=1.0, samples=1, max_new_tokens=5000),
+        "sampled": evaluate.Sampling(temperature=0.6, top_p=0.95, samples=None, max_new_tokens=8192),
+    } == evaluate.PROTOCOLS
     assert {n: b.samples for n, b in BENCHMARKS.items()} == dict(
         math500=4, minerva_math=4, olympiadbench=4, aime24=32, amc23=32, gsm8k=1, gpqa=8, mmlu_pro=1
     )
@@ -263,9 +311,9 @@ def test_the_paper_s_protocol_is_greedy_with_5000_tokens_and_the_sampled_one_as_
 
 
 def test_hashes_change_with_any_problem_and_any_weight(tmp_path):
-    problems = [tasks.Problem("q", "1"), tasks.Problem("r", "2")]
-    changed = [tasks.Problem("q", "1"), tasks.Problem("r", "3")]
-    assert evaluate.data_hash(problems) != evaluate.data_hash(changed)
+    problems = [Problem("q", "1"), Problem("r", "2")]
+    changed = [Problem("q", "1"), Problem("r", "3")]
+    assert fingerprint(Task(problems, [], []), []) != fingerprint(Task(changed, [], []), [])
     hashes = set()
     for name, content in (
         ("a.safetensors", "x"),
@@ -274,97 +322,232 @@ def test_hashes_change_with_any_problem_and_any_weight(tmp_path):
         ("config.json", "x"),
     ):
         (tmp_path / name).write_text(content)
-        hashes.add(evaluate.weights_hash(str(tmp_path)))
+        hashes.add(weights_hash(str(tmp_path)))
     assert len(hashes) == 4
 
 
-def test_every_cell_of_the_report_is_what_the_records_say():
+def test_every_cell_of_the_report_follows_from_the_records():
     records = [record("g", p, s, correct=(p + s) % 4 == 0, tokens=10 * p + s, reason="no_answer" if p == 3 else "equal",
                       finish_reason="length" if s else "stop") for p in range(4) for s in range(2)]  # fmt: skip
-    text = evaluate.report({"sampling": {"temperature": 1}}, summarise(records))
+    text = report({"sampling": {"temperature": 1}}, summarise(records))
     assert text.splitlines()[0] == "|  | problems | n | avg@n | pass@2 | majority | cut off | no box | tokens |"
     cells = [c.strip().split(" [")[0] for c in text.splitlines()[2].split("|")[1:-1]]
     assert cells == ["g", "4", "2", "25.0", "50.0", "25.0", "50.0", "25.0", "16"]
     assert text.splitlines()[3].startswith("| average of 1 |")
 
 
-def test_the_compared_average_is_over_the_five(tmp_path):
+def test_the_compared_average_is_over_the_five(few_draws):
     a = [record(g, i, correct=True) for g in PAPER for i in range(4)] + [
         record("gsm8k", i, correct=False) for i in range(4)
     ]
     b = [r | dict(correct=not r["correct"]) for r in a]
-    last = evaluate.compare([("a", {"data": 0}, a), ("b", {"data": 0}, b)]).splitlines()[-1]
+    last = scores.compare([("a", {"data": 0}, a), ("b", {"data": 0}, b)]).splitlines()[-1]
     assert "+100.0" in last
     assert last.rpartition("| -100.0")[0]  # the average, without gsm8k, is the last column
 
 
-def test_answers_written_twice_count_once(model, tmp_path, capsys):
-    flags = (model, "--problems", 2, "--max-new-tokens", 8, "--out", tmp_path / "a.jsonl")
-    call(*flags)
-    header, *records = (tmp_path / "a.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "a.jsonl").write_text("".join([header, *records, *records]))
-    call(*flags)
-    assert (tmp_path / "a.jsonl").read_text().splitlines(keepends=True) == [header, *records]
+def test_an_answer_written_twice_counts_once(model, greedy, tmp_path):
+    copy = tmp_path / "a.jsonl"
+    header, *records = greedy.read_text().splitlines(keepends=True)
+    copy.write_text("".join([header, *records, *records]))
+    call(model, *GREEDY, "--out", copy)
+    assert copy.read_text() == greedy.read_text()
 
 
-def test_an_interrupted_evaluation_continues_and_ends_with_the_same_file(model, tmp_path, capsys):
-    flags = ("--problems", 3, "--protocol", "sampled", "--samples", 2, "--max-new-tokens", 16, "--slots", 2)
-    call(model, *flags, "--out", tmp_path / "whole.jsonl")
-    whole = (tmp_path / "whole.jsonl").read_text()
-    for cut in (len(whole) // 3, 2 * len(whole) // 3):
-        (tmp_path / "cut.jsonl").write_text(whole[:cut])  # in the middle of a line, of a problem's samples
-        call(model, *flags, "--out", tmp_path / "cut.jsonl")
-        assert sorted(map(str, lines(tmp_path / "cut.jsonl"))) == sorted(map(str, lines(tmp_path / "whole.jsonl")))
+def test_an_interrupted_evaluation_continues_and_ends_with_the_same_file(model, sampled, tmp_path):
+    text, copy = sampled.read_text(), tmp_path / "cut.jsonl"
+    for length in (len(text) // 3, 2 * len(text) // 3):
+        copy.write_text(text[:length])  # ends within a line and within a problem's samples
+        call(model, *SAMPLED, "--out", copy)
+        assert sorted(map(str, lines(copy))) == sorted(map(str, lines(sampled)))
     with pytest.raises(SystemExit, match=r"exists and was made with another sampling, seed: choose another --out"):
-        call(model, *flags, "--seed", 1, "--samples", 4, "--out", tmp_path / "whole.jsonl")
-    assert (tmp_path / "whole.jsonl").read_text() == whole
+        call(model, *SAMPLED, "--seed", 1, "--samples", 3, "--out", sampled)
+    assert sampled.read_text() == text
 
 
-def test_two_ranks_write_what_one_writes(model, tmp_path):
-    flags = [model, "--problems", "3", "--protocol", "sampled", "--samples", "4", "--max-new-tokens", "16"]
-    flags += ["--slots", "1"]  # one problem per rank at a time, so that for the third one rank has none
-    call(*flags, "--out", tmp_path / "one.jsonl")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-               str(ROOT / "evaluate.py"), *flags, "--out", str(tmp_path / "two.jsonl")]  # fmt: skip
-    finished = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+TWO_RANKS = """
+import os, sys
+import evaluate
+child = os.fork()
+os.environ |= {"RANK": "0" if child else "1", "LOCAL_RANK": "0" if child else "1", "WORLD_SIZE": "2"}
+evaluate.main()
+sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
+"""
+
+
+def test_two_ranks_write_what_one_writes(model, sampled, tmp_path):
+    """Slots of 1 give each rank one problem at a time, so one rank has none for the third."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    command = [sys.executable, "-c", TWO_RANKS, model, *map(str, SAMPLED), "--out", str(tmp_path / "two.jsonl")]
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr[-2000:]
-    assert lines(tmp_path / "two.jsonl") == lines(tmp_path / "one.jsonl")
-    assert (tmp_path / "two.summary.json").read_text() == (tmp_path / "one.summary.json").read_text()
+    assert lines(tmp_path / "two.jsonl") == lines(sampled)
+    assert (tmp_path / "two.summary.json").read_text() == sampled.with_suffix(".summary.json").read_text()
 
 
-def test_regrading_needs_no_model_and_repairs_the_verdicts(model, tmp_path, capsys):
+def test_regrading_needs_no_model_and_repairs_the_verdicts(greedy, tmp_path, capsys):
     out = tmp_path / "a.jsonl"
-    call(model, "--problems", 2, "--max-new-tokens", 16, "--out", out)
-    header, *records = lines(out)
+    header, *records = lines(greedy)
     records[0] |= dict(response=rf"so \boxed{{{records[0]['answer']}}}", correct=False, reason="different")
     out.write_text("".join(json.dumps(r) + "\n" for r in (header, *records)))
     call("--regrade", out)
     assert "1 of 12 verdicts changed" in capsys.readouterr().out
     assert lines(tmp_path / "a.regraded.jsonl")[1]["correct"]
-    assert not lines(out)[1]["correct"]  # the old file stays
+    assert not lines(out)[1]["correct"]  # the old file is unchanged
 
 
-def test_the_table_compares_runs_problem_by_problem(tmp_path, capsys):
+def test_the_table_compares_runs_problem_by_problem(tmp_path, capsys, few_draws):
     rng = random.Random(0)
     header = dict(data={"g": dict(problems=80, sha256="x")}, sampling=dict(temperature=0.0, samples={"g": 1}))
     for name, chance in (("weak", 0.3), ("strong", 0.8)):
         records = [record(problem=i, correct=rng.random() < chance) for i in range(80)]
-        evaluate.write_results(tmp_path / f"{name}.jsonl", header, records)
+        write_results(tmp_path / f"{name}.jsonl", header, records)
     call("--table", tmp_path / "weak.jsonl", tmp_path / "strong.jsonl")
     printed = capsys.readouterr().out
     assert "/weak |" in printed
     assert "/strong − " in printed and "p<0.001" in printed  # noqa: PT018
-    evaluate.write_results(tmp_path / "other.jsonl", header | dict(data={"g": dict(problems=80, sha256="y")}), records)
+    write_results(tmp_path / "other.jsonl", header | dict(data={"g": dict(problems=80, sha256="y")}), records)
     with pytest.raises(SystemExit, match=r"other and .*/weak were evaluated on different data"):
         call("--table", tmp_path / "weak.jsonl", tmp_path / "other.jsonl")
-    evaluate.write_results(tmp_path / "short.jsonl", header, records[:-1])
+    write_results(tmp_path / "short.jsonl", header, records[:-1])
     with pytest.raises(
         SystemExit, match=r"short\.jsonl holds 79 of 80 answers: the command that made it will finish it"
     ):
         call("--table", tmp_path / "weak.jsonl", tmp_path / "short.jsonl")
-    with pytest.raises(SystemExit, match=r"is no result file of evaluate\.py"):
-        call("--table", ROOT / "README.md")
+
+
+HEADER = json.dumps({"header": dict(data={"g": {"problems": 1}}, sampling=dict(temperature=0, samples={"g": 1}))})
+DAMAGE = {  # a result file and the end of the message
+    "": "line 1: a header with sampling and data is needed; this is no result file of evaluate.py",
+    "# BRIDGE\n": "line 1: not valid JSON",
+    '{"header": 1}\n': "line 1: a header with sampling and data is needed",
+    '{"header": {"sampling": {}, "data": {"g": []}}}\n': "line 1: a header with sampling and data is needed",
+    f"{HEADER}\n[1]\n": "line 2: a JSON object is needed",
+    f"{HEADER}\n{json.dumps(record())[:40]}\n": "line 2: not valid JSON",
+    f"{HEADER}\n{json.dumps(record(tokens='5'))}\n": r"line 2: no answer .* wrong or missing: \['tokens'\]",
+    f"{HEADER}\n{json.dumps(record('h'))}\n": r"line 2: no answer .* wrong or missing: \['group'\]",
+    f"{HEADER}\n\udcff\n": "line 0: is not UTF-8 text",
+}
+
+
+@pytest.mark.parametrize("text", DAMAGE)
+def test_a_damaged_result_file_ends_in_one_line_with_file_and_line(text, greedy, model, tmp_path):
+    damaged = tmp_path / "a.jsonl"
+    damaged.write_bytes(text.encode("utf-8", "surrogateescape"))
+    for flags in (("--regrade", damaged), ("--table", greedy, damaged)):
+        with pytest.raises(SystemExit, match=rf"^evaluate\.py: \S*a\.jsonl, (after )?{DAMAGE[text]}[^\n]*$"):
+            call(*flags)
+    assert damaged.read_bytes() == text.encode("utf-8", "surrogateescape")
+
+
+def test_continuing_a_damaged_result_file_ends_in_the_same_line(model, greedy, tmp_path):
+    damaged = tmp_path / "a.jsonl"
+    damaged.write_text(greedy.read_text().replace('"tokens"', '"token"', 1))
+    with pytest.raises(SystemExit, match=r"^evaluate\.py: \S*a\.jsonl, line 2: no answer [^\n]*$"):
+        call(model, *GREEDY, "--out", damaged)
+
+
+# Run folders
+
+
+METRICS = '{"step": 1, "reward": 0.5, "response_tokens": 9, "cooperative_gain": null, "seconds": {"rl": 0.1}}\n'
+EVALS = '{"step": 0, "policy": {"n=3": 0.5, "average": 0.5}, "shadow": {"n=3": 0.25, "average": 0.25}}\n'
+
+
+@pytest.fixture
+def run_folder(tmp_path):
+    """A run of bridge.py as evaluate.py and plot.py read it, without weights."""
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text('{"settings": {"method": "bridge", "seed": 0}}')
+    (tmp_path / "run" / "metrics.jsonl").write_text(METRICS * 3)
+    (tmp_path / "run" / "evals.jsonl").write_text(EVALS * 2)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", r"not valid JSON"),
+        ("[1]", "a JSON object is needed"),
+        ("\udcff", r"not valid JSON"),
+        ("{}", r"no settings of this version \('settings'\)"),
+        ('{"settings": [1]}', "no settings of this version"),
+    ],
+)
+def test_a_damaged_config_ends_in_one_line_with_its_file(run_folder, text, message):
+    (run_folder / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(SystemExit, match=rf"^evaluate\.py: \S*config\.json: {message}[^\n]*$"):
+        call(run_folder)
+
+
+def test_evaluation_refuses_an_unfinished_run_and_unknown_settings(run_folder):
+    (run_folder / "config.json").write_text('{"settings": {"method": "bridge", "seed": 0, "old": 1}}')
+    with pytest.raises(SystemExit, match=r"config\.json: no settings of this version \(.*'old'\)$"):
+        call(run_folder)
+    (run_folder / "model").rmdir()
+    with pytest.raises(SystemExit, match=r"has no model/ yet: the run has not finished, --resume continues it"):
+        call(run_folder)
+
+
+def test_problems_come_from_the_data_flag_the_run_s_files_or_the_built_in_task(tmp_path):
+    for name in ("train", "eval"):
+        rows = [dict(question=f"{name} {i}", answer=str(i)) for i in range(5)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    s = Settings(method="rl", rl_data=f"{tmp_path}/train.jsonl", eval_data=f"{tmp_path}/eval.jsonl", template="plain")
+
+    def questions(s, *flags):
+        task = evaluate.find_task(evaluate.parse(["run", "--problems", "2", *flags]), s)
+        return [p.question for p in task.evaluation], task.template
+
+    assert questions(s) == (["eval 0", "eval 1"], "plain")
+    assert questions(s, "--data", s.rl_data, "--template", "") == (["train 0", "train 1"], "")
+    assert questions(Settings())[0] == [p.question for p in arithmetic.evaluation(2)]
+    with pytest.raises(DataError, match="eval_problems: the built-in task has 200 of each length"):
+        questions(Settings(), "--problems", "201")
+
+
+def test_figures_need_no_evaluation_and_ignore_a_torn_line(run_folder, tmp_path, capsys):
+    for name in ("metrics.jsonl", "evals.jsonl"):
+        with open(run_folder / name, "a") as file:
+            file.write('{"step": 2, "sec')
+    run_main(plot, run_folder, run_folder, "--out", tmp_path / "a.png")
+    (run_folder / "evals.jsonl").write_text("")
+    (run_folder / "config.json").unlink()
+    run_main(plot, run_folder, "--out", tmp_path / "b.png")
+    for name in ("a.png", "b.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match=r"^plot\.py: Format 'xyz' is not supported"):
+        run_main(plot, run_folder, "--out", tmp_path / "a.xyz")
+    with pytest.raises(SystemExit, match=r"is no run folder: it has no metrics\.jsonl"):
+        run_main(plot, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("metrics.jsonl", METRICS + "[1]\n", "line 2: a JSON object is needed"),
+        ("metrics.jsonl", METRICS + '{"step": 2}\n', "line 2: lacks seconds"),
+        ("metrics.jsonl", '{"seconds": {}}\n', "line 1: lacks step"),
+        ("evals.jsonl", EVALS + '{"shadow": {}}\n', "line 2: lacks step, policy"),
+        ("evals.jsonl", EVALS + "\udcff\n", "after line 0: is not UTF-8 text"),
+    ],
+)
+def test_figures_of_a_damaged_log_end_in_one_line_with_file_and_line(run_folder, name, text, message):
+    (run_folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(SystemExit, match=rf"^plot\.py: \S*{name}, {message}[^\n]*$"):
+        run_main(plot, run_folder, "--out", run_folder / "a.png")
+
+
+def test_figures_of_a_log_with_other_values_end_in_one_line(run_folder):
+    (run_folder / "evals.jsonl").write_text('{"step": 0, "policy": {"n=3": 0.5}}\n')
+    with pytest.raises(SystemExit, match=r"^plot\.py: metrics\.jsonl or evals\.jsonl [^\n]*'average'[^\n]*$"):
+        run_main(plot, run_folder, "--out", run_folder / "a.png")
+
+
+# The command line
 
 
 @pytest.mark.parametrize(
@@ -376,3 +559,7 @@ def test_a_command_that_makes_no_sense_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
         call(*flags.split())
     assert "error: " in capsys.readouterr().err
+
+
+def test_the_help_names_every_benchmark():
+    assert evaluate.NAMES.split(",") == list(BENCHMARKS)

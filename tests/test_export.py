@@ -1,8 +1,8 @@
-"""export.py: what others load is the trained policy, whole, with the tokens it stops at and a card that is true."""
+"""infra/export.py: an exported folder holds the trained policy with its stop tokens and a true card."""
 
 import json
 import re
-from types import SimpleNamespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bridge
 import lora
-import plot
-from grading.scores import table
 from infra import export
+from infra.files import atomic_folder, read_log
 from sampler import Sampler
-from tasks import arithmetic as toy
+from settings import METHODS, Settings
+from tasks import arithmetic
+
+ROOT = Path(__file__).parents[1]
 
 TARGETS = ["q_proj", "o_proj", "down_proj"]
 
@@ -32,7 +34,7 @@ def exported(folder, dtype, tied=True, stop=(0, 5)):
         p.data = torch.randn(p.shape, generator=generator) * 0.1
     lora.attach(base, w, 2.0)
     sampler.refresh(base)
-    export.save_model(folder, sampler.model, toy.make_tokenizer(), sampler.stop, "a card\n")
+    export.save_model(folder, sampler.model, arithmetic.make_tokenizer(), sampler.stop, "a card\n")
     return base, sampler
 
 
@@ -48,19 +50,6 @@ def test_the_exported_weights_are_the_fp32_sum_rounded_once(tmp_path, tied):
         assert torch.equal(weights[name], exact.bfloat16()), name
 
 
-def test_what_rounding_does_to_logits_is_nothing_in_fp32_and_in_bf16_what_transformers_sees(tmp_path):
-    sequences = [[3, 1, 4, 1, 5], [9, 2, 6]]
-    policy, sampler = exported(tmp_path / "exact", torch.float32)
-    assert export.rounding_change(policy, sampler.model, sequences) == (0.0, 0.0)
-    policy, sampler = exported(tmp_path / "rounded", torch.bfloat16)
-    exact, rounded = (AutoModelForCausalLM.from_pretrained(tmp_path / n, dtype="auto") for n in ("exact", "rounded"))
-    with torch.no_grad():
-        pairs = [[m(torch.tensor([ids])).logits[0].float() for m in (exact, rounded)] for ids in sequences]
-    largest, other = export.rounding_change(policy, sampler.model, sequences)
-    assert 0 < largest == pytest.approx(max((a - b).abs().max().item() for a, b in pairs), rel=0.1)
-    assert other == sum((a.argmax(-1) != b.argmax(-1)).sum().item() for a, b in pairs) / 8
-
-
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_files_have_standard_names_and_tied_weights_once_and_name_no_attention_of_ours(tmp_path, tied):
     exported(tmp_path / "model", torch.bfloat16, tied)
@@ -74,7 +63,7 @@ def test_the_files_have_standard_names_and_tied_weights_once_and_name_no_attenti
     assert config["dtype"] == "bfloat16"
     assert config["tie_word_embeddings"] == tied
     assert all("packed" not in path.read_text() for path in (tmp_path / "model").glob("*.json"))
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == toy.CHAT_TEMPLATE
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == arithmetic.CHAT_TEMPLATE
 
 
 def test_generation_stops_at_every_stop_token_and_inherits_no_sampling_settings(tmp_path):
@@ -93,7 +82,7 @@ def test_generation_stops_at_every_stop_token_and_inherits_no_sampling_settings(
 
 
 def test_a_pad_token_is_exported_only_if_the_model_has_an_embedding_for_it(tmp_path):
-    tokenizer = toy.make_tokenizer()
+    tokenizer = arithmetic.make_tokenizer()
     for pad, expected in (("+", tokenizer.convert_tokens_to_ids("+")), ("<a new token>", 21)):
         tokenizer.add_special_tokens({"pad_token": pad})
         for vocabulary in (21, 37):
@@ -109,7 +98,7 @@ def test_weights_that_are_not_finite_are_refused_and_the_model_of_before_stays(t
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     sampler.model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = float("nan")
     with pytest.raises(FloatingPointError, match=r"model.layers.1.mlp.up_proj.weight holds a value that is not finite"):
-        export.save_model(tmp_path / "model", sampler.model, toy.make_tokenizer(), [0], "")
+        export.save_model(tmp_path / "model", sampler.model, arithmetic.make_tokenizer(), [0], "")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
@@ -120,14 +109,14 @@ def test_an_export_that_is_cut_off_leaves_the_old_folder_and_the_next_one_replac
     (folder / "old").write_text("old")
 
     def write_half():
-        with export.whole(folder) as scratch:
+        with atomic_folder(folder) as scratch:
             (scratch / "half").write_text("half")
             raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="full"):
         write_half()
     assert [p.name for p in folder.iterdir()] == ["old"]
-    with export.whole(folder) as scratch:
+    with atomic_folder(folder) as scratch:
         assert not list(scratch.iterdir())
         (scratch / "new").write_text("new")
         assert [p.name for p in folder.iterdir()] == ["old"]
@@ -135,88 +124,58 @@ def test_an_export_that_is_cut_off_leaves_the_old_folder_and_the_next_one_replac
     assert [p.name for p in folder.iterdir()] == ["new"]
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a run of three steps, and what its end printed."""
-    out = tmp_path_factory.mktemp("runs") / "tried"
-    bridge.main(["--preset", "smoke", "--out", str(out), "--steps", "3", "--beta", "0.01"])
-    return out
-
-
-def code(card, number):
-    return re.findall(r"```python\n(.*?)```", card, re.DOTALL)[number]
-
-
-def test_the_card_says_what_was_done_and_what_came_out(finished):
-    card = (finished / "model" / "README.md").read_text()
+def test_the_card_names_method_prompt_results_and_settings(finished_run):
+    out = finished_run("--method", "bridge", "--steps", "2")
+    card = (out / "model" / "README.md").read_text()
     front = card.split("---")[1]
     assert "library_name: transformers" in front
-    assert "- bridge" in front
+    assert "tags: [bridge]" in front
     assert "base_model" not in front  # the built-in model is not on the hub
-    assert "license" not in front
     assert "arxiv.org/abs/2509.06948" in card
-    evals = plot.read(finished / "evals.jsonl")
-    assert table({"step 0": evals[0]["policy"], "step 3": evals[-1]["policy"]}) in card
-    assert "On 8 evaluation prompts that changed a logit by 0 at most" in card  # it ran in fp32
-    bold = re.findall(r"\| \*\*(\w+)\*\* \| \*\*(.*?)\*\* \|", card)
-    assert ("beta", "0.01") in bold
-    assert ("steps", "3") in bold
-    assert "lam" not in dict(bold)
-    assert "| lam | 0.5 |" in card
-    assert "| demonstrations | built-in chain arithmetic | 256 |" in card
+    assert METHODS["bridge"].text in card
+    evals = read_log(out / "evals.jsonl")
+    assert export.accuracies(Settings(), evals) in card
+    question = arithmetic.evaluation(1)[0].question
+    assert repr(f"Q:{question}=") in card
+    assert "steps=2" in card and "lam=" not in card.partition("Command")[0]  # noqa: PT018
     assert f"torch {torch.__version__}" in card
-    assert "--beta 0.01" in card
+    assert "--method bridge --steps 2" in card
 
 
-def test_only_a_name_on_the_hub_is_a_base_model(tmp_path):
-    s = bridge.Settings
-    assert "base_model: Qwen/Qwen2.5-3B\n" in export.front_matter(s(model="Qwen/Qwen2.5-3B"))
-    assert "base_model" not in export.front_matter(s(model=str(tmp_path)))
+def test_only_a_name_on_the_hub_is_a_base_model(finished_run, tmp_path):
+    out = finished_run("--method", "bridge", "--steps", "2")
+    evals = read_log(out / "evals.jsonl")
+    for model, named in (("Qwen/Qwen2.5-3B@main", True), (str(tmp_path), False)):
+        card = export.card(Settings(model=model), out, "1+1", "Q:1+1=", evals, [])
+        assert ("base_model: Qwen/Qwen2.5-3B\n" in card) == named == ("base_model" in card)
 
 
-def test_the_card_s_code_loads_the_model_and_asks_it_as_it_was_trained(finished, capsys):
-    scope = {"folder": str(finished / "model"), "question": "1+2*3"}
-    exec(code((finished / "model" / "README.md").read_text(), 0), scope)
-    assert capsys.readouterr().out.strip()
-    assert scope["inputs"].input_ids[0].tolist() == bridge.prompts.encode_prompt(scope["tokenizer"], "1+2*3", "")
-
-
-def test_the_adapter_on_the_trained_theta_gives_the_logits_of_the_exported_model(finished):
+def test_the_adapter_on_the_trained_theta_gives_the_logits_of_the_exported_model(finished_run):
+    """By the code of docs/run.md."""
     pytest.importorskip("peft")
-    newest = max((finished / "checkpoint").glob("step-??????"))
-    scope = {"folder": str(finished / "model"), "checkpoint": newest, "adapter": str(finished / "adapter")}
-    exec(code((finished / "model" / "README.md").read_text(), 1), scope)
+    out = finished_run("--steps", "2", "--beta", "0.01")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "run.md").read_text(), re.DOTALL)
+    scope = {"run": str(out)}
+    exec(code, scope)
     ids = torch.tensor([[1, 5, 3, 9, 2]])
     with torch.no_grad():
-        merged = AutoModelForCausalLM.from_pretrained(finished / "model")(ids).logits
+        merged = AutoModelForCausalLM.from_pretrained(out / "model")(ids).logits
         torch.testing.assert_close(scope["model"](ids).logits, merged, rtol=1e-4, atol=1e-5)
         with scope["model"].disable_adapter():
             assert not torch.allclose(scope["model"](ids).logits, merged, rtol=1e-4, atol=1e-5)
 
 
-def test_an_adapter_that_never_moved_is_said_to_be_zero(tmp_path, capsys):
-    flags = ["--preset", "smoke", "--out", str(tmp_path / "run"), "--steps", "1", "--method", "mix_lora", "--beta", "0"]
-    bridge.main(flags)
-    assert "WARNING: w is zero (beta is 0)" in capsys.readouterr().out
-    assert "Here it is zero: it never moved." in (tmp_path / "run" / "model" / "README.md").read_text()
+def test_an_adapter_that_never_moved_is_reported(finished_run):
+    out = finished_run("--steps", "1", "--method", "mix_lora", "--beta", "0", "--eval-problems", "1")
+    assert "WARNING: w is zero (beta is 0)" in (out.parent / "stdout").read_text()
 
 
 def test_a_run_in_bfloat16_exports_bfloat16_and_finishing_again_replaces_it(tmp_path):
     flags = ["--preset", "smoke", "--out", str(tmp_path / "run"), "--dtype", "bfloat16", "--method", "sft"]
     for steps in ("1", "2"):
-        bridge.main([*flags, "--steps", steps, "--resume"])
+        bridge.main([*flags, "--steps", steps, "--resume", "--eval-problems", "1"])
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")
     assert model.dtype == torch.bfloat16
     theta = tensors_in(tmp_path / "run" / "checkpoint")
     assert all(torch.equal(p, theta[f"theta.{i}"].bfloat16()) for i, p in enumerate(model.parameters()))
     assert not list((tmp_path / "run").glob("model.*"))
-
-
-def test_with_a_named_template_the_card_spells_the_prompt_out_and_the_tokenizer_adds_its_bos():
-    tokenizer, scope = toy.make_tokenizer(), {"question": "1+2"}
-    tokenizer.chat_template = None
-    task, sampler = SimpleNamespace(instruction="\nThink.", template="plain"), SimpleNamespace(stop=[0])
-    text = export.usage(SimpleNamespace(task=task, tokenizer=tokenizer, s=bridge.Settings(), sampler=sampler))
-    exec(re.search("^prompt = .*", text, re.MULTILINE)[0], scope)
-    assert scope["prompt"] == bridge.prompts.prompt_text(tokenizer, "1+2", "\nThink.", "plain")
-    assert "add_special_tokens=True" in text

@@ -1,4 +1,4 @@
-"""grpo.py against TRL's own loss and advantages, and against what the formulas say."""
+"""grpo.py against TRL's loss and advantages, and against facts that follow from the formulas."""
 
 from collections import defaultdict
 from types import SimpleNamespace
@@ -58,7 +58,7 @@ def test_loss_and_gradient_equal_trl(aggregation, kl_coef, on_policy):
     loss, terms = grpo.grpo_loss(flat, old[keep], advantage, weight, (0.2, 0.28), None, ref[keep], kl_coef)
     (gradient,) = torch.autograd.grad(loss, flat)
 
-    assert on_policy or terms["cut"].any(), "the case must exercise the clip"
+    assert on_policy or terms["limited"].any(), "the case must exercise the clip"
     torch.testing.assert_close(loss, theirs, rtol=1e-6, atol=1e-8)  # weights are fp32 numbers
     torch.testing.assert_close(gradient, their_gradient[keep], rtol=1e-6, atol=1e-9)
 
@@ -105,8 +105,8 @@ def test_masked_sequences_weigh_nothing_and_their_infinities_stay_out(aggregatio
     assert weight[2:].tolist() == [0, 0, 0]
     logp = torch.tensor([-1.0, -2, -1, -1, -1], requires_grad=True)
     old = torch.tensor([-1.0, -2, -200, float("-inf"), float("nan")])
-    for truncate in (None, 2.0):
-        loss, terms = grpo.grpo_loss(logp, old, torch.ones(5), weight, truncate=truncate, ref_logp=old, kl_coef=0.1)
+    for ratio_cap in (None, 2.0):
+        loss, terms = grpo.grpo_loss(logp, old, torch.ones(5), weight, ratio_cap=ratio_cap, ref_logp=old, kl_coef=0.1)
         (gradient,) = torch.autograd.grad(loss, logp)
         assert loss.isfinite()
         assert gradient.isfinite().all()
@@ -125,25 +125,25 @@ def test_clip_stops_the_gradient_only_where_it_would_go_further():
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
     loss, terms = grpo.grpo_loss(logp, torch.zeros(4), advantage, torch.ones(4), (0.2, 0.2))
     (gradient,) = torch.autograd.grad(loss, logp)
-    assert (gradient == 0).tolist() == [True, False, False, True] == terms["cut"].tolist()
+    assert (gradient == 0).tolist() == [True, False, False, True] == terms["limited"].tolist()
 
 
 def test_on_policy_the_truncated_and_the_clipped_surrogate_have_the_same_gradient_bit_for_bit():
     logp = torch.randn(9, requires_grad=True)
     advantage, weight = torch.randn(9), torch.rand(9)
     gradients = []
-    for truncate in (None, 2.0):
-        loss, _ = grpo.grpo_loss(logp, logp.detach(), advantage, weight, truncate=truncate)
+    for ratio_cap in (None, 2.0):
+        loss, _ = grpo.grpo_loss(logp, logp.detach(), advantage, weight, ratio_cap=ratio_cap)
         gradients.append(torch.autograd.grad(loss, logp)[0])
     assert torch.equal(*gradients)
 
 
 def test_truncation_bounds_the_weight_and_keeps_the_gradient():
     logp = torch.tensor([3.0, -3.0], requires_grad=True)
-    loss, terms = grpo.grpo_loss(logp, torch.zeros(2), torch.ones(2), torch.ones(2), truncate=2.0)
+    loss, terms = grpo.grpo_loss(logp, torch.zeros(2), torch.ones(2), torch.ones(2), ratio_cap=2.0)
     (gradient,) = torch.autograd.grad(loss, logp)
     assert gradient.tolist() == pytest.approx([-2.0, -torch.tensor(-3.0).exp().item()])
-    assert terms["cut"].tolist() == [True, False]
+    assert terms["limited"].tolist() == [True, False]
 
 
 def test_k3_is_zero_at_equality_never_negative_and_unbiased():

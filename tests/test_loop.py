@@ -5,13 +5,17 @@ import json
 
 import pytest
 import torch
+from conftest import lines
 
 import bridge
 import grpo
+import rollout
 import settings
 from infra import checkpoint
-from infra.model import response_logprobs
+from infra.run import RunFolder
+from logprob import response_logprobs
 from sampler import Completion
+from settings import METHODS, Method
 
 SMOKE = settings.PRESETS["smoke"]
 
@@ -20,15 +24,15 @@ def make_run(tmp_path, **changes):
     """A smoke run, set up but not started."""
     s = settings.check(settings.Settings(**(SMOKE | changes)))
     tmp_path.mkdir(exist_ok=True)
-    return bridge.set_up(s, tmp_path)
+    return bridge.set_up(s, RunFolder(tmp_path))
 
 
-def train_spying(run, monkeypatch, look):
-    """Trains; before each bilevel_gradients, `look(run, rollouts, rollouts_hat, demonstrations)` is recorded."""
+def train_spying(run, monkeypatch, observe):
+    """Trains and records `observe(run, rollouts, rollouts_hat, demonstrations)` before each bilevel_gradients."""
     seen, real = [], bridge.bilevel_gradients
 
     def spy(m, rollouts, rollouts_hat, demonstrations, *rest):
-        seen.append(look(run, rollouts, rollouts_hat, demonstrations))
+        seen.append(observe(run, rollouts, rollouts_hat, demonstrations))
         return real(m, rollouts, rollouts_hat, demonstrations, *rest)
 
     monkeypatch.setattr(bridge, "bilevel_gradients", spy)
@@ -41,52 +45,62 @@ def same(a, b):
 
 
 def boxed(run, answer, extra, reason="stop"):
-    ids = run.tokenizer.encode("1+1=2;" * extra + f"\\boxed{{{answer}}}", add_special_tokens=False)
+    ids = run.env.tokenizer.encode("1+1=2;" * extra + f"\\boxed{{{answer}}}", add_special_tokens=False)
     return Completion(ids, [-0.01 * i - extra for i in range(len(ids))], reason)
 
 
 def test_rewards_advantages_and_weights_belong_to_the_tokens_of_their_own_sequence(tmp_path, monkeypatch):
     run = make_run(tmp_path, prompts_per_step=3, group_size=4, overlong_mask=True)
-    problems = [run.task.problems[i] for _, i in copy.deepcopy(run.prompts).take(3)]
+    problems = [run.env.task.problems[i] for _, i in copy.deepcopy(run.prompts).take(3)]
     right = [[True, False, False, False], [True, True, True, False], [False] * 4]
     groups = [
         [boxed(run, p.answer if r else "x", g + i, "length" if (i, g) == (1, 2) else "stop") for g, r in enumerate(row)]
         for i, (p, row) in enumerate(zip(problems, right, strict=True))
     ]
-    monkeypatch.setattr(run.sampler, "generate", lambda *a, **k: groups)
-    rollouts = bridge.collect(run, run.prompts, 0)
+    monkeypatch.setattr(run.env.sampler, "generate", lambda *a, **k: groups)
+    rollouts = rollout.sample_rollouts(run.env, run.prompts, 0)
     assert rollouts.reward.tolist() == [[float(r) for r in row] for row in right]
     advantages, flat, at = grpo.group_advantages(rollouts.reward), [c for g in groups for c in g], 0
     for i, completion in enumerate(flat):
         tokens = slice(at, at + len(completion.ids))
         at = tokens.stop
         assert rollouts.rows[i][1] == completion.ids
-        assert run.tokenizer.decode(rollouts.rows[i][0]) == f"Q:{problems[i // 4].question}="
+        assert run.env.tokenizer.decode(rollouts.rows[i][0]) == f"Q:{problems[i // 4].question}="
         assert rollouts.advantage[tokens].tolist() == [advantages[i // 4, i % 4].item()] * len(completion.ids)
         assert rollouts.sampler_logp[tokens].tolist() == pytest.approx(completion.logps)
         assert rollouts.weight[tokens].any() == (completion.finish_reason == "stop"), "overlong sequences weigh nothing"
     assert at == len(rollouts.advantage) == len(rollouts.weight)
     assert rollouts.stats["truncated_frac"] == 1 / 12
-    assert rollouts.stats["dead_groups"] == 1 / 3
+    assert rollouts.stats["zero_std_groups"] == 1 / 3
 
 
 def test_groups_stand_as_their_prompts_were_drawn_whichever_rank_has_sampled_them(tmp_path, monkeypatch):
     run = make_run(tmp_path, prompts_per_step=5, group_size=2)
     again = copy.deepcopy(run.prompts)
-    alone = bridge.collect(run, run.prompts, 0)
-    monkeypatch.setattr(bridge.parallel, "gather", lambda groups: [*groups[::2], *groups[1::2]])  # as two ranks would
-    several = bridge.collect(run, again, 0)
+    alone = rollout.sample_rollouts(run.env, run.prompts, 0)
+    of_two_ranks = lambda groups: [*groups[::2], *groups[1::2]]  # noqa: E731
+    monkeypatch.setattr(rollout.parallel, "all_gather", of_two_ranks)
+    several = rollout.sample_rollouts(run.env, again, 0)
     assert several.rows == alone.rows
     assert same([several.reward, several.sampler_logp], [alone.reward, alone.sampler_logp])
 
 
+def test_a_sample_is_drawn_from_seed_step_and_number_of_its_draw(tmp_path, monkeypatch):
+    run, keys = make_run(tmp_path, prompts_per_step=3, group_size=2, seed=5), []
+    generate = run.env.sampler.generate
+    monkeypatch.setattr(run.env.sampler, "generate", lambda p, k, *rest: keys.append(k) or generate(p, k, *rest))
+    for step in (7, 8):
+        rollout.sample_rollouts(run.env, run.prompts, step)
+    assert keys == [[(5, 7, draw) for draw in range(3)], [(5, 8, draw) for draw in range(3, 6)]]
+
+
 @pytest.mark.parametrize("cap", [0, 1, 5])
-def test_dynamic_sampling_replaces_dead_groups_up_to_its_cap(tmp_path, monkeypatch, cap):
+def test_dynamic_sampling_replaces_zero_std_groups_up_to_its_cap(tmp_path, monkeypatch, cap):
     run = make_run(tmp_path, prompts_per_step=2, group_size=2, dynamic_sampling=cap)
     stream, calls = copy.deepcopy(run.prompts), []
 
     def generate(prompts, *rest):  # one live group in the second batch, one in the fourth
-        problems = [run.task.problems[i] for _, i in stream.take(2)]
+        problems = [run.env.task.problems[i] for _, i in stream.take(2)]
         calls.append(problems)
         live = len(calls) in (2, 4)
         return [
@@ -94,10 +108,10 @@ def test_dynamic_sampling_replaces_dead_groups_up_to_its_cap(tmp_path, monkeypat
             [boxed(run, "x", 1), boxed(run, "x", 1)],
         ]
 
-    monkeypatch.setattr(run.sampler, "generate", generate)
-    rollouts = bridge.collect(run, run.prompts, 0)
+    monkeypatch.setattr(run.env.sampler, "generate", generate)
+    rollouts = rollout.sample_rollouts(run.env, run.prompts, 0)
     assert len(calls) == {0: 1, 1: 2, 5: 4}[cap]
-    assert rollouts.stats["dead_groups"] == {0: 1, 1: 3 / 4, 5: 6 / 8}[cap], "counted before the choice"
+    assert rollouts.stats["zero_std_groups"] == {0: 1, 1: 3 / 4, 5: 6 / 8}[cap], "counted before the choice"
     assert (rollouts.reward.sum(1) == 1).tolist() == {0: [False, False], 1: [True, False], 5: [True, True]}[cap]
 
 
@@ -107,7 +121,7 @@ def test_shared_rollouts_are_the_policy_s_and_own_ones_the_shadow_s(tmp_path, mo
             pairs = (rollouts, run.m.policy), (rollouts_hat, run.m.shadow)
             return [(r.sampler_logp - response_logprobs(m, r.rows)[0]).abs().max().item() for r, m in pairs]
 
-    run = make_run(tmp_path / "own", shadow_rollouts="own", steps=3)
+    run = make_run(tmp_path / "own", shadow_rollouts="own", steps=2)
     assert all(gap < 1e-3 for step in train_spying(run, monkeypatch, gaps) for gap in step)
     run = make_run(tmp_path / "same", shadow_rollouts="own", steps=1)
     (same_rows,) = train_spying(run, monkeypatch, lambda run, a, b, _: a.rows == b.rows and a is not b)
@@ -116,12 +130,11 @@ def test_shared_rollouts_are_the_policy_s_and_own_ones_the_shadow_s(tmp_path, mo
     assert all(train_spying(run, monkeypatch, lambda run, a, b, _: a is b))
 
 
-@pytest.mark.parametrize(("every", "expected"), [(0, [True, False, False, False]), (2, [True, False, True, False])])
-def test_the_shadow_is_set_back_when_asked_and_never_otherwise(tmp_path, monkeypatch, every, expected):
-    run = make_run(tmp_path, steps=4, resync_every=every)
+def test_the_shadow_starts_as_theta_and_is_never_set_back(tmp_path, monkeypatch):
+    run = make_run(tmp_path, steps=3)
     names = ("theta", "theta_hat")
     seen = train_spying(run, monkeypatch, lambda run, *_: same(*(run.m.parameters[n] for n in names)))
-    assert seen == expected
+    assert seen == [True, False, False]
 
 
 def test_cold_start_gives_rl_a_fresh_optimizer(tmp_path, monkeypatch):
@@ -163,6 +176,21 @@ def test_a_checkpoint_holds_the_positions_and_the_skipped_count(tmp_path):
     run = make_run(tmp_path)
     run.prompts.position, run.demos.position, run.skipped = 3, 7, 2
     again = make_run(tmp_path)
-    checkpoint.save(tmp_path / "checkpoint", 5, *bridge.state_of(run, 5))
+    bridge.save(run, 5)
     assert bridge.restore(again, checkpoint.newest(tmp_path / "checkpoint")) == 5
     assert (again.prompts.position, again.demos.position, again.skipped) == (3, 7, 2)
+
+
+def test_a_new_method_is_one_row_and_one_case_and_trains_through_export(tmp_path, monkeypatch):
+    """The row is an entry of METHODS, the case a line of `updates`; memory, help, card and export read the table."""
+    monkeypatch.setitem(METHODS, "sft_twice", Method("w and θ take SFT twice as much as RL", adapter=True))
+    cases = bridge.updates
+    monkeypatch.setattr(bridge, "updates", lambda s, k: [(2.0, 1.0)] if s.method == "sft_twice" else cases(s, k))
+    out = tmp_path / "run"
+    bridge.main(["--preset", "smoke", "--method", "sft_twice", "--steps", "2", "--out", str(out)])
+    metrics = lines(out / "metrics.jsonl")
+    assert metrics[-1]["lora_norm"] > 0 and metrics[-1]["cooperative_gain"] is None  # noqa: PT018
+    assert "w and θ take SFT twice as much as RL" in (out / "model" / "README.md").read_text()
+    assert (out / "adapter" / "adapter_config.json").exists()
+    with pytest.raises(SystemExit, match="shadow_ratio_cap does nothing with method sft_twice"):
+        bridge.main(["--method", "sft_twice", "--shadow-ratio-cap", "3", "--out", str(out)])

@@ -1,4 +1,4 @@
-"""lora.py: what an adapter must and must not change, and PEFT as the oracle."""
+"""lora.py: what an adapter must change and what it must not, with PEFT as reference."""
 
 import copy
 
@@ -7,14 +7,14 @@ import torch
 from conftest import rows, tiny_model
 
 import lora
-from infra.model import response_logprobs
+from logprob import response_logprobs
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 IDS = torch.tensor([[1, 5, 3, 9, 2]])
 
 
 def logits(model):
-    """Through transformers' own attention, so that PEFT's copy runs the same code."""
+    """Logits by transformers' own attention, which PEFT's copy runs too."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
         return model(IDS).logits
@@ -38,7 +38,7 @@ def test_a_fresh_adapter_changes_nothing_bit_for_bit(any_model):
     assert torch.equal(logits(any_model), before)
 
 
-def test_a_step_of_w_moves_b_and_leaves_theta_bit_identical():
+def test_a_step_of_w_changes_b_and_not_one_bit_of_theta():
     model, w = adapted(trained=False)
     before = {n: p.clone() for n, p in lora.base_parameters(model).items()}
     optimizer = torch.optim.AdamW(w.values(), lr=0.1, weight_decay=0.0)
@@ -48,12 +48,12 @@ def test_a_step_of_w_moves_b_and_leaves_theta_bit_identical():
     assert all(p.any() for n, p in w.items() if "lora_B" in n)
 
 
-def test_base_parameters_are_the_model_s_own_under_their_old_names():
+def test_base_parameters_have_the_names_from_before_attach():
     model, plain = adapted()[0], tiny_model()
     assert set(lora.base_parameters(model)) == set(dict(plain.named_parameters()))
 
 
-def test_merging_equals_the_adapted_model_is_idempotent_and_leaves_it_alone():
+def test_merging_equals_the_adapted_model_is_idempotent_and_does_not_change_it():
     model, _ = adapted()
     target, before = tiny_model(seed=5), copy.deepcopy(model.state_dict())
     lora.merge_into(target, model)
@@ -64,23 +64,23 @@ def test_merging_equals_the_adapted_model_is_idempotent_and_leaves_it_alone():
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
-def test_two_bases_share_one_adapter_and_a_sign_of_minus_one_flips_only_its_gradient():
+def test_two_bases_share_one_adapter_and_their_gradients_of_it_add_up():
     model = tiny_model()
     shadow, w = copy.deepcopy(model), lora.create(model, TARGETS, 4, 0)
     for p in w.values():
         p.data = torch.randn_like(p) * 0.1
-    lora.attach(model, w, 2.0)
-    lora.attach(shadow, w, 2.0, sign=-1.0)
-    batch, gradients = rows(3), []
-    for m in (model, shadow):
-        for p in w.values():
-            p.grad = None
-        logp, _ = response_logprobs(m, batch)
-        logp.sum().backward()
-        gradients.append(([p.grad for p in w.values()], [p.grad for p in lora.base_parameters(m).values()]))
-    assert all(torch.equal(a, -b) for a, b in zip(gradients[0][0], gradients[1][0], strict=True))
-    assert all(torch.equal(a, b) for a, b in zip(gradients[0][1], gradients[1][1], strict=True))
-    assert any(g.any() for g in gradients[0][0])
+    for base in (model, shadow):
+        lora.attach(base, w, 2.0)
+    assert torch.equal(logits(model), logits(shadow))
+    assert all(p is not q for p, q in zip(*(lora.base_parameters(m).values() for m in (model, shadow)), strict=True))
+    for base in (model, shadow):
+        base.set_attn_implementation("packed")
+    response_logprobs(model, rows(3))[0].sum().backward()
+    of_model = [p.grad.clone() for p in w.values()]
+    assert any(g.any() for g in of_model)
+    assert all(p.grad is None for p in lora.base_parameters(shadow).values())
+    response_logprobs(shadow, rows(3))[0].sum().backward()
+    assert all(torch.equal(p.grad, 2 * g) for p, g in zip(w.values(), of_model, strict=True))
 
 
 def test_delta_norm_is_the_norm_of_the_merged_difference():
@@ -90,7 +90,7 @@ def test_delta_norm_is_the_norm_of_the_merged_difference():
     assert lora.delta_norm(w, 2.0) == pytest.approx(direct, rel=1e-4)
 
 
-def test_unknown_target_names_the_layers_there_are():
+def test_an_unknown_target_is_refused_with_the_names_of_the_layers():
     with pytest.raises(ValueError, match=r"no linear layer is named \['qproj'\].*q_proj"):
         lora.create(tiny_model(), ["qproj", "k_proj"], 4, 0)
     with pytest.raises(ValueError, match=r"no linear layer is named \['lm_head'\]"):
@@ -105,7 +105,7 @@ def test_peft_loads_the_saved_adapter_and_gives_the_same_logits(tmp_path):
     torch.testing.assert_close(logits(theirs.base_model.model), logits(model), rtol=1e-5, atol=1e-5)
 
 
-def test_initialisation_is_peft_s():
+def test_initialisation_equals_pefts():
     peft = pytest.importorskip("peft")
     model = tiny_model()
     w = lora.create(model, ["q_proj"], 4, 0)

@@ -5,27 +5,96 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import traceback
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import lines, rows, tensors_in
 
+import bridge
+import infra.run
 from infra import checkpoint, parallel
-from infra.model import micro_batches
+from sampler import Sampler
+from settings import Settings
 
 ROOT = Path(__file__).parents[1]
-SMOKE = ["--preset", "smoke", "--steps", "3", "--alpha", "1e-4", "--beta", "5e-4", "--save-every", "1"]
-KILLED = 60  # seconds after which a run counts as hanging
+SMOKE = ["--preset", "smoke", "--alpha", "1e-4", "--save-every", "1", "--eval-every", "3"]
+KILLED = 120  # seconds after which a run counts as hanging
 
 
-def start(out, ranks, *flags, restarts=0, script=ROOT / "bridge.py", meet=("--standalone",)):
-    """A run on so many ranks, as a process."""
+def fork(command, ranks):
+    """Runs bridge.main(command) on several ranks, forked from this process, which has loaded everything already.
+
+    Returns (exit status, standard output, standard error) of each rank.
+    """
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    logs = [(tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")) for _ in range(ranks)]  # noqa: SIM115
+    children = []
+    for rank, (out, err) in enumerate(logs):
+        child = os.fork()
+        if child == 0:
+            os.dup2(out.fileno(), 1)
+            os.dup2(err.fileno(), 2)
+            sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
+            os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost",
+                               MASTER_PORT=str(port))  # fmt: skip
+            status = 1
+            try:
+                command()
+                status = 0
+            except SystemExit as ended:
+                status = ended.code if isinstance(ended.code, int) else 1
+                print(ended.code, file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        children.append(child)
+    deadline, statuses = time.monotonic() + KILLED, {}
+    while len(statuses) < ranks:
+        for child in set(children) - set(statuses):
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                statuses[child] = os.waitstatus_to_exitcode(status)
+        if time.monotonic() > deadline:
+            for child in set(children) - set(statuses):
+                os.kill(child, signal.SIGKILL)
+            pytest.fail(f"ranks hang: {statuses}")
+        time.sleep(0.01)
+    texts = []
+    for child, (out, err) in zip(children, logs, strict=True):
+        out.seek(0), err.seek(0)
+        texts.append((statuses[child], out.read(), err.read()))
+    return texts
+
+
+def run(out, ranks, *flags, steps=2, before=lambda: None):
+    """A run on so many ranks; each rank calls `before` first. Returns what rank 0 printed."""
+
+    def command():
+        before()
+        bridge.main([str(word) for word in (*SMOKE, "--out", out, "--steps", steps, *flags)])
+
+    results = fork(command, ranks)
+    assert all(status == 0 for status, *_ in results), results[-1][2][-3000:]
+    return results[0][1]
+
+
+def start(out, ranks, *flags, restarts=0, meet=("--standalone",), steps=3):
+    """A run under torchrun, as a process."""
     launcher = ["-m", "torch.distributed.run", *meet, f"--nproc-per-node={ranks}", f"--max-restarts={restarts}"]
-    command = [sys.executable, *(launcher if ranks > 1 or len(meet) > 1 else []), script, *SMOKE, "--out", out, *flags]
-    return subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})  # fmt: skip
+    command = [sys.executable, *launcher, ROOT / "bridge.py", *SMOKE, "--out", out, "--steps", steps, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [str(word) for word in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
 
 
 def finish(process):
@@ -37,17 +106,11 @@ def finish(process):
     return process.returncode, out, err
 
 
-def run(out, ranks, *flags, **options):
-    code, said, err = finish(start(out, ranks, *flags, **options))
-    assert code == 0, err[-3000:]
-    return said
-
-
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """The run of one process, which the others must equal."""
     out = tmp_path_factory.mktemp("one") / "run"
-    run(out, 1)
+    run(out, 1, steps=3)
     return out
 
 
@@ -67,26 +130,23 @@ def assert_equal(a, b, tolerance):
 def test_two_ranks_draw_the_samples_of_one_and_have_its_parameters_after_three_steps(tmp_path, one, flags):
     if len(flags) > 1:
         one = tmp_path / "one"
-        run(one, 1, *flags[1:])
-    said = run(tmp_path / "two", 2, *flags)
-    assert "2 ranks" in said
+        run(one, 1, *flags[1:], steps=3)
+    assert "2 ranks" in run(tmp_path / "two", 2, *flags, steps=3)
     assert_equal(one, tmp_path / "two", 1e-6)
     assert lines(one / "evals.jsonl") == lines(tmp_path / "two" / "evals.jsonl")
 
 
-@pytest.mark.parametrize("method", ["alternating", "sft_rl"])
-def test_other_methods_too_are_the_same_on_two_ranks(tmp_path, method):
-    flags = ["--method", method, "--sft-steps", "1", "--steps", "2", "--dynamic-sampling", "1"]
-    run(tmp_path / "one", 1, *flags)
-    run(tmp_path / "two", 2, *flags, "--shard")
+@pytest.mark.parametrize("flags", [["alternating", "--dynamic-sampling", "1"], ["sft_rl", "--sft-steps", "1"]])
+def test_other_methods_too_are_the_same_on_two_ranks(tmp_path, flags):
+    run(tmp_path / "one", 1, "--method", *flags)
+    run(tmp_path / "two", 2, "--method", *flags, "--shard")
     assert_equal(tmp_path / "one", tmp_path / "two", 1e-6)
 
 
 def test_a_run_saved_by_two_ranks_is_resumed_by_one_and_by_two_sharded_ones(tmp_path, one):
-    run(tmp_path / "run", 2, "--shard", "--steps", "1")
-    said = run(tmp_path / "run", 1, "--steps", "2", "--resume")
-    assert "1 ranks" not in said
-    run(tmp_path / "run", 2, "--steps", "3", "--resume", "--shard")
+    run(tmp_path / "run", 2, "--shard", steps=1)
+    assert "1 ranks" not in run(tmp_path / "run", 1, "--resume", steps=2)
+    run(tmp_path / "run", 2, "--resume", "--shard", steps=3)
     assert_equal(one, tmp_path / "run", 1e-6)
 
 
@@ -99,7 +159,7 @@ def of(process):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     out = tmp_path_factory.mktemp("two") / "run"
-    run(out, 2)
+    run(out, 2, steps=3)
     return out
 
 
@@ -118,7 +178,7 @@ def test_a_killed_rank_is_started_again_and_the_result_is_exactly_that_of_an_und
     assert_equal(undisturbed, tmp_path / "run", 0)
 
 
-def test_so_it_is_on_two_machines_of_which_only_one_has_counted_a_failure(tmp_path, undisturbed):
+def test_two_machines_restart_too_although_only_one_has_counted_a_failure(tmp_path, undisturbed):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -129,85 +189,73 @@ def test_so_it_is_on_two_machines_of_which_only_one_has_counted_a_failure(tmp_pa
 
 def test_a_signal_to_one_rank_lets_both_finish_the_step_and_save(tmp_path):
     out = tmp_path / "run"
-    process = start(out, 2, "--steps", "500", "--eval-every", "500", "--save-every", "500")
+    process = start(out, 2, "--eval-every", "500", "--save-every", "500", steps=500)
     while not (out / "metrics.jsonl").exists() and process.poll() is None:
         time.sleep(0.01)
     rank = of(process)[-1]
     for _ in range(2):  # as torchrun does when it has got the signal, too
         os.kill(rank, signal.SIGTERM)
         time.sleep(0.1)
-    code, said, _ = finish(process)
+    code, printed, _ = finish(process)
     assert code != 0
-    assert "stopped by SIGTERM after step" in said
+    assert "stopped by SIGTERM after step" in printed
     saved = checkpoint.newest(out / "checkpoint").facts
     assert saved["step"] == lines(out / "metrics.jsonl")[-1]["step"] < 500
 
 
-UNEVEN = """
-import sys
-import torch
-import bridge
-from infra import parallel
-from sampler import Sampler
+def make_uneven():
+    """Rank 0 finishes no sample, rank 1 ends each after a token; in the second update rank 1's loss is NaN."""
+    real_loss, real_generate, step = bridge.grpo.grpo_loss, Sampler.generate, 0
 
-real_loss, real_generate = bridge.grpo.grpo_loss, Sampler.generate
+    def loss(*args):
+        value, terms = real_loss(*args)
+        return (value * float("nan") if parallel.rank() == 1 and step == 2 else value), terms
 
-def loss(*args):  # in the second update one rank's loss is not finite
-    value, terms = real_loss(*args)
-    return (value * float("nan") if parallel.rank() == 1 and step == 2 else value), terms
+    def generate(self, prompts, keys, *rest, **options):
+        nonlocal step
+        groups = real_generate(self, prompts, keys, *rest, **options)
+        if len(keys[0]) == 3:  # (seed, step, draw): in training, not in evaluation
+            step = keys[0][1] + 1
+            for completion in (c for group in groups for c in group):
+                if parallel.rank() == 0:
+                    completion.finish_reason = "length"
+                else:
+                    completion.ids, completion.logps = completion.ids[:1], completion.logps[:1]
+        return groups
 
-def generate(self, prompts, keys, *rest, **options):  # in training one rank finishes nothing, the other at once
-    global step
-    groups = real_generate(self, prompts, keys, *rest, **options)
-    if len(keys[0]) == 3:  # (seed, step, draw)
-        step = keys[0][1] + 1
-        for completion in (c for group in groups for c in group):
-            if parallel.rank() == 0:
-                completion.finish_reason = "length"
-            else:
-                completion.ids, completion.logps = completion.ids[:1], completion.logps[:1]
-    return groups
-
-step = 0
-bridge.grpo.grpo_loss, Sampler.generate = loss, generate
-bridge.MAX_LOGP_GAP = 1e9
-bridge.main(sys.argv[1:])
-"""
+    bridge.grpo.grpo_loss, Sampler.generate, infra.run.MAX_LOGP_GAP = loss, generate, 1e9
 
 
 @pytest.mark.parametrize("flags", [[], ["--shard"]])
 def test_ranks_with_uneven_data_do_not_hang_and_decide_the_same(tmp_path, flags):
-    script = tmp_path / "uneven.py"
-    script.write_text(UNEVEN)
-    # one rank has all the long rows, the other none or empty micro-batches; some updates are skipped, by both
+    # one rank has all the long rows, the other none or empty micro-batches; both skip the same updates
     uneven = ["--overlong-mask", "--tokens-per-micro-batch", "60", "--sft-batch", "1", "--prompts-per-step", "2"]
-    run(tmp_path / "run", 2, *uneven, *flags, script=script)
+    run(tmp_path / "run", 2, *uneven, *flags, steps=3, before=make_uneven)
     assert [m["skipped_in_a_row"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [0, 1, 0]
     assert all(t.isfinite().all() for t in tensors_in(tmp_path / "run" / "checkpoint").values())
 
 
-def test_a_failing_rank_says_its_rank_phase_and_step(tmp_path):
-    script = tmp_path / "failing.py"
-    script.write_text(
-        "import sys, bridge\nfrom infra import parallel\n"
-        "real = bridge.sft_backward\n"
-        "def fail(*args):\n"
-        "    if parallel.rank() == 1: raise FloatingPointError('no good')\n"
-        "    return real(*args)\n"
-        "bridge.sft_backward = fail\n"
-        "bridge.main(sys.argv[1:])\n"
-    )
-    code, _, err = finish(start(tmp_path / "run", 2, script=script))
-    assert code != 0
+def test_an_error_on_one_rank_names_rank_phase_and_step(tmp_path):
+    def fail_on_rank_1(*args):
+        if parallel.rank() == 1:
+            raise FloatingPointError("no good")
+        os._exit(3)  # rank 0 would wait for rank 1, which torchrun would end
+
+    def command():
+        bridge.sft_pass = fail_on_rank_1
+        bridge.main([str(word) for word in (*SMOKE, "--out", tmp_path / "run", "--steps", 1)])
+
+    _, (status, _, err) = fork(command, 2)
+    assert status == 1
     assert "bridge.py, rank 1: no good (rank 1 of 2, step 1, phase sft)" in err
 
 
 def test_more_ranks_than_prompts_are_refused(tmp_path):
     code, _, err = finish(start(tmp_path / "run", 2, "--prompts-per-step", "1"))
     assert code != 0
-    said = "prompts_per_step is 1, but there are 2 ranks"
-    assert said in err
-    assert said in err.rpartition("Root Cause")[2]  # of torchrun's own last words
+    message = "prompts_per_step is 1, but each of 2 ranks samples for at least one prompt"
+    assert message in err
+    assert message in err.rpartition("Root Cause")[2]  # torchrun repeats it at the end of its report
     assert not (tmp_path / "run").exists()
 
 
@@ -232,5 +280,16 @@ def test_shares_are_consecutive_complete_and_balanced_to_within_one_row():
 def test_micro_batches_cover_every_share_once():
     batch = rows(20, seed=2)
     for share in parallel.shares([len(p) + len(r) for p, r in batch], 3):
-        parts = micro_batches(batch[share.start : share.stop], 20)
-        assert [share.start + i for part in parts for i in part] == list(share)
+        parts = parallel.micro_batches(batch, share, 20, padded=True)
+        assert [i for part in parts for i in part] == list(share)
+
+
+@pytest.mark.parametrize("tokens", [1, 20, 10_000])
+def test_batches_give_every_row_once_with_the_place_of_its_response_tokens(tokens):
+    data, s = rows(20, seed=2), Settings(tokens_per_micro_batch=tokens)
+    everything = [token for _, response in data for token in response]
+    seen = []
+    for batch, t in parallel.batches(data, s):
+        seen += batch
+        assert [token for _, response in batch for token in response] == everything[t]
+    assert seen == data

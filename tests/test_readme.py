@@ -1,109 +1,147 @@
-"""The README is true: its commands run, and what it points to exists."""
+"""README and docs are true: their commands run, and the functions, flags, metrics and numbers they name exist."""
 
 import ast
+import contextlib
 import doctest
 import importlib
+import json
 import os
 import re
+import runpy
 import shlex
-import subprocess
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import lines
+
+from infra.run import METRICS
+from settings import METHODS, PRESETS, Settings
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
+EVERYTHING = "\n".join(PAGES.values())
+OTHERS = {  # flags of torchrun, pip and srun, of bench/, and those beside the settings of bridge.py
+    "--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts",
+    "--shutdown-timeout", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal",
+    "--preset", "--out", "--resume", "--dry-run", "--gpu", "--gpus", "--help", "--seeds", "--quick", "--size",
+    "--only", "--trace", "--heap", "--iterations",
+}  # fmt: skip
 
 
-def test_every_function_and_test_named_in_the_readme_exists():
-    named = re.findall(r"`(\w+\.py):(\w+)`", README)
-    assert len(named) > 30
+def test_readme_and_bridge_have_their_size():
+    assert len(PAGES["README.md"].splitlines()) <= 110
+    assert len(PAGES["README.md"].encode()) <= 7168
+    pages = ("paper", "results", "run", "data", "evaluation", "speed", "scaling")
+    assert set(PAGES) == {"README.md", *(f"{name}.md" for name in pages)}
+
+
+def test_every_function_test_and_file_that_a_page_names_exists():
+    named = set(re.findall(r"`((?:\w+/)*\w+\.py):(\w+)`", EVERYTHING))
+    assert len(named) > 50
     for file, name in named:
         path = ROOT / "tests" / file if file.startswith("test_") else ROOT / file
         defined = {n.name for n in ast.walk(ast.parse(path.read_text())) if hasattr(n, "name") and n.name}
-        assert name in defined, f"{file}:{name}"
+        assigned = {t.id for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Assign)
+                    for t in n.targets if isinstance(t, ast.Name)}  # fmt: skip
+        assert name in defined | assigned, f"{file}:{name}"
+    for file in re.findall(r"`((?:bench|tests|infra|ops|tasks|grading|docs)/[\w/.]+\.\w+)`", EVERYTHING):
+        assert (ROOT / file).exists(), file
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([\w/.-]+\.(?:md|png))", text):
+            assert (ROOT / ("" if page == "README.md" else "docs") / link).exists(), f"{page}: {link}"
 
 
-@pytest.mark.parametrize(
-    "module",
-    [
-        "grading.expression",
-        "grpo",
-        "logprob",
-        "infra.model",
-        "rewards",
-        "grading.scores",
-        "settings",
-        "tasks.arithmetic",
-        "infra.run",
-    ],
-)
+@pytest.mark.parametrize("module", [
+    "grading.expression", "grading.scores", "grpo", "infra.run", "logprob", "ops.packed", "rewards", "tasks.arithmetic",
+])  # fmt: skip
 def test_the_examples_in_the_docstrings_are_true(module):
     failed, tried = doctest.testmod(importlib.import_module(module))
     assert tried > 0 == failed
 
 
-def test_every_flag_named_in_the_readme_exists():
-    from settings import Settings
-
-    known = {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
+def test_every_flag_that_a_page_names_exists():
+    known = OTHERS | {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
     known |= set(re.findall(r'add\("(--[a-z-]+)"', (ROOT / "evaluate.py").read_text()))
-    known |= {
-        "--nproc-per-node",
-        "--standalone",
-        "--max-restarts",
-        "--method",
-        "--resume",
-        "--help",
-        "--out",
-        "--preset",
-        "--dry-run",
-        "--seeds",
-        "--keep",
-        "--table",
-        "--quick",
-    }
-    assert set(re.findall(r"--[a-z][a-z-]+", README)) <= known
+    assert set(re.findall(r"--[a-z][a-z-]+", EVERYTHING)) <= known
 
 
-def test_the_file_map_is_complete_and_its_line_counts_hold():
-    rows = dict(re.findall(r"\| `(\w+\.py)` \| (\d+) \|", README))
-    assert set(rows) == {p.name for p in ROOT.glob("*.py")}
-    for file, count in rows.items():
-        assert int(count) == pytest.approx(len((ROOT / file).read_text().splitlines()), rel=0.1), file
+def test_the_pages_name_every_file_method_preset_metric_and_log():
+    assert all(f"`{path.name}`" in PAGES["README.md"] for path in ROOT.glob("*.py"))
+    assert all(f"| `{method}` |" in PAGES["README.md"] for method in METHODS)
+    assert all(f"`{preset}`" in PAGES["run.md"] for preset in PRESETS)
+    for metric in (*METRICS, "seconds"):
+        prefix = next((p for p in ("grad_norm_", "ratio_hat_", "logp_gap_") if metric.startswith(p)), None)
+        assert f"`{metric}`" in PAGES["run.md"] or (prefix and f"`_{metric.removeprefix(prefix)}`" in PAGES["run.md"])
 
 
-def test_every_metric_is_explained():
+def command(line, tmp_path, monkeypatch):
+    """Runs `python FILE ARGUMENTS` in this process, from another folder; returns what it printed."""
+    script, *arguments = shlex.split(line)[1:]
+    smoke = ["--preset", "smoke"] if script == "bridge.py" and "--preset" not in arguments else []
+    monkeypatch.setattr(sys, "argv", [script, *smoke, *arguments])
+    with torch.enable_grad(), open(tmp_path / "printed", "w") as file, contextlib.redirect_stdout(file):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return (tmp_path / "printed").read_text()
+
+
+def test_the_results_tables_are_those_of_the_logged_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    line = "python bench/sweep.py --out bench/results/laptop.jsonl --table"
+    assert line in PAGES["results.md"]
+    assert command(line, tmp_path, monkeypatch).strip() in PAGES["results.md"]
+    trained, average = {}, {}
+    for method in METHODS:
+        finals = [r["final"] for r in lines(ROOT / "bench/results/laptop.jsonl") if r["settings"]["method"] == method]
+        trained[method] = sum(100 * f[f"n={n}"] for f in finals for n in range(3, 7)) / len(finals) / 4
+        average[method] = sum(100 * f["average"] for f in finals) / len(finals)
+    for methods in (("rl", "sft_rl"), ("sft",), ("mix", "alternating", "bridge")):
+        cells = [" · ".join(f"{numbers[method] + 1e-9:.1f}" for method in methods) for numbers in (trained, average)]
+        assert f"| {cells[0]} | {cells[1]} |" in PAGES["README.md"]
+    before = lines(ROOT / "bench/results/laptop/bridge-0/evals.jsonl")[0]["policy"]
+    lengths = sum(100 * before[f"n={n}"] for n in range(3, 7)) / 4
+    assert f"| before training | {lengths:.1f} | {100 * before['average']:.1f} |" in PAGES["README.md"]
+
+
+def commands(*pages):
+    blocks = "\n".join(block for page in pages for block in re.findall(r"```bash\n(.*?)```", PAGES[page], re.DOTALL))
+    stripped = [re.sub(r"\s+#.*", "", line).rpartition("&& ")[2] for line in blocks.splitlines()]
+    return [line for line in stripped if re.match(r"python (bridge|evaluate|plot)\.py", line)]
+
+
+def test_the_commands_of_readme_and_docs_run_on_the_smoke_preset(tmp_path, monkeypatch, finished_run):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    run = [line for page in ("README.md", "run.md", "evaluation.md") for line in commands(page)]
+    assert len(run) >= 10
+    shutil.copytree(finished_run("--steps", "6"), "runs/bridge-smoke-0")  # the run of `python bridge.py`
+    for line in dict.fromkeys(run):
+        if line != "python bridge.py":
+            command(line.replace("laptop", "smoke"), tmp_path, monkeypatch)
+    assert Path("compare.png").exists()
+
+
+def test_the_dry_runs_of_the_docs_run(tmp_path, monkeypatch):
+    dry = [line for line in commands(*PAGES) if "--dry-run" in line]
+    assert dry
+    for line in dry:
+        assert "peak" in command(line, tmp_path, monkeypatch)
+
+
+def test_the_page_on_data_trains_with_its_task_and_its_reward(tmp_path, monkeypatch):
     import bridge
 
-    for metric in (*bridge.METRICS, "lora_norm", "tokens_per_second", "seconds", "skipped_in_a_row"):
-        prefix = next((p for p in ("grad_norm_", "ratio_hat_", "logp_gap_") if metric.startswith(p)), None)
-        assert f"`{metric}`" in README or (prefix and f"`_{metric.removeprefix(prefix)}`" in README), metric
-
-
-def test_the_results_table_is_what_the_logged_runs_say():
-    finished = subprocess.run(
-        [sys.executable, ROOT / "bench" / "sweep.py", "--out", ROOT / "bench" / "results" / "laptop.jsonl", "--table"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert finished.stdout.strip() in README
-
-
-def commands():
-    blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    lines = [re.sub(r"\s+#.*", "", line).rpartition("&& ")[2] for line in blocks.splitlines()]
-    return [line for line in lines if line.startswith("python ")]
-
-
-def test_the_readme_s_commands_run_on_the_smoke_preset(tmp_path):
-    assert len(commands()) >= 5
-    for command in commands():
-        _, script, *rest = shlex.split(command.replace("laptop", "smoke"))
-        smoke = ["--preset", "smoke"] if script == "bridge.py" else []
-        finished = subprocess.run(
-            [sys.executable, ROOT / script, *smoke, *rest], cwd=tmp_path, capture_output=True, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert finished.returncode == 0, f"{command}\n{finished.stderr[-2000:]}"
-    assert (tmp_path / "compare.png").exists()
+    task, reward = re.findall(r"```python\n(.*?)```", PAGES["data.md"], re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": [{"role": "user", "content": f"{i % 10}+{i // 10}"}], "label": {"gold": str(i % 10 + i // 10)},
+             "response": f"\\boxed{{{i % 10 + i // 10}}}"} for i in range(100)]  # fmt: skip
+    Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    Path("own.py").write_text(task + "\n\n" + reward)
+    flags = ["--task", "own.py:my_task", "--reward", "own.py:short_and_right", "--template", "plain"]
+    sizes = ["--steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "12"]
+    bridge.main(["--preset", "smoke", "--out", "run", *flags, *sizes])
+    (metrics,) = lines("run/metrics.jsonl")
+    assert metrics["reward"] < 1
+    assert os.path.exists("run/model/config.json")

@@ -1,6 +1,7 @@
-"""rewards.py and expression.py: what earns a reward, what does not, and that no text can hang, raise or run."""
+"""rewards.py and grading/: what earns a reward and what does not; no text can raise, hang or run as code."""
 
 import json
+import math
 import random
 import re
 from fractions import Fraction
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import hostile
 import pytest
+import sympy
 from grader_cases import CASES, RESPONSES, WITH_OPTIONS
 from grader_heldout import CASES as HELD_OUT
 from grader_heldout import STILL_REFUSED
@@ -16,10 +18,11 @@ from hypothesis import strategies as st
 
 import rewards
 from grading import answers, expression, notation
-from grading.answers import MAX_ANSWER, read
-from grading.expression import TooComplex, parse, proportional, same
+from grading.answers import MAX_ANSWER, compare, equivalent, read
+from grading.expression import TooComplex, letter, parse, proportional, same
 from grading.notation import normalise
-from rewards import equivalent, extract, is_correct, is_gold, score
+from rewards import FunctionError, extract, is_correct, is_gold, load_function, load_reward, where_in
+from tasks.sources import Problem
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 boxed = "\\boxed{{{}}}".format
@@ -32,6 +35,7 @@ def rows(name: str) -> list[dict]:
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
+@pytest.fixture(scope="module")
 def golds() -> dict[str, list[str]]:
     return {
         "math500": [r["answer"] for r in rows("math500.jsonl")],
@@ -42,50 +46,47 @@ def golds() -> dict[str, list[str]]:
     }
 
 
-def name(value) -> str:
-    return re.sub(r"\W+", "_", str(value))[:40] if isinstance(value, str) else ""
-
-
 # The tables
 
 
-@pytest.mark.parametrize(("gold", "answer", "correct", "why"), CASES, ids=name)
-def test_the_grader_s_table(gold, answer, correct, why):
-    verdict = is_correct(boxed(answer), gold)
-    assert verdict.correct == correct, (verdict, why)
+def check(cases: list[tuple]) -> None:
+    """cases: (gold, response, expected verdict, why[, options of is_correct]). Reports every wrong verdict."""
+    wrong = []
+    for gold, response, correct, why, *options in cases:
+        verdict = is_correct(response, gold, **(options[0] if options else {}))
+        if verdict.correct != correct:
+            wrong.append(f"{why}: gold {gold[:80]!r}, expected {correct}, {verdict}")
+    assert not wrong, f"{len(wrong)} of {len(cases)} verdicts are wrong:\n" + "\n".join(wrong)
 
 
-@pytest.mark.parametrize(("gold", "response", "correct", "why"), RESPONSES, ids=name)
-def test_the_table_of_whole_responses(gold, response, correct, why):
-    verdict = is_correct(response, gold)
-    assert verdict.correct == correct, (verdict, why)
+def test_the_grader_agrees_with_the_table_of_answers():
+    check([(gold, boxed(answer), correct, why) for gold, answer, correct, why in CASES])
 
 
-@pytest.mark.parametrize(("gold", "answer", "options", "correct", "why"), WITH_OPTIONS, ids=name)
-def test_the_table_with_tolerances_and_units(gold, answer, options, correct, why):
-    verdict = is_correct(boxed(answer), gold, **options)
-    assert verdict.correct == correct, (verdict, why)
+def test_the_grader_agrees_with_the_table_of_whole_responses():
+    check(RESPONSES)
 
 
-@pytest.mark.parametrize("case", HELD_OUT, ids=lambda case: name(case[3]))
-def test_the_table_written_without_seeing_the_grader(case):
-    gold, response, correct, why, *options = case
-    verdict = is_correct(response, gold, **(options[0] if options else {}))
-    assert verdict.correct == correct, (verdict, why)
+def test_the_grader_agrees_with_the_table_of_tolerances_and_units():
+    check([(gold, boxed(answer), correct, why, options) for gold, answer, options, correct, why in WITH_OPTIONS])
 
 
-def test_an_equation_multiplied_by_letters_is_refused_wrongly():
+def test_the_grader_agrees_with_authors_who_had_not_seen_it():
+    check(HELD_OUT)
+
+
+def test_an_equation_multiplied_by_letters_is_wrongly_refused():
     for gold, response, correct, _ in STILL_REFUSED:
         assert correct and not is_correct(response, gold).correct  # noqa: PT018
 
 
-def test_the_table_is_large_and_half_of_it_is_wrong_answers():
+def test_at_least_half_of_the_table_are_wrong_answers():
     expected = [case[2] for case in CASES + RESPONSES] + [case[3] for case in WITH_OPTIONS]
     assert len(expected) >= 300
     assert expected.count(False) >= len(expected) / 2
 
 
-def test_every_reason_is_given_where_it_applies():
+def test_a_verdict_has_the_reason_that_applies():
     reason = lambda response, gold="4": is_correct(response, gold).reason  # noqa: E731
     assert reason(boxed("4")) == "equal"
     assert reason(boxed("5")) == "different"
@@ -94,21 +95,54 @@ def test_every_reason_is_given_where_it_applies():
     assert reason(boxed("1" * (MAX_ANSWER + 1))) == "too_long"
     assert reason(boxed("10^{10^{10}}")) == reason(boxed("(" * 50 + "4" + ")" * 50)) == "too_complex"
     for gold in ("", "  ", "$$", r"\frac{1}{", "5+", "1" * (MAX_ANSWER + 1)):
-        assert reason(boxed(gold), gold) == reason(boxed("4"), gold) == "bad_gold"
+        assert reason(boxed(gold), gold) == reason(boxed("4"), gold) == reason("no box", gold) == "bad_gold"
         assert not is_gold(gold)
+    assert len(is_correct(boxed("1" * 2 * MAX_ANSWER), "4").extracted) == MAX_ANSWER
 
 
-def test_the_reward_of_a_verdict():
-    right, wrong = is_correct(boxed("4"), "4"), is_correct(boxed("5"), "4")
-    assert (score(right), score(wrong), score(wrong, wrong=-1)) == (1, 0, -1)
-    good, bad = "<think>2+2</think> \\boxed{4}", "<think></think></think>\\boxed{4}"
-    values = [
-        score(v, r, wrong=-1, format_weight=0.2) for v, r in ((wrong, bad), (wrong, good), (right, bad), (right, good))
-    ]
-    assert values == sorted(set(values))  # a wrong answer in good form earns less than a right one in bad form
-    for weight in (-0.1, 0.5, float("nan")):
-        with pytest.raises(ValueError, match="format_weight"):
-            score(right, format_weight=weight)
+def test_compare_gives_the_verdict_and_reason_for_texts_without_a_box():
+    assert compare("0.5", r"\frac{1}{2}") == (True, "equal")
+    assert compare("0.51", r"\frac{1}{2}") == (False, "different")
+    assert compare("0.51", r"\frac{1}{2}", tolerance=0.02) == (True, "equal")
+    assert compare(r"5 \text{ m}", "5", unit="cm") == (False, "different")
+    assert compare(r"\sum k", "5") == (False, "unparseable")
+    assert compare("5", "5+") == (False, "bad_gold")
+
+
+def test_an_undefined_value_with_a_percent_sign_is_compared_without_an_error():
+    text = r"\sin(2^{7t})"
+    assert parse(text).points[0] is None  # too large there, but not at every point
+    assert is_correct(boxed(text + r"\%"), text).correct
+
+
+# Rewards and functions of the user
+
+
+def test_the_built_in_reward_is_one_for_a_correct_response_and_zero_for_any_other():
+    reward = load_reward("")
+    problem = Problem("How long?", "5", tolerance=0.01, unit="cm")
+    assert [reward(r, problem) for r in (boxed("5.04"), boxed("5.06"), "5", boxed(r"5 \text{ m}"))] == [1.0, 0, 0, 0]
+    assert type(reward(boxed("5"), problem)) is float
+
+
+@pytest.mark.parametrize("text", ["float('inf')", "[1.0]", "'1'", "1j"])
+def test_a_reward_that_is_no_finite_number_is_refused(tmp_path, text):
+    path = tmp_path / "user.py"
+    path.write_text("def g(response, problem):\n    return eval(response)\n")
+    with pytest.raises(FunctionError, match=r"^reward: .*user\.py:g must return a finite number.* 'How long\?'$"):
+        load_reward(f"{path}:g")(text, Problem("How long?", "5"))
+    with pytest.raises(FunctionError, match=r"^reward: .*user\.py in g: TypeError"):
+        load_reward(f"{path}:g")("__import__('numpy').ones(2)", Problem("How long?", "5"))
+
+
+def test_the_last_line_of_the_user_s_file_is_named_for_an_exception(tmp_path):
+    path = tmp_path / "user.py"
+    path.write_text("import json\ndef g(x):\n    return json.loads(x)\ndef f(x):\n    return g(x)\n")
+    function = load_function("task", f"{path}:f")
+    with pytest.raises(json.JSONDecodeError) as raised:
+        function("{")
+    assert where_in(raised.value, str(path)) == f"{path}, line 3,"
+    assert where_in(ValueError("raised elsewhere"), str(path)) == str(path)
 
 
 # The data
@@ -119,7 +153,7 @@ def test_every_boxed_math500_solution_earns_its_own_answer():
 
 
 def test_the_verdicts_on_5276_graded_gsm8k_solutions_agree():
-    """The answer is read as that data writes it: what follows the last "A:"."""
+    """In these data the answer is the text after the last "A:"."""
     wrong, tried = [], 0
     for row in rows("gsm8k_graded_solutions.jsonl"):
         gold = row["ground_truth"].rpartition("A:")[2]
@@ -131,20 +165,20 @@ def test_the_verdicts_on_5276_graded_gsm8k_solutions_agree():
     assert (tried, wrong) == (5276, [])
 
 
-def test_every_benchmark_answer_is_readable_and_equal_to_itself_but_for_two():
-    """A sentence and a misprint (t(0,4] for t ∈ (0,4]) stand among OlympiadBench's answers."""
-    unreadable = [gold for answers in golds().values() for gold in answers if not is_gold(gold)]
+def test_every_benchmark_answer_but_two_is_readable_and_equal_to_itself(golds):
+    """OlympiadBench's answers include a sentence and a misprint (t(0,4] for t ∈ (0,4])."""
+    unreadable = [gold for texts in golds.values() for gold in texts if not is_gold(gold)]
     assert "where $b$ is an arbitrary integer" in unreadable[0]
     assert unreadable[1:] == ["$t(0,4]$"]
-    for texts in golds().values():
+    for texts in golds.values():
         for gold in set(texts) - set(unreadable):
             assert is_correct(boxed(gold), gold).correct, gold
 
 
-def test_shuffled_answers_earn_only_true_coincidences():
-    """Different answers that are accepted for each other differ in spelling, or in a unit or name that one lacks."""
+def test_shuffled_answers_earn_only_true_coincidences(golds):
+    """Two accepted answers of different problems differ in spelling, or in a unit or name that one of them omits."""
     oracle = pytest.importorskip("math_verify")
-    texts = sorted({g for answers in golds().values() for g in answers if is_gold(g)})
+    texts = sorted({g for answers in golds.values() for g in answers if is_gold(g)})
     rng = random.Random(0)
     accepted = [(a, b) for a, b in (rng.sample(texts, 2) for _ in range(40_000)) if equivalent(a, b)]
     bare = lambda t: boxed(re.sub(r"\^\{?\\circ\}?|\\mbox.*|\\?[%$]|_9|^\w(\(\w\))?=", "", t.strip("$")))  # noqa: E731
@@ -153,33 +187,34 @@ def test_shuffled_answers_earn_only_true_coincidences():
     assert 0 < len(accepted) < 12
 
 
-def test_math_verify_agrees_on_the_benchmarks_answers():
-    """The oracle on 600 answers against themselves and against another problem's."""
-    verify = pytest.importorskip("math_verify")
-    answers = [g for group in golds().values() for g in group if is_gold(g)]
-    answers = [re.sub(r"\s+", " ", re.sub(r"(?<!\\)\$", "", g)) for g in random.Random(1).sample(answers, 600)]
+def test_math_verify_agrees_on_the_benchmarks_answers(golds):
+    """On 200 answers, each against itself and against another problem's answer."""
+    oracle = pytest.importorskip("math_verify")
+    texts = [g for group in golds.values() for g in group if is_gold(g)]
+    texts = [re.sub(r"\s+", " ", re.sub(r"(?<!\\)\$", "", g)) for g in random.Random(1).sample(texts, 200)]
+    parsed = [oracle.parse(boxed(text)) for text in texts]
     differ = []
-    for i, gold in enumerate(answers):
-        for answer in (gold, answers[i - 1]):
-            theirs = bool(verify.verify(verify.parse(boxed(gold)), verify.parse(boxed(answer))))
-            if theirs != equivalent(answer, gold):
-                differ.append((gold, answer, theirs))
+    for i, gold in enumerate(texts):
+        for j in (i, i - 1):
+            expected = bool(oracle.verify(parsed[i], parsed[j]))
+            if expected != equivalent(texts[j], gold):
+                differ.append((gold, texts[j], expected))
     assert differ == []
 
 
 # Robustness
 
 
-def test_no_hostile_string_raises_or_is_paid_beyond_chance():
-    answers = [case[0] for case in CASES if is_gold(case[0])]
-    paid = []
-    for i, text in enumerate(hostile.strings(1, 10_000, answers)):
-        gold = answers[i % len(answers)]
+def test_no_hostile_string_raises_or_earns_a_reward_beyond_chance():
+    texts = [case[0] for case in CASES if is_gold(case[0])]
+    accepted = []
+    for i, text in enumerate(hostile.strings(1, 6_000, texts)):
+        gold = texts[i % len(texts)]
         if is_correct(text, gold).correct:
-            paid.append((text, gold))
+            accepted.append((text, gold))
         assert not is_correct(boxed("123456789.25"), text.removeprefix("\\boxed{")[:-1]).correct
-    assert all(len(normalise(extract(text))) < 40 for text, _ in paid), paid
-    assert len(paid) < 60  # "1" is 1 now and then
+    assert all(len(normalise(extract(text))) < 40 for text, _ in accepted), accepted
+    assert len(accepted) < 36  # short texts such as "1" equal a gold by chance
 
 
 TEX = st.lists(
@@ -187,7 +222,7 @@ TEX = st.lists(
 )
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True, database=None)
+@settings(max_examples=800, deadline=None, derandomize=True, database=None)
 @given(TEX.map("".join), TEX.map("".join))
 def test_no_text_raises(response, gold):
     is_correct(response, gold)
@@ -196,36 +231,30 @@ def test_no_text_raises(response, gold):
     json.dumps(verdict.__dict__)
 
 
-def test_megabytes_and_deep_nesting_are_cut_short():
+def test_megabytes_and_deep_nesting_are_refused():
     for text in ("{" * 2_000_000, r"\boxed{" * 300_000, r"\boxed{" + "{}" * 1_000_000, "\\boxed{1}" * 200_000 + "{",
                  r"\boxed{" + "(" * 100_000 + ")" * 100_000 + "}", "<think>" * 500_000, "\\" * 1_000_000):  # fmt: skip
         assert not is_correct(text, "7").correct
         assert not is_gold(text)
 
 
-def test_work_is_bounded_by_a_budget_not_by_a_clock():
+def test_a_budget_and_no_clock_bounds_the_work():
     for text in ("+".join(["1e4999"] * 90), r"\sin(x)^x" * 40, "x!" * 90):
         parser = expression.Parser(text)
         with pytest.raises(TooComplex):
-            parser.expression()
+            parser.closed("end")
         assert parser.budget < parser.work <= parser.budget + 500, text
 
 
 def test_numbers_and_nesting_beyond_the_limits_are_refused():
-    for text in (
-        "(" * 31 + "1" + ")" * 31,
-        "10^{5000}" + " " * 99 + "*10^{5000}",
-        "2^{30000}",
-        "2101!",
-        r"\binom{5001}{2}",
-        "1e5001",
-    ):
+    for text in ("(" * 31 + "1" + ")" * 31, "10^{5000}" + " " * 99 + "*10^{5000}", "2^{30000}", "2101!",
+                 r"\binom{5001}{2}", "1e5001"):  # fmt: skip
         with pytest.raises(TooComplex):
             parse(text)
     assert parse("(" * 29 + "1" + ")" * 29).exact == 1
 
 
-def test_text_of_a_model_is_never_run(tmp_path, monkeypatch):
+def test_text_of_a_model_never_runs_as_code(tmp_path):
     sentinel = tmp_path / "ran"
     calls = [f"open('{sentinel}','w')", f"__import__('os').system('touch {sentinel}')", f"eval(open('{sentinel}','w'))",
              f"(lambda: open('{sentinel}','w'))()", f"open('{sentinel}','w').write('x')*0*\\pi"]  # fmt: skip
@@ -234,10 +263,97 @@ def test_text_of_a_model_is_never_run(tmp_path, monkeypatch):
             assert not is_correct(text, "0").correct
             is_gold(text)
     assert not sentinel.exists()
-    source = "".join(Path(m.__file__).read_text() for m in (rewards, answers, notation, expression)).replace(
-        "`eval`", ""
-    )
+    source = "".join(Path(module.__file__).read_text() for module in (rewards, answers, notation, expression))
     assert not re.search(r"\b(?:eval|exec|sympify|parse_expr|parse_latex|lambdify|pickle|signal)\b\(", source)
+
+
+# sympy as an oracle. No sympy parser sees the text of a model: these tests only build sympy trees and print them.
+
+X, Y = sympy.symbols("x y", real=True)
+
+
+def random_tree(rng: random.Random, depth: int, leaves: list, functions: list) -> sympy.Expr:
+    """A random expression. sympy may simplify it while it is built."""
+    if depth == 0 or rng.random() < 0.15:
+        return rng.choice(leaves)
+    kind, a = rng.random(), random_tree(rng, depth - 1, leaves, functions)
+    if functions and kind < 0.3:
+        return rng.choice(functions)(a)
+    if kind < 0.45:
+        return a ** rng.choice([-2, -1, 2, 3])
+    b = random_tree(rng, depth - 1, leaves, functions)
+    return a + b if kind < 0.65 else a - b if kind < 0.75 else a * b if kind < 0.9 or b == 0 else a / b
+
+
+def random_trees(seed: int, count: int, depth: int, leaves: list, functions: list) -> list[sympy.Expr]:
+    rng = random.Random(seed)
+    trees = (random_tree(rng, depth, leaves, functions) for _ in range(3 * count))
+    return [t for t in trees if not t.has(sympy.zoo, sympy.nan, sympy.oo) and sympy.count_ops(t) < 30][:count]
+
+
+RATIONALS = [sympy.Rational(n, d) for n in (-7, -1, 2, 3, 10) for d in (1, 3, 4)]
+OPERATIONS = [  # the same operation in Python and in TeX
+    (lambda a, b: a + b, r"({}+{})"), (lambda a, b: a - b, r"\left({}-({})\right)"), (lambda a, b: a * b, r"({})({})"),
+    (lambda a, b: a * b, r"{}\cdot ({})"), (lambda a, b: a / b, r"\frac{{{}}}{{{}}}"), (lambda a, b: a**2, "({})^2"),
+    (lambda a, b: a**-3, "({})^{{-3}}"), (lambda a, b: abs(a), r"\left|{}\right|"),
+]  # fmt: skip
+
+
+def random_rational(rng: random.Random, depth: int) -> tuple[sympy.Rational, str]:
+    """A random rational number and a TeX expression for it. sympy prints the numbers in the expression."""
+    if depth == 0:
+        value = rng.choice(RATIONALS)
+        return value, f"({sympy.latex(value)})"
+    (a, text_a), (b, text_b) = random_rational(rng, depth - 1), random_rational(rng, depth - 1)
+    operation, template = rng.choice([pair for pair in OPERATIONS if a != 0 and b != 0] or OPERATIONS[:4])
+    return operation(a, b), template.format(text_a, text_b)
+
+
+def test_rational_expressions_have_exactly_the_value_that_sympy_computes():
+    rng = random.Random(1)
+    for _ in range(300):
+        value, text = random_rational(rng, rng.randrange(4))
+        assert parse(normalise(text)).exact == Fraction(value.p, value.q), text
+
+
+def test_expressions_have_the_values_that_sympy_computes():
+    leaves = [*RATIONALS[6:10], X, X, Y, sympy.pi, sympy.E, sympy.I, sympy.factorial(Y), sympy.binomial(Y, X)]
+    functions = [sympy.sin, sympy.cos, sympy.tan, sympy.exp, sympy.log, sympy.sqrt, sympy.Abs, sympy.floor,
+                 sympy.ceiling, sympy.cosh, lambda a: sympy.log(a) / sympy.log(2)]  # fmt: skip
+    compared = 0
+    for tree in random_trees(2, 150, 3, leaves, functions):
+        value = parse(normalise(sympy.latex(tree)))
+        for i in (0, 3, 5) if tree.free_symbols else (0,):  # a positive rational, an integer, a negative rational
+            point = value.points[i]
+            if point is None or abs(expression.mp.mag(point)) > 100:
+                continue
+            letters = {s: sympy.Float(str(letter(s.name).points[i]), 60) for s in tree.free_symbols}
+            expected = expression.mp.mpmathify(tree.evalf(40, subs=letters))
+            assert abs(point - expected) <= 1e-30 * max(1, abs(expected)), (sympy.latex(tree), letters)
+            compared += 1
+    assert compared > 200
+
+
+def test_equivalence_agrees_with_sympy_s_equality():
+    """On rewritings of random expressions, and on changed ones: a term, a sign, a coefficient, a letter."""
+    rng = random.Random(3)
+    equal = unequal = 0
+    roots = [sympy.Integer(1), sympy.Integer(2), sympy.sqrt(2), sympy.sqrt(3), sympy.sqrt(6), sympy.Rational(1, 2)]
+    polynomials = random_trees(4, 80, 3, [X, X, Y, Y, *RATIONALS[6:10]], [])
+    for tree in [*polynomials, *random_trees(5, 30, 3, roots, [])]:
+        if tree.is_Rational:
+            continue
+        rewritten = rng.choice([sympy.expand, sympy.factor, sympy.together, sympy.cancel])(tree)
+        changes = [rewritten, rewritten + rng.choice([X, Y, 1, sympy.sqrt(2)]), -tree, 2 * tree, tree**2,
+                   tree.subs(X, Y), tree.subs({X: Y, Y: X}, simultaneous=True)]  # fmt: skip
+        for other in (rewritten, rng.choice(changes)):
+            expected = sympy.radsimp(sympy.cancel(tree - other)).expand() == 0
+            text, other_text = sympy.latex(tree), sympy.latex(other)
+            assert same(parse(normalise(other_text)), parse(normalise(text))) == expected, (text, other_text)
+            if not other.is_Rational:  # a number must be evaluated, an expression in letters need not
+                assert equivalent(other_text, text) == expected, (text, other_text)
+            equal, unequal = equal + expected, unequal + (not expected)
+    assert min(equal, unequal) > 40
 
 
 # Properties
@@ -252,14 +368,13 @@ SPELLINGS = [  # of a fraction n/d
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("spelling", range(len(SPELLINGS)))
-def test_spelling_spacing_and_signs_keep_the_verdict_and_another_value_flips_it(spelling):
-    for value in NUMBERS:
-        n, d = value.numerator, value.denominator
-        gold = rf"\frac{{{n}}}{{{d}}}"
-        assert equivalent(SPELLINGS[spelling](n, d), gold), (value, spelling)
-        for other in (value + Fraction(1, 1000), -value, value + 1, 1 / value if abs(value) != 1 else value + 2):
-            assert not equivalent(SPELLINGS[spelling](other.numerator, other.denominator), gold), (value, other)
+def test_spelling_spacing_and_signs_keep_the_verdict_and_another_value_changes_it():
+    for i, spelling in enumerate(SPELLINGS):
+        for value in NUMBERS:
+            gold = rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
+            assert equivalent(spelling(value.numerator, value.denominator), gold), (value, i)
+            for other in (value + Fraction(1, 1000), -value, value + 1, 1 / value if abs(value) != 1 else value + 2):
+                assert not equivalent(spelling(other.numerator, other.denominator), gold), (value, other, i)
 
 
 EXPRESSIONS = [r"3\sqrt{13}", r"x^2-2x+1", r"\frac{\pi}{4}", r"\sin^2 x - \cos 2y", r"2^{n}-n-1",
@@ -267,29 +382,24 @@ EXPRESSIONS = [r"3\sqrt{13}", r"x^2-2x+1", r"\frac{\pi}{4}", r"\sin^2 x - \cos 2
                r"\lfloor n/2\rfloor+1"]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", EXPRESSIONS)
-def test_rewritings_of_an_expression_keep_its_value_and_changes_do_not(text):
-    kept = [f"({text})", f"1\\cdot({text})", f"({text})+y-y", f"-(-({text}))", f"\\frac{{2({text})}}{{2}}",
-            f"\\left[{text}\\right]", text.replace("\\", " \\"), f"\\frac{{1}}{{\\frac{{1}}{{{text}}}}}"]  # fmt: skip
-    changed = [
-        f"-({text})",
-        f"({text})+1",
-        f"2({text})",
-        f"({text})^2",
-        f"({text})+10^{{-20}}",
-        f"\\frac{{1}}{{{text}}}",
-    ]
-    for other in kept:
-        assert equivalent(other, text), other
-    for other in changed:
-        assert not equivalent(other, text), other
+def test_rewriting_an_expression_keeps_its_value_and_a_change_does_not():
+    for text in EXPRESSIONS:
+        kept = [f"({text})", f"1\\cdot({text})", f"({text})+y-y", f"-(-({text}))", f"\\frac{{2({text})}}{{2}}",
+                f"\\left[{text}\\right]", text.replace("\\", " \\"),
+                f"\\frac{{1}}{{\\frac{{1}}{{{text}}}}}"]  # fmt: skip
+        changed = [f"-({text})", f"({text})+1", f"2({text})", f"({text})^2", f"({text})+10^{{-20}}",
+                   f"\\frac{{1}}{{{text}}}"]  # fmt: skip
+        for other in kept:
+            assert equivalent(other, text), other
+        for other in changed:
+            assert not equivalent(other, text), other
 
 
 def test_the_order_in_a_set_or_list_does_not_matter_and_in_a_tuple_it_does():
     items = ["1", r"\frac{1}{2}", r"\sqrt{3}", "x+1"]
-    for _ in range(10):
-        shuffled = random.Random(_).sample(items, 4)
-        gold = ", ".join(items)
+    gold = ", ".join(items)
+    for seed in range(10):
+        shuffled = random.Random(seed).sample(items, 4)
         assert equivalent(", ".join(shuffled), gold)
         assert equivalent(rf"\{{{', '.join(shuffled)}\}}", gold)
         assert equivalent(f"({', '.join(shuffled)})", f"({gold})") == (shuffled == items)
@@ -308,9 +418,7 @@ def test_equality_is_reflexive_and_symmetric_for_exact_values():
             assert equivalent(a, b) == equivalent(b, a) == (read(a)[0].value.exact == read(b)[0].value.exact)
 
 
-def test_values_of_expressions_equal_python_s():
-    import math
-
+def test_expressions_have_the_values_that_python_computes():
     for text, value in (
         (r"\frac{3}{4}\cdot 2^5-1", 23), (r"\sqrt[3]{-8}", -2), (r"\log_{10} 1000", 3), ("7!/5!", 42), ("0.1e2", 10),
         (r"\cos 60^\circ", 0.5), (r"\sin^2\frac{\pi}{3}", 0.75), (r"|3-4i|", 5), ("2^3^2", 512), ("-2^2", -4),

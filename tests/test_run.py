@@ -30,8 +30,11 @@ import bridge
 import evaluate
 import plot
 from infra import checkpoint
-from settings import CHOICES, Settings
-from tasks import arithmetic as toy
+from infra.files import DataError, cut_back
+from infra.run import METRICS, RunFolder
+from sampler import Sampler
+from settings import METHODS, Settings
+from tasks import arithmetic
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -55,7 +58,8 @@ def results(out):
     metrics = [{k: v for k, v in m.items() if k not in TIMES} for m in lines(out / "metrics.jsonl")]
     state, tensors = checkpoint.newest(out / "checkpoint").facts, tensors_in(out / "checkpoint")
     weights = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
-    logs = metrics, lines(out / "evals.jsonl"), lines(out / "samples.jsonl"), state["streams"], state["step"]
+    position = [state[name] for name in ("step", "prompts", "demos")]
+    logs = metrics, lines(out / "evals.jsonl"), lines(out / "samples.jsonl"), position
     return logs, [*tensors.values(), *weights.values()]
 
 
@@ -66,26 +70,22 @@ def assert_identical(a, b):
     assert all(torch.equal(x, y) for x, y in zip(tensors_a, tensors_b, strict=True))
 
 
-@pytest.mark.parametrize("method", CHOICES["method"])
-def test_every_method_runs_and_leaves_a_complete_folder(tmp_path, method, capsys):
-    run(tmp_path / "run", "--method", method, "--sft-steps", "2", steps=3)
-    out, folder = capsys.readouterr().out, tmp_path / "run"
-    for said in ("trainable theta", "an update takes", str(folder), "greedy accuracy"):
-        assert said in out
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_leaves_a_complete_folder(method, finished_run):
+    flags = ("--sft-steps", "1") if method == "sft_rl" else ()
+    folder = finished_run("--method", method, "--steps", "2", *flags)
+    out = (folder.parent / "stdout").read_text()
+    for text in ("trainable theta", "a step takes", str(folder), "greedy accuracy"):
+        assert text in out
     metrics = lines(folder / "metrics.jsonl")
-    assert [m["step"] for m in metrics] == list(range(1, 4 if method != "sft_rl" else 6))
-    promised = (
-        "step", "reward", "response_tokens", "truncated_frac", "dead_groups", "entropy", "kl", "sft_nll",
-        "cooperative_gain", "gain_grad_norm", "grad_norm_theta", "grad_norm_w", "grad_norm_theta_hat", "lora_norm",
-        "ratio_hat_mean", "logp_gap_mean", "logp_gap_max", "tokens_per_second", "seconds",
-    )  # fmt: skip
-    assert all(name in m for m in metrics for name in promised)
+    assert [m["step"] for m in metrics] == list(range(1, 3 if method != "sft_rl" else 4))
+    assert all(set(m) == {"step", "seconds", *METRICS} for m in metrics)
     if method == "bridge":
-        assert all(m[name] is not None for m in metrics for name in promised)
+        assert all(value is not None for m in metrics for value in m.values())
         assert metrics[0]["gain_grad_norm"] == 0 < metrics[-1]["gain_grad_norm"]
         assert metrics[-1]["lora_norm"] > 0
     assert all(m["logp_gap_max"] < 1e-3 for m in metrics if m["logp_gap_max"] is not None)
-    assert (folder / "adapter" / "adapter_model.safetensors").exists() == (method in ("mix_lora", "bridge"))
+    assert (folder / "adapter" / "adapter_model.safetensors").exists() == METHODS[method].adapter
     assert (folder / "figures.png").stat().st_size > 10_000
     assert json.loads((folder / "config.json").read_text())["settings"]["method"] == method
     model, tokenizer = (c.from_pretrained(folder / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
@@ -93,49 +93,41 @@ def test_every_method_runs_and_leaves_a_complete_folder(tmp_path, method, capsys
     assert model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4).shape[1] > ids.shape[1]
 
 
-def test_the_exported_model_is_the_merged_policy(tmp_path):
-    run(tmp_path / "run", steps=2)
-    s = Settings(**json.loads((tmp_path / "run" / "config.json").read_text())["settings"])
-    again = bridge.set_up(s, tmp_path / "run")
-    bridge.restore(again, checkpoint.newest(tmp_path / "run" / "checkpoint"))
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").eval()
-    ids = torch.tensor([again.tokenizer.encode("Q:1+2*3=")])
-    again.m.policy.set_attn_implementation("sdpa")
+def test_the_exported_model_is_the_merged_policy(finished_run):
+    folder = finished_run("--method", "bridge", "--steps", "2")
+    s = Settings(**json.loads((folder / "config.json").read_text())["settings"])
+    run = bridge.set_up(s, RunFolder(folder))
+    bridge.restore(run, checkpoint.newest(folder / "checkpoint"))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model").eval()
+    ids = torch.tensor([run.env.tokenizer.encode("Q:1+2*3=")])
+    run.m.policy.set_attn_implementation("sdpa")
     with torch.no_grad():
-        torch.testing.assert_close(model(ids).logits, again.m.policy(ids).logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(ids).logits, run.m.policy(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ["--shadow-rollouts", "own", "--resync-every", "2", "--kl-coef", "0.01"],
-        ["--dynamic-sampling", "2", "--updates-per-rollout", "2", "--lam-ramp-steps", "5", "--shadow-ratio-cap", "0"],
+        ["--shadow-rollouts", "own", "--kl-coef", "0.01"],
+        ["--dynamic-sampling", "2", "--updates-per-rollout", "2", "--shadow-ratio-cap", "0"],
         ["--method", "sft_rl", "--sft-steps", "2"],
-        ["--method", "alternating", "--aggregation", "dapo", "--no-divide-by-std", "--overlong-mask"],
+        ["--method", "alternating", "--aggregation", "dr_grpo", "--overlong-mask"],
     ],
 )
 def test_stopping_and_resuming_equals_running_through_bit_for_bit(tmp_path, flags):
-    run(tmp_path / "through", *flags, "--save-every", "5", "--eval-every", "1")
-    run(tmp_path / "resumed", *flags, "--save-every", "5", "--eval-every", "1", steps=3 if "sft_rl" not in flags else 1)
-    run(tmp_path / "resumed", *flags, "--save-every", "5", "--eval-every", "1", "--resume")
+    flags = [*flags, "--save-every", "5", "--eval-every", "1"]
+    run(tmp_path / "through", *flags, steps=3)
+    run(tmp_path / "resumed", *flags, steps=1)
+    run(tmp_path / "resumed", *flags, "--resume", steps=3)
     assert_identical(tmp_path / "through", tmp_path / "resumed")
 
 
-def launch(out, *flags):
-    command = [
-        sys.executable,
-        ROOT / "bridge.py",
-        "--preset",
-        "smoke",
-        "--out",
-        out,
-        "--steps",
-        "8",
-        "--save-every",
-        "1",
-    ]
-    return subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-                            env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+def launch(out, *flags, steps=6):
+    """A run as a process of its own."""
+    fixed = ["--preset", "smoke", "--out", out, "--steps", steps, "--save-every", "1"]
+    command = [str(word) for word in (sys.executable, ROOT / "bridge.py", *fixed, *flags)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
 
 
 def wait_for(path, process):
@@ -143,13 +135,11 @@ def wait_for(path, process):
         time.sleep(0.005)
 
 
-def test_killed_at_random_moments_it_resumes_to_the_same_result_bit_for_bit(tmp_path):
-    assert launch(tmp_path / "through").wait() == 0
+def test_killed_at_random_moments_it_resumes_to_the_same_result_bit_for_bit(tmp_path, finished_run):
     rng, out, kills = random.Random(0), tmp_path / "killed", 0
-    for _ in range(4):
+    for attempt in range(3):
         process = launch(out, "--resume")
-        if kills % 2:  # while a checkpoint is being written
-            process.poll()
+        if attempt % 2:  # while a checkpoint is being written
             while process.poll() is None and not list((out / "checkpoint").glob("*.tmp")):
                 time.sleep(0.0005)
         else:  # anywhere in the loop
@@ -158,28 +148,30 @@ def test_killed_at_random_moments_it_resumes_to_the_same_result_bit_for_bit(tmp_
         process.send_signal(signal.SIGKILL)
         kills += process.wait() == -signal.SIGKILL
     assert kills >= 2
-    assert launch(out, "--resume").wait() == 0
-    assert_identical(tmp_path / "through", out)
+    run(out, "--save-every", "1", "--resume", steps=6)
+    assert_identical(finished_run("--steps", "6", "--save-every", "1"), out)
     assert not list((out / "checkpoint").glob("*.tmp"))
     assert len(list((out / "checkpoint").glob("step-??????"))) == checkpoint.KEEP
 
 
 def test_sigterm_finishes_the_step_saves_and_says_so(tmp_path):
-    process = launch(tmp_path / "run", "--steps", "500", "--eval-every", "500", "--save-every", "500")
+    process = launch(tmp_path / "run", "--eval-every", "500", "--save-every", "500", steps=500)
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
     process.send_signal(signal.SIGTERM)
-    said, _ = process.communicate()
+    printed, _ = process.communicate()
     assert process.returncode == 128 + signal.SIGTERM
-    assert "everything is saved, --resume continues" in said
-    state, metrics = checkpoint.newest(tmp_path / "run" / "checkpoint"), lines(tmp_path / "run" / "metrics.jsonl")
-    assert state.facts["step"] == metrics[-1]["step"] < 500
+    assert "everything is saved, --resume continues" in printed
+    saved, metrics = checkpoint.newest(tmp_path / "run" / "checkpoint"), lines(tmp_path / "run" / "metrics.jsonl")
+    assert saved.facts["step"] == metrics[-1]["step"] < 500
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, capsys):
-    run(tmp_path / "run", "--save-every", "1")
-    first, last = sorted((tmp_path / "run" / "checkpoint").iterdir())
-    capsys.readouterr()
-    whole, rng = tensors_in(first.parent), random.Random(0)
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"theta.{i}": torch.randn(7, 5, generator=generator) for i in range(4)}
+    for step in (3, 4):
+        checkpoint.save(tmp_path, step, {"step": step, "settings": {}}, tensors)
+    first, last = sorted(tmp_path.iterdir())
+    rng = random.Random(0)
     for name in ("__0_0.distcp", ".metadata", "facts.json", "checksum"):
         file = last / name
         content = bytearray(file.read_bytes())
@@ -187,21 +179,21 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, caps
             damaged = content.copy()
             damaged[position] ^= 1 << rng.randrange(8)
             file.write_bytes(damaged)
-            step, said = checkpoint.newest(first.parent).facts["step"], capsys.readouterr().out
-            assert (step, f"{last} is damaged" in said) in ((3, True), (4, False))
+            step, printed = checkpoint.newest(tmp_path).facts["step"], capsys.readouterr().out
+            assert (step, f"{last} is damaged" in printed) in ((3, True), (4, False))
             assert step == 3 or name == "__0_0.distcp"
             if step == 4:  # some bits of an archive carry nothing
-                assert all(torch.equal(t, whole[n]) for n, t in tensors_in(first.parent).items())
+                assert all(torch.equal(t, tensors[n]) for n, t in tensors_in(tmp_path).items())
         file.write_bytes(content[: len(content) // 3])
-        assert checkpoint.newest(first.parent).facts["step"] == 3
+        assert checkpoint.newest(tmp_path).facts["step"] == 3
         file.unlink()
-        assert checkpoint.newest(first.parent).facts["step"] == 3
+        assert checkpoint.newest(tmp_path).facts["step"] == 3
         file.write_bytes(content)
-    assert checkpoint.newest(first.parent).facts["step"] == 4
+    assert checkpoint.newest(tmp_path).facts["step"] == 4
     for folder in (first, last):
         (folder / "facts.json").unlink()
     with pytest.raises(OSError, match=r"every checkpoint in .* is damaged"):
-        checkpoint.newest(first.parent)
+        checkpoint.newest(tmp_path)
 
 
 def test_a_checkpoint_that_would_call_something_is_not_opened(tmp_path, capsys):
@@ -251,12 +243,15 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one_intact(tmp_
     assert torch.equal(tensors_in(tmp_path)["tensor"], state["tensor"])
 
 
-def test_logs_are_cut_back_to_the_checkpoint_and_a_torn_line_goes(tmp_path):
+def test_logs_are_cut_back_to_the_checkpoint_without_a_torn_line(tmp_path):
     log = tmp_path / "log.jsonl"
     log.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 4, "rew')
-    checkpoint.cut_back(log, 2)
+    cut_back(log, 2)
     assert log.read_text() == '{"step": 1}\n{"step": 2}\n'
-    checkpoint.cut_back(tmp_path / "absent.jsonl", 2)
+    cut_back(tmp_path / "absent.jsonl", 2)
+    log.write_text('{"step": 1}\n[2]\n')
+    with pytest.raises(DataError, match=r"log\.jsonl, line 2: a JSON object is needed"):
+        cut_back(log, 2)
 
 
 def refused(*flags):
@@ -269,6 +264,7 @@ def refused(*flags):
     ("flags", "message"),
     [
         (["--lam", "1.5"], "lam must be in [0, 1]; got 1.5"),
+        (["--clip-low", "1.5"], "clip_low must be in [0, 1]; got 1.5"),
         (["--lam", "nan"], "lam must be at least 0; got nan"),
         (["--method", "ppo"], "method must be one of sft, rl, sft_rl, alternating, mix, mix_lora, bridge; got 'ppo'"),
         (["--alpha", "inf"], "alpha must be a finite number"),
@@ -279,7 +275,15 @@ def refused(*flags):
         (["--temperature", "0"], "temperature must be greater than 0; got 0.0"),
         (["--aggregation", "mean"], "aggregation must be one of grpo, dapo, dr_grpo"),
         (["--steps", "0"], "steps must be at least 1"),
-        (["--method", "rl", "--shadow-rollouts", "own"], "only --method bridge"),
+        (["--method", "rl", "--shadow-rollouts", "own"], "shadow_rollouts does nothing with method rl, only with b"),
+        (["--method", "mix", "--lam", "0.9"], "lam does nothing with method mix, only with mix_lora, bridge: omit it"),
+        (["--method", "bridge", "--mu", "2"], "mu does nothing with method bridge, only with mix"),
+        (["--method", "sft", "--group-size", "9"], "group_size does nothing with method sft, only with rl, sft_rl"),
+        (["--method", "rl", "--sft-batch", "9"], "sft_batch does nothing with method rl, only with sft, sft_rl"),
+        (["--method", "mix", "--beta", "1"], "beta does nothing with method mix, only with mix_lora, bridge"),
+        (["--sft-steps", "2"], "sft_steps does nothing with method bridge, only with sft_rl"),
+        (["--shadow-rollouts", "own", "--shadow-ratio-cap", "3"], "does nothing with shadow_rollouts own"),
+        (["--rl-data", "x.jsonl", "--task", "limr"], "rl_data and task limr both name the problems"),
         (["--lora-targets", "qproj"], "no linear layer is named ['qproj']"),
         (["--sft-data", "x.jsonl"], "sft_data needs rl_data"),
         (["--rl-data", "x.jsonl"], "needs demonstrations: give sft_data"),
@@ -301,13 +305,10 @@ def test_an_unknown_flag_is_refused_by_name(flag, capsys):
     assert flag in capsys.readouterr().err
 
 
-def test_every_setting_is_a_flag_and_there_are_few():
-    assert len(Settings.__dataclass_fields__) <= 56
-
-
-def test_an_existing_run_is_not_overwritten_and_other_settings_do_not_resume_it(tmp_path):
-    run(tmp_path / "run", steps=2)
-    flags = ("--preset", "smoke", "--out", tmp_path / "run", "--steps", "2")
+def test_an_existing_run_is_not_overwritten_and_other_settings_do_not_resume_it(tmp_path, finished_run):
+    out = tmp_path / "run"
+    shutil.copytree(finished_run("--method", "bridge", "--steps", "2"), out)
+    flags = ("--preset", "smoke", "--out", out, "--steps", "2")
     assert "exists: --resume continues it" in refused(*flags)
     assert "lam is 0.4, the run in" in refused(*flags, "--resume", "--lam", "0.4")
     assert "is at step 2 already" in refused(*flags, "--resume", "--steps", "1")
@@ -324,14 +325,15 @@ def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run(tmp_
         return (value * math.nan if (len(calls) + 1) // 2 in bad else value), terms  # policy and shadow: 2 calls a step
 
     monkeypatch.setattr(bridge.grpo, "grpo_loss", loss)
-    run(tmp_path / "once", "--save-every", "1", steps=3)
+    run(tmp_path / "once", "--save-every", "1", "--eval-every", "9", steps=3)
     metrics = lines(tmp_path / "once" / "metrics.jsonl")
     assert [m["skipped_in_a_row"] for m in metrics] == [0, 1, 0]
     dumped = json.loads((tmp_path / "once" / "skipped-000002-1.json").read_text())
     assert len(dumped["rollouts"]) == 64
     calls.clear()
     bad.update(range(3, 20))
-    message = refused("--preset", "smoke", "--out", tmp_path / "five", "--steps", "9", "--save-every", "1")
+    flags = ["--steps", "9", "--save-every", "1", "--eval-every", "9"]
+    message = refused("--preset", "smoke", "--out", tmp_path / "five", *flags)
     assert "5 updates had a loss or gradient" in message
     assert all(tensor.isfinite().all() for tensor in tensors_in(tmp_path / "five" / "checkpoint").values())
 
@@ -354,19 +356,19 @@ def test_resuming_on_other_data_is_refused(tmp_path):
              "--rl-data", data, "--sft-data", data, "--max-new-tokens", "40", "--template", "plain"]  # fmt: skip
     bridge.main([str(f) for f in flags])
     data.write_text("".join(rows[:20]))
-    assert "has changed since the run" in refused(*flags, "--resume")
+    assert "changed since the run" in refused(*flags, "--resume")
 
 
 def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path, monkeypatch):
-    monkeypatch.setattr(bridge.Sampler, "refresh", lambda self, policy: None)
+    monkeypatch.setattr(Sampler, "refresh", lambda self, policy: None)
     run(tmp_path / "same", steps=1)  # at step 0 the weights are equal anyway
     scramble = lambda self, policy: self.model.get_output_embeddings().weight.data.mul_(1.5)  # noqa: E731
-    monkeypatch.setattr(bridge.Sampler, "refresh", scramble)
+    monkeypatch.setattr(Sampler, "refresh", scramble)
     assert "sampler and trainer disagree" in refused("--preset", "smoke", "--out", tmp_path / "other", "--steps", "1")
 
 
-def test_evaluate_and_plot_work_on_their_own(tmp_path, capsys, monkeypatch):
-    run(tmp_path / "run", steps=2)
+def test_evaluate_and_plot_work_on_their_own(tmp_path, finished_run, capsys, monkeypatch):
+    shutil.copytree(finished_run("--method", "bridge", "--steps", "2"), tmp_path / "run")
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run")])
     evaluate.main()
@@ -402,6 +404,19 @@ def text_model(folder, texts, config_class=Qwen2Config, **options):
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
 
 
+EASY = f"""
+from tasks.sources import rows_of
+from tasks.task import Demonstration, Problem, Task
+
+def easy(s):
+    rows = [r for r in rows_of("{DATA}/math_train_problems.json") if float(r["difficulty"]) <= 3]
+    solved = [r for r in rows_of("{DATA}/math_test_solutions.jsonl") if r["level"] in ("Level 1", "Level 2")]
+    evaluation = [Problem(r["problem"], r["answer"], "math500") for r in rows_of("{DATA}/math500.jsonl")][:4]
+    problems = [Problem(r["problem"], r["answer"], extra=r) for r in rows if r["answer"]]
+    return Task(problems, [Demonstration(r["problem"], r["solution"]) for r in solved], evaluation)
+"""
+
+
 @pytest.mark.parametrize(
     ("family", "options"),
     [(LlamaConfig, dict(attention_bias=True)), (Qwen2Config, {}), (Qwen3Config, dict(tie_word_embeddings=False))],
@@ -412,9 +427,9 @@ def test_models_of_three_families_train_on_real_mathematics(tmp_path, family, op
         pytest.skip("shared/data/math_test_solutions.jsonl is absent")
     rows = [json.loads(line) for line in source.open()][:200]
     text_model(tmp_path / "model", [r["problem"] + r["solution"] for r in rows], family, **options)
-    run(tmp_path / "run", "--model", str(tmp_path / "model"), "--template", "plain", "--rl-data",
-        str(DATA / "math_train_problems.json"), "--rl-filter", "difficulty=1..3", "--sft-data", str(source),
-        "--sft-filter", "level=Level 1|Level 2", "--eval-data", str(DATA / "math500.jsonl"), "--eval-problems", "4",
+    task = tmp_path / "easy.py"
+    task.write_text(EASY)
+    run(tmp_path / "run", "--model", str(tmp_path / "model"), "--template", "plain", "--task", f"{task}:easy",
         "--max-new-tokens", "48", "--sft-batch", "4", "--prompts-per-step", "2", "--group-size", "2",
         steps=3)  # fmt: skip
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
@@ -448,7 +463,7 @@ def test_real_text_takes_the_same_path(tmp_path):
 
 def test_a_model_folder_that_lacks_weights_is_refused(tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(toy.build_base("arithmetic-smoke"), folder)
+    shutil.copytree(arithmetic.build_base("arithmetic-smoke"), folder)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

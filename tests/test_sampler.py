@@ -1,4 +1,6 @@
-"""sampler.py against transformers' generate, its own cache-free definition, and the trainer's log-probs."""
+"""sampler.py against transformers' generate, its own definition without a cache, and the trainer's log-probs."""
+
+import itertools
 
 import pytest
 import torch
@@ -6,8 +8,11 @@ from conftest import VOCABULARY, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora
-from infra.model import ModelError, response_logprobs, twin
-from sampler import Sampler, choose, generate_naive, uniforms
+from logprob import response_logprobs
+from ops.decoder import share_storage_copy
+from ops.packed import ModelError
+from ops.sample import sample_tokens
+from sampler import Sampler, generate_naive, uniforms
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [12, 30, 2, 2]]
 KEYS = [(0, 7, i) for i in range(len(PROMPTS))]
@@ -26,23 +31,22 @@ def test_greedy_equals_transformers_generate(any_model):
 
 
 @pytest.mark.parametrize("temperature", [0, 0.7, 1.0])
-@pytest.mark.parametrize("slots", [2, 3, 100])
-def test_cached_sampling_equals_the_naive_definition_for_any_number_of_slots(temperature, slots):
-    sampler = Sampler(tiny_model(), STOP, slots=slots)
-    groups = sampler.generate(PROMPTS, KEYS, 2, 16, temperature)
-    reasons = set()
-    for prompt, key, group in zip(PROMPTS, KEYS, groups, strict=True):
-        for i, completion in enumerate(group):
-            naive = generate_naive(sampler, prompt, (*key, i), 16, temperature)
-            assert naive.ids == completion.ids
-            assert naive.finish_reason == completion.finish_reason
+def test_cached_sampling_equals_the_naive_definition_for_any_number_of_slots(temperature):
+    sampler = Sampler(tiny_model(), STOP)
+    samples = [(prompt, (*key, i)) for prompt, key in zip(PROMPTS, KEYS, strict=True) for i in range(2)]
+    expected = [generate_naive(sampler, prompt, key, 16, temperature) for prompt, key in samples]
+    for sampler.slots in (2, 3, 100):
+        groups = sampler.generate(PROMPTS, KEYS, 2, 16, temperature)
+        for completion, naive in zip(itertools.chain(*groups), expected, strict=True):
+            assert completion.ids == naive.ids
+            assert completion.finish_reason == naive.finish_reason
             assert completion.logps == pytest.approx(naive.logps, abs=1e-4)
-            reasons.add(completion.finish_reason)
-    assert temperature == 0 or reasons == {"stop", "length"}, "the case must see both ways to end"
+    reasons = {naive.finish_reason for naive in expected}
+    assert temperature == 0 or reasons == {"stop", "length"}, "the case must have both ways to end"
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_probs_of_the_sampler_equal_the_trainer_s_at_the_sampling_temperature(any_model, temperature):
+def test_log_probs_of_the_sampler_equal_the_trainers_at_the_sampling_temperature(any_model, temperature):
     groups = Sampler(any_model, STOP).generate(PROMPTS, KEYS, 3, 12, temperature)
     rows = [(prompt, c.ids) for prompt, group in zip(PROMPTS, groups, strict=True) for c in group]
     logp, _ = response_logprobs(any_model, rows, temperature)
@@ -79,49 +83,57 @@ def test_finished_completions_end_with_the_stop_token_and_truncated_ones_have_no
         assert 0 not in completion.ids[:-1]
 
 
+def test_a_stop_token_in_the_last_place_finishes_the_completion():
+    sampler = Sampler(tiny_model(), STOP)
+    finished = next(c for (c,) in sampler.generate(PROMPTS, KEYS, 1, 16, 1.0) if c.finish_reason == "stop")
+    shortest = sampler.generate(PROMPTS, KEYS, 1, len(finished.ids), 1.0)
+    assert finished in [c for (c,) in shortest], "the limit is the completion's own length"
+
+
 def test_a_single_token_is_enough():
     groups = Sampler(tiny_model(), STOP).generate(PROMPTS, KEYS, 2, 1, 1.0)
     assert all(len(c.ids) == 1 for g in groups for c in g)
 
 
 def test_sampled_frequencies_follow_the_distribution():
-    """χ² over 20,000 draws: below the 99.9 % point of the 11 degrees of freedom, and never a token of probability 0."""
+    """χ² of 20,000 draws is below the 99.9 % point of its degrees of freedom; no token of probability 0 is drawn."""
     torch.manual_seed(0)
     logits = torch.randn(12) * 2
     logits[3] = float("-inf")
     n, temperature = 20_000, 0.8
     u = torch.from_numpy(uniforms((1, 2, 3), n))
-    tokens, logp = choose(logits.expand(n, -1), u, temperature)
+    tokens, logp = sample_tokens(logits.expand(n, -1), u, temperature)
     p = (logits / temperature).softmax(-1)
     observed, expected = tokens.bincount(minlength=12), n * p
     assert observed[3] == 0
-    live = p > 0
-    assert ((observed - expected)[live] ** 2 / expected[live]).sum() < 31.3
+    possible = p > 0
+    assert ((observed - expected)[possible] ** 2 / expected[possible]).sum() < 31.3
     torch.testing.assert_close(logp, p[tokens].log())
 
 
 @pytest.mark.parametrize(("top_p", "kept"), [(0.05, 1), (0.5, 1), (0.51, 2), (0.8, 2), (0.9, 3), (0.999, 5), (1.0, 5)])
 def test_top_p_samples_the_smallest_set_that_reaches_it_in_proportion(top_p, kept):
-    p = torch.tensor([0.05, 0.5, 0.1, 0.3, 0.05, 0.0])  # 0.05 twice: what ties with the last one stays
+    p = torch.tensor([0.05, 0.5, 0.1, 0.3, 0.05, 0.0])  # two tokens of 0.05: a tie with the last token stays
     n = 20_000
     u = torch.from_numpy(uniforms((4, 5, 6), n))
-    tokens, logp = choose(p.log().expand(n, -1), u, 1.0, top_p)
+    tokens, logp = sample_tokens(p.log().expand(n, -1), u, 1.0, top_p)
     observed = tokens.bincount(minlength=6)
-    live = p >= p.sort(descending=True).values[kept - 1]
-    live &= p > 0
-    assert int(live.sum()) == kept and observed[~live].sum() == 0  # noqa: PT018
-    expected = n * p[live] / p[live].sum()
-    assert ((observed[live] - expected) ** 2 / expected).sum() < 18.5  # 99.9 % point of 4 degrees of freedom
-    torch.testing.assert_close(logp, p[tokens].log())  # of the whole distribution
+    nucleus = p >= p.sort(descending=True).values[kept - 1]
+    nucleus &= p > 0
+    assert int(nucleus.sum()) == kept
+    assert observed[~nucleus].sum() == 0
+    expected = n * p[nucleus] / p[nucleus].sum()
+    assert ((observed[nucleus] - expected) ** 2 / expected).sum() < 18.5  # 99.9 % point of 4 degrees of freedom
+    torch.testing.assert_close(logp, p[tokens].log(), msg="log-probs refer to the whole distribution")
 
 
 def test_extreme_uniforms_pick_the_ends_of_the_vocabulary():
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]]).expand(2, -1)
-    tokens, _ = choose(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)
+    tokens, _ = sample_tokens(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)
     assert tokens.tolist() == [1, 2]
 
 
-def test_refresh_takes_over_theta_plus_the_adapter():
+def test_refresh_copies_theta_plus_the_adapter():
     policy, sampler = tiny_model(seed=1), Sampler(tiny_model(), STOP)
     w = lora.create(policy, ["q_proj", "down_proj"], 4, 0)
     for p in w.values():
@@ -144,7 +156,7 @@ def tokens_fed(sampler, monkeypatch):
     return fed
 
 
-def test_each_prompt_is_run_once_however_many_samples_it_gets(monkeypatch):
+def test_each_prompt_runs_once_for_all_its_samples(monkeypatch):
     sampler = Sampler(tiny_model(), STOP)
     fed = tokens_fed(sampler, monkeypatch)
     sampler.generate(PROMPTS, KEYS, 8, 2, 1.0)
@@ -152,15 +164,15 @@ def test_each_prompt_is_run_once_however_many_samples_it_gets(monkeypatch):
     assert fed[1] <= 8 * len(PROMPTS)
 
 
-def test_finished_rows_leave_the_batch_and_waiting_prompts_take_their_place(monkeypatch):
+def test_waiting_prompts_take_the_slots_of_finished_samples(monkeypatch):
     sampler = Sampler(tiny_model(), STOP, slots=4)
     fed = tokens_fed(sampler, monkeypatch)
     groups = sampler.generate(PROMPTS * 4, [(i,) for i in range(20)], 1, 16, 1.0)
     decoded = sum(len(c.ids) - 1 for g in groups for c in g)
-    assert sum(fed) == decoded + 4 * sum(map(len, PROMPTS)), "no row is computed after its end"
+    assert sum(fed) == decoded + 4 * sum(map(len, PROMPTS)), "no sample is decoded after its end"
 
 
-def test_prompts_that_cannot_fit_are_refused_by_number():
+def test_prompts_that_cannot_fit_are_refused_with_their_number():
     sampler = Sampler(tiny_model(), STOP)
     with pytest.raises(ValueError, match=r"prompt 1 has 120 tokens.*lower max_new_tokens"):
         sampler.generate([[1], [1] * 120], [(0,), (1,)], 1, 16, 1.0)
@@ -194,9 +206,9 @@ def test_biases_of_all_linears_are_added():
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_twin_takes_no_memory_for_parameters_and_the_sampler_s_copy_has_its_own(tied):
+def test_a_share_storage_copy_allocates_no_parameters_and_the_samplers_copy_allocates_its_own(tied):
     model = tiny_model(tied=tied)
-    other = twin(model)
+    other = share_storage_copy(model)
     for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
         assert p is not q, name
         assert p.data_ptr() == q.data_ptr(), name
@@ -206,13 +218,13 @@ def test_a_twin_takes_no_memory_for_parameters_and_the_sampler_s_copy_has_its_ow
 
 
 def test_a_bf16_sampler_rotates_by_fp32_frequencies():
-    """bf16 frequencies would be wrong by 2⁻⁹, and at position 1,000 so would be angles, by a radian and more."""
+    """bf16 frequencies have a relative error of 2⁻⁹: at position 1,000 an angle would be wrong by a radian or more."""
     exact, rounded = (Sampler(tiny_model(), STOP, dtype=dtype).decoder for dtype in (torch.float32, torch.bfloat16))
-    assert rounded.head.dtype == torch.bfloat16
+    assert rounded.lm_head.dtype == torch.bfloat16
     assert torch.equal(rounded.new_cache(1, 100).cos, exact.new_cache(1, 100).cos)
 
 
-def test_weights_that_share_an_input_are_one_matrix_and_stay_so_when_refreshed():
+def test_weights_with_the_same_input_stay_one_matrix_when_refreshed():
     policy, decoder = tiny_model(seed=1), Sampler(tiny_model(), STOP).decoder
     before = decoder.layers[0].qkv.clone()
     lora.merge_into(decoder.model, policy)
@@ -229,7 +241,7 @@ def test_weights_that_share_an_input_are_one_matrix_and_stay_so_when_refreshed()
     ("gemma", {}, "is not built like Llama, Qwen2 or Qwen3"),
     ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "rope type 'dynamic'"),
 ])  # fmt: skip
-def test_a_model_the_decoder_would_compute_wrongly_is_refused(family, options, why):
+def test_a_model_that_the_decoder_would_compute_wrongly_is_refused(family, options, why):
     sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
                  num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **options)).eval()
@@ -237,7 +249,7 @@ def test_a_model_the_decoder_would_compute_wrongly_is_refused(family, options, w
         Sampler(model, STOP)
 
 
-def test_attention_that_does_not_see_all_positions_is_refused_before_generating():
+def test_attention_with_a_window_shorter_than_the_cache_is_refused_before_sampling():
     sampler = Sampler(tiny_model(), STOP)
     sampler.model.model.layers[1].self_attn.sliding_window = 10
     with pytest.raises(ModelError, match="a window of 10 tokens"):

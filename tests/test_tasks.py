@@ -1,20 +1,23 @@
-"""tasks.py and toy.py: data, prompts, and the errors a broken file gets."""
+"""The built-in task, tasks of files, their checks before training, and the errors of broken files."""
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
 import rewards
-from tasks import arithmetic as toy
-from tasks import sources as data
+from infra.files import DataError
+from infra.model import load
+from tasks import arithmetic, named, sources
 from tasks import task as tasks
-from tasks.task import DataError, Demonstration, Problem, Stream, Task
+from tasks.prompts import encode_prompt
+from tasks.task import Demonstration, Problem, Stream, Task
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return toy.make_tokenizer()
+    return arithmetic.make_tokenizer()
 
 
 def write(path, rows):
@@ -23,7 +26,7 @@ def write(path, rows):
 
 
 def test_chains_are_evaluated_left_to_right_modulo_100():
-    question, steps, answer = toy.chain(random.Random(3), 5)
+    question, steps, answer = arithmetic.chain(random.Random(3), 5)
     value = int(question[0])
     for step, op, operand in zip(steps.split(";"), question[1::2], question[2::2], strict=False):
         result = {"+": value + int(operand), "-": value - int(operand), "*": value * int(operand)}[op] % 100
@@ -32,62 +35,96 @@ def test_chains_are_evaluated_left_to_right_modulo_100():
     assert answer == str(value)
 
 
-def test_the_built_in_task_is_a_function_of_its_seed_and_never_trains_on_evaluation():
-    a, b, c = toy.task(0, 100), toy.task(0, 100), toy.task(1, 100)
+def test_the_built_in_task_is_a_function_of_its_seed_and_repeats_no_question():
+    a, b, c = arithmetic.task(0, 100), arithmetic.task(0, 100), arithmetic.task(1, 100)
     assert a.problems == b.problems
     assert a.demonstrations == b.demonstrations
     assert a.problems != c.problems
     assert a.evaluation == c.evaluation
-    held_out = {p.question for p in toy.evaluation(toy.EVAL_MAX)}
+    held_out = {p.question for p in arithmetic.evaluation(arithmetic.EVAL_MAX)}
     questions = [r.question for r in (*a.problems, *a.demonstrations)]
     assert len(set(questions)) == len(questions)
     assert not held_out & set(questions)
     assert {p.group for p in a.evaluation} == {f"n={n}" for n in range(3, 9)}
 
 
-def test_the_base_model_never_sees_an_evaluation_problem(tokenizer):
-    held_out = {p.question for p in toy.evaluation(toy.EVAL_MAX)}
-    batches = toy.documents(toy.Recipe(), tokenizer)
+def test_the_base_model_is_trained_on_no_evaluation_problem(tokenizer):
+    held_out = {p.question for p in arithmetic.evaluation(arithmetic.EVAL_MAX)}
+    batches = arithmetic.documents(arithmetic.Recipe(), tokenizer)
     prompts = {tokenizer.decode(p) for _ in range(20) for p, _ in next(batches)}
     assert not {f"Q:{q}=" for q in held_out} & prompts
 
 
-def test_every_built_in_demonstration_is_rewarded_and_survives_the_tokenizer(tokenizer):
-    for d in toy.task(0, 1).demonstrations:
+TINY = arithmetic.Recipe(hidden=16, layers=1, mlp=16, steps=1, batch=2)
+
+
+def test_a_base_model_is_built_once_per_recipe(tmp_path, monkeypatch):
+    monkeypatch.setattr(arithmetic, "MODELS", tmp_path)
+    trained, train = [], arithmetic.train_base
+    monkeypatch.setattr(arithmetic, "train_base", lambda recipe: trained.append(recipe) or train(recipe))
+    for recipe in (TINY, TINY, replace(TINY, seed=1)):
+        monkeypatch.setitem(arithmetic.RECIPES, "tiny", recipe)
+        model, _ = load(arithmetic.resolve("tiny"))
+    assert trained == [TINY, replace(TINY, seed=1)]
+    assert model.config.hidden_size == 16
+    assert arithmetic.resolve("owner/name") == "owner/name"
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_a_base_model_that_another_process_built_meanwhile_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(arithmetic, "MODELS", tmp_path)
+    monkeypatch.setitem(arithmetic.RECIPES, "tiny", TINY)
+    train = arithmetic.train_base
+
+    def train_slowly(recipe):
+        with monkeypatch.context() as other_process:
+            other_process.setattr(arithmetic, "train_base", train)
+            (arithmetic.build_base("tiny") / "in use").touch()
+        return train(recipe)
+
+    monkeypatch.setattr(arithmetic, "train_base", train_slowly)
+    assert (arithmetic.build_base("tiny") / "in use").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+
+
+def test_every_built_in_demonstration_is_correct_and_decodes_to_itself(tokenizer):
+    for d in arithmetic.task(0, 1).demonstrations:
         assert rewards.is_correct(d.response, d.answer).correct
-        prompt, response = tasks.encode_demonstration(tokenizer, d, "")
+        prompt, response = tasks.encode_demonstration(tokenizer, d, "", "", None)
         assert tokenizer.decode(prompt) == f"Q:{d.question}="
         assert tokenizer.decode(response, skip_special_tokens=True) == d.response
         assert response.count(tokenizer.eos_token_id) == 1
         assert response[-1] == tokenizer.eos_token_id
 
 
-def test_sft_rl_and_evaluation_see_the_same_prompt_ids(tokenizer):
+def test_a_demonstration_and_an_rl_problem_have_equal_prompt_ids(tokenizer):
     d = Demonstration("1+2*3", "\\boxed{9}", "9")
-    assert tasks.encode_demonstration(tokenizer, d, "")[0] == tasks.encode_prompt(tokenizer, "1+2*3", "")
+    assert tasks.encode_demonstration(tokenizer, d, "", "", None)[0] == encode_prompt(tokenizer, "1+2*3", "")
 
 
 def test_gsm8k_rows_become_problems_and_boxed_demonstrations(tmp_path):
     row = {"question": "How many?", "answer": "2+2=<<2+2=4>>4\n#### 1,004"}
     path = write(tmp_path / "a.jsonl", [row, {**row, "question": "Then?"}, {**row, "question": "And now?"}])
-    task = tasks.from_files(path, path, "", 1)
+    task = named.from_files(path, path, "", 1)
     assert task.problems == [Problem("How many?", "1,004"), Problem("Then?", "1,004")]
     assert [p.question for p in task.evaluation] == ["And now?"]
+    assert task.notes == ["no eval_data: the last 1 questions of rl_data are held out of training"]
+    tasks.decontaminate(task)
     assert [d.question for d in task.demonstrations] == ["How many?", "Then?"], "one file may serve both"
-    assert "held out of training, with their 1 demonstrations" in task.notes[0]
+    assert task.notes[1] == "sft_data: 1 of 3 share 13 words in a row with an evaluation problem: dropped"
     demonstration = task.demonstrations[0]
     assert "####" not in demonstration.response
     assert rewards.is_correct(demonstration.response, demonstration.answer).correct
 
 
-def test_math_rows_and_parquet_files_are_read_too(tmp_path):
+def test_math_rows_are_read_from_json_lines_and_parquet(tmp_path):
     rows = [{"problem": "1+1?", "answer": "2", "level": 3}, {"problem": "1+2?", "answer": "3", "level": 4}]
     path = write(tmp_path / "a.jsonl", rows)
     expected = [Problem("1+1?", "2", "level 3"), Problem("1+2?", "3", "level 4")]
-    assert tasks.read_problems(path, "rl_data", []) == expected
+    assert sources.read_problems(path, "rl_data", []) == expected
     datasets = pytest.importorskip("datasets")
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    assert tasks.read_problems(str(tmp_path / "a.parquet"), "rl_data", []) == expected
+    assert sources.read_problems(str(tmp_path / "a.parquet"), "rl_data", []) == expected
 
 
 GOOD = {"question": "q", "answer": "1"}
@@ -98,48 +135,39 @@ GOOD = {"question": "q", "answer": "1"}
     [
         ([GOOD, '{"question": "q", \n'], r"rl_data: .*a.jsonl, line 2: not valid JSON"),
         ([GOOD, "[1, 2]\n"], r"rl_data: .*line 2: a JSON object is needed, this is a list"),
-        ([GOOD, {"question": "q"}], r"rl_data: .*line 2: needs a field named answer or final_answer, has question"),
+        ([GOOD, {"question": "q"}], r"rl_data: .*line 2: needs a field named answer or final_answer or .*, has questi"),
         ([{"answer": "1"}], r"rl_data: .*line 1: needs a field named question or problem or prompt, has answer"),
         ([], r"rl_data: .*a.jsonl holds no row"),
         ([GOOD, GOOD | {"question": " "}], r"line 2: field question is empty"),
         ([GOOD, GOOD | {"question": None}], r"line 2: field question is empty"),
-        (
-            [GOOD, GOOD | {"question": [{"role": "user"}]}],
-            r"line 2: field question must be text or a number, it is a list",
-        ),
-        ([GOOD, GOOD | {"answer": True}], r"line 2: field answer must be text or a number, it is a bool"),
-        ([GOOD, GOOD | {"question": "\ud800"}], r"line 2: field question holds half a surrogate pair"),
+        ([GOOD, GOOD | {"question": ["a"]}], r"line 2: field question must be a number or text .*, it is \['a'\]"),
+        ([GOOD, GOOD | {"answer": True}], r"line 2: field answer must be a number or text .*, it is True"),
+        ([GOOD, GOOD | {"question": "\ud800"}], r"line 2: field question must be .* text that UTF-8 can encode, it"),
         (["[" * 100_000 + "\n"], r"line 1: not valid JSON"),
-        ([GOOD], r"has 1 questions; holding out eval_problems=1 of them leaves too few"),
+        ([GOOD], r"rl_data: holding out eval_problems=1 of 1 questions keeps too few"),
     ],
 )
-def test_a_broken_file_is_named_with_line_and_field(tmp_path, rows, message):
+def test_an_error_names_the_file_its_line_and_the_field(tmp_path, rows, message):
     path = write(tmp_path / "a.jsonl", rows)
     with pytest.raises(DataError, match=message):
-        tasks.from_files(path, "", "", 1)
+        named.from_files(path, "", "", 1)
 
 
 def test_a_missing_file_is_named():
     with pytest.raises(DataError, match=r"sft_data: there is no file 'nowhere\.jsonl'"):
-        list(data.read_rows("nowhere.jsonl", "sft_data"))
+        list(sources.read_rows("nowhere.jsonl", "sft_data"))
 
 
 def test_text_that_is_not_utf8_is_reported(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff"}\n')
     with pytest.raises(DataError, match="is not UTF-8"):
-        list(data.read_rows(str(tmp_path / "a.jsonl"), "rl_data"))
+        list(sources.read_rows(str(tmp_path / "a.jsonl"), "rl_data"))
 
 
-def test_rows_whose_gold_cannot_be_read_are_dropped_and_counted(tmp_path):
-    rows = [
-        GOOD,
-        {"question": "b", "answer": " "},
-        {"question": "c", "answer": None},
-        {"question": "d", "answer": "s ####"},
-    ]
-    notes = []
-    assert len(tasks.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", notes)) == 1
-    assert "3 rows" in notes[0]
+def test_rows_without_a_readable_gold_are_dropped_and_counted(tmp_path):
+    notes, rows = [], [GOOD, *({"question": "b", "answer": answer} for answer in (" ", None, "s ####"))]
+    assert len(sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", notes)) == 1
+    assert "rl_data: 3 of 4 rows of" in notes[0]
 
 
 def small_task(**changes):
@@ -150,7 +178,7 @@ def small_task(**changes):
     return Task(**(fields | changes))
 
 
-def test_evaluation_problems_in_training_are_dropped_and_refused_when_nothing_else_is_left(tokenizer):
+def test_evaluation_problems_in_training_are_dropped_and_an_empty_rest_is_refused(tokenizer):
     problem, demonstration = Problem("3+3", "6"), Demonstration("3+3", "\\boxed{6}", "6")
     task = small_task(
         problems=[problem, *small_task().problems], demonstrations=[demonstration, *small_task().demonstrations]
@@ -164,7 +192,7 @@ def test_evaluation_problems_in_training_are_dropped_and_refused_when_nothing_el
             tasks.prepare(small_task(**leak), tokenizer, 20, 64, True)
 
 
-def test_long_demonstrations_are_dropped_with_a_count_and_never_cut(tokenizer):
+def test_long_demonstrations_are_counted_and_dropped_instead_of_shortened(tokenizer):
     long = Demonstration("1+3", "1+3=4;" * 10 + "\\boxed{4}", "4")
     task = small_task(demonstrations=[*small_task().demonstrations, long])
     (kept,) = tasks.prepare(task, tokenizer, 20, 64, True)
@@ -175,7 +203,7 @@ def test_long_demonstrations_are_dropped_with_a_count_and_never_cut(tokenizer):
     assert tasks.prepare(small_task(demonstrations=[long]), tokenizer, 20, 64, False) == []
 
 
-def test_prompts_that_leave_no_room_for_an_answer_are_dropped_but_not_from_evaluation(tokenizer):
+def test_prompts_without_room_for_an_answer_are_dropped_in_training_and_refused_in_evaluation(tokenizer):
     endless = Problem("1+" * 30 + "1", "31")
     task = small_task(problems=[*small_task().problems, endless])
     tasks.prepare(task, tokenizer, 20, 64, True)
@@ -185,36 +213,36 @@ def test_prompts_that_leave_no_room_for_an_answer_are_dropped_but_not_from_evalu
         tasks.prepare(small_task(evaluation=[endless]), tokenizer, 20, 64, True)
 
 
-def test_demonstrations_their_own_grader_refuses_are_counted(tokenizer):
+def test_demonstrations_that_the_grader_refuses_are_counted(tokenizer):
     task = small_task(demonstrations=[Demonstration("1+2", "\\boxed{4}", "3")])
     tasks.prepare(task, tokenizer, 20, 64, True)
     assert "refuses 1 of 1 demonstrations" in task.notes[0]
 
 
-def test_a_solution_without_a_readable_answer_is_counted_and_an_eos_of_its_own_is_not_doubled(tmp_path, tokenizer):
+def test_a_solution_without_an_answer_is_counted_and_an_eos_in_a_solution_is_not_doubled(tmp_path, tokenizer):
     rows = [{"question": "1+2", "solution": "1+2=3;"}, {"question": "1+3", "solution": "\\boxed{4}<eos>"}]
-    task = small_task(demonstrations=tasks._demonstrations(write(tmp_path / "a.jsonl", rows), []))
+    task = small_task(demonstrations=sources.read_demonstrations(write(tmp_path / "a.jsonl", rows), "sft_data", []))
     encoded = tasks.prepare(task, tokenizer, 20, 64, True)
     assert "refuses 1 of 2 demonstrations" in task.notes[0]
     assert [ids.count(tokenizer.eos_token_id) for _, ids in encoded] == [1, 1]
 
 
 def test_gsm8k_demonstrations_without_an_answer_are_dropped_and_counted(tmp_path):
-    notes = []
-    assert tasks._demonstrations(write(tmp_path / "a.jsonl", [{"question": "q", "answer": "steps ####"}]), notes) == []
-    assert "1 rows" in notes[0]
+    notes, rows = [], [{"question": "q", "answer": "steps ####"}]
+    assert sources.read_demonstrations(write(tmp_path / "a.jsonl", rows), "sft_data", notes) == []
+    assert "1 of 1 rows" in notes[0]
 
 
 def test_demonstrations_with_an_unreadable_gold_are_counted_in_any_format(tmp_path):
     notes, rows = [], [{"question": "q", "solution": "\\boxed{1}", "answer": "1" * 3000}]
-    assert tasks._demonstrations(write(tmp_path / "a.jsonl", rows), notes) == []
-    assert "1 rows" in notes[0]
+    assert sources.read_demonstrations(write(tmp_path / "a.jsonl", rows), "sft_data", notes) == []
+    assert "1 of 1 rows" in notes[0]
 
 
 def test_empty_sets_are_refused(tokenizer):
     with pytest.raises(DataError, match="rl_data: no usable row"):
         tasks.prepare(small_task(problems=[]), tokenizer, 20, 64, True)
-    with pytest.raises(DataError, match="max_new_tokens=64 leaves no room"):
+    with pytest.raises(DataError, match="1 prompts exceed 0 tokens, the model's 64 positions less max_new_tokens=64"):
         tasks.prepare(small_task(), tokenizer, 64, 64, True)
     with pytest.raises(DataError, match="eval_data: no usable row"):
         tasks.prepare(small_task(evaluation=[]), tokenizer, 20, 64, True)

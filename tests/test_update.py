@@ -10,8 +10,9 @@ from conftest import rows, tiny_model
 import bridge
 import grpo
 import lora
-from infra.model import response_logprobs
-from settings import Settings
+from logprob import response_logprobs
+from rollout import Rollouts
+from settings import SettingError, Settings
 
 RATES = dict(alpha=0.01, beta=0.02, lora_rank=4, lora_alpha=8.0)
 
@@ -21,7 +22,7 @@ def settings(**changes):
 
 
 def make_rollouts(model, seed=0, groups=3, samples=4):
-    """Random completions with random rewards; what the sampler would say of them is the policy's own log-prob."""
+    """Random completions with random rewards; the sampler's log-probs are the policy's own."""
     batch = [
         (prompt, response) for prompt, _ in rows(groups, seed) for _, response in rows(samples, seed + len(prompt))
     ]
@@ -30,7 +31,7 @@ def make_rollouts(model, seed=0, groups=3, samples=4):
     lengths = torch.tensor([len(r) for _, r in batch])
     with torch.no_grad():
         logp, _ = response_logprobs(model, batch)
-    return bridge.Rollouts(
+    return Rollouts(
         rows=batch, reward=reward, advantage=grpo.group_advantages(reward).flatten().repeat_interleave(lengths),
         weight=grpo.token_weights(lengths, "grpo", 16), sampler_logp=logp, stats={"reward": 0.5}, records=[],
     )  # fmt: skip
@@ -58,9 +59,7 @@ def gradients(m, s, sft=None, rl=None, rollouts=None, rollouts_hat=None, demos=N
     rollouts = rollouts or make_rollouts(m.policy)
     a, b = bridge.updates(s, 0)[0] if sft is None else (sft, rl)
     demos = rows(4, seed=9) if demos is None else demos
-    stats = bridge.bilevel_gradients(
-        m, rollouts, rollouts_hat or rollouts, demos, a, b, s, clock=lambda phase: nullcontext()
-    )
+    stats = bridge.bilevel_gradients(m, rollouts, rollouts_hat or rollouts, demos, a, b, s, lambda phase: nullcontext())
     return {n: [p.grad.clone() if p.grad is not None else None for p in ps] for n, ps in m.parameters.items()}, stats
 
 
@@ -147,15 +146,15 @@ def test_w_s_gradient_is_the_weighted_sum_of_three_separate_ones():
         return [p.grad for p in copied.w.values()]
 
     rollouts.old_logp = rollouts.sampler_logp
-    sft = alone(lambda c: bridge.sft_backward(c.policy, rows(4, seed=9), 1.0, s))
-    rl = alone(lambda c: bridge.rl_backward(c.policy, rollouts, None, s))
-    minus_rl_hat = alone(lambda c: bridge.rl_backward(c.shadow, rollouts, None, s, truncate=s.shadow_ratio_cap))
-    assert_close(g["w"], [(1 - lam) * a + lam * (b + c) for a, b, c in zip(sft, rl, minus_rl_hat, strict=True)])
+    sft = alone(lambda c: bridge.sft_pass(c.policy, rows(4, seed=9), 1.0, s))
+    rl = alone(lambda c: bridge.rl_pass(c.policy, rollouts, None, s))
+    rl_hat = alone(lambda c: bridge.rl_pass(c.shadow, rollouts, None, s, ratio_cap=s.shadow_ratio_cap))
+    assert_close(g["w"], [(1 - lam) * a + lam * (b - c) for a, b, c in zip(sft, rl, rl_hat, strict=True)])
 
 
 @pytest.mark.parametrize("loss", ["sft", "rl", "shadow"])
 def test_gradients_of_a_and_b_are_projections_of_the_merged_weight_s(loss):
-    """∇_B = s·G·Aᵀ and ∇_A = s·Bᵀ·G with G the gradient of the merged weight (minus, for the shadow)."""
+    """∇_B = s·G·Aᵀ and ∇_A = s·Bᵀ·G with G the gradient of the merged weight."""
     s = settings()
     m = fresh(s, w_trained=True)
     move_shadow(m)
@@ -166,14 +165,14 @@ def test_gradients_of_a_and_b_are_projections_of_the_merged_weight_s(loss):
     lora.merge_into(merged, adapted)
     for model in (adapted, merged):
         if loss == "sft":
-            bridge.sft_backward(model, rows(4, seed=9), 1.0, s)
+            bridge.sft_pass(model, rows(4, seed=9), 1.0, s)
         else:
-            bridge.rl_backward(model, rollouts, None, s, truncate=2.0 if loss == "shadow" else None)
-    scale, sign, checked = s.lora_alpha / s.lora_rank, -1.0 if loss == "shadow" else 1.0, 0
+            bridge.rl_pass(model, rollouts, None, s, ratio_cap=2.0 if loss == "shadow" else None)
+    scale, checked = s.lora_alpha / s.lora_rank, 0
     for name, module in adapted.named_modules():
         if isinstance(module, lora.LoRALinear):
             G = merged.get_submodule(name).weight.grad
-            expected = sign * scale * G @ module.lora_A.T, sign * scale * module.lora_B.T @ G, G
+            expected = scale * G @ module.lora_A.T, scale * module.lora_B.T @ G, G
             assert_close([module.lora_B.grad, module.lora_A.grad, module.base.weight.grad], expected)
             checked += 1
     assert checked == 14
@@ -198,7 +197,7 @@ def test_the_order_of_rows_changes_no_gradient():
     lengths = [len(response) for _, response in r.rows]
     order = [7, 2, 11, 0, 5, 1, 10, 3, 9, 4, 8, 6]
     parts = {n: getattr(r, n).split(lengths) for n in ("advantage", "weight", "sampler_logp")}
-    shuffled = bridge.Rollouts(
+    shuffled = Rollouts(
         rows=[r.rows[i] for i in order], reward=r.reward, stats={"reward": 0.5}, records=[],
         **{n: torch.cat([part[i] for i in order]) for n, part in parts.items()},
     )  # fmt: skip
@@ -229,8 +228,8 @@ def test_update_weights_of_every_method():
     assert of("alternating") == [(0, 1), (1, 0)]
     assert of("mix", mu=0.25) == [(0.25, 1)]
     assert of("mix_lora", lam=0.25) == of("bridge", lam=0.25) == [(0.75, 0.25)]
-    ramp = [of("bridge", k, lam=0.8, lam_ramp_steps=4)[0][1] for k in range(6)]
-    assert ramp == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.8, 0.8])
+    with pytest.raises(SettingError, match=r"method unheard-of has no case in bridge\.py:updates"):
+        of("unheard-of")
 
 
 def test_the_reference_is_the_initial_model_and_its_kl_starts_at_zero():
@@ -248,7 +247,7 @@ def test_the_shadow_s_loss_has_the_kl_term_too():
     s = settings(kl_coef=0.1)
     m = fresh(s)
     rollouts = make_rollouts(m.policy)
-    rollouts.advantage.zero_()  # so that nothing but the KL is left of J_RL
+    rollouts.advantage.zero_()  # J_RL is then the KL term alone
     assert max(p.abs().max() for p in gradients(m, s, rollouts=copy.deepcopy(rollouts))[0]["theta_hat"]) < 1e-6
     move_shadow(m)
     assert any(p.abs().max() > 1e-4 for p in gradients(m, s, rollouts=rollouts)[0]["theta_hat"])
@@ -299,18 +298,6 @@ def test_a_gradient_that_is_not_finite_moves_no_parameter_of_any_set():
         assert all(torch.equal(p, b) for p, b in zip(parameters, before[name], strict=True))
 
 
-def test_resynchronisation_copies_theta_and_forgets_the_moments():
-    s = settings()
-    m = fresh(s)
-    move_shadow(m)
-    _, stats = gradients(m, s)
-    bridge.clip_and_step(m, stats, s)
-    m.resync()
-    assert all(torch.equal(a, b) for a, b in zip(m.parameters["theta"], m.parameters["theta_hat"], strict=True))
-    assert not m.optimizers["theta_hat"].state
-    assert m.optimizers["theta"].state
-
-
 def test_own_rollouts_give_the_shadow_its_own_batch():
     s = settings(shadow_rollouts="own")
     m = fresh(s, w_trained=True)
@@ -322,3 +309,30 @@ def test_own_rollouts_give_the_shadow_its_own_batch():
     assert not all(torch.equal(a, b) for a, b in zip(g["theta_hat"], shared["theta_hat"], strict=True))
     expected = make_rollouts(m.policy).reward.mean() - own.reward.mean()
     assert stats["cooperative_gain"] == pytest.approx(expected.item(), abs=1e-6)
+
+
+def test_adam_s_first_step_moves_theta_and_its_shadow_by_alpha_and_w_by_beta():
+    s = settings(alpha=0.001, beta=0.02)
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    before = {name: [p.clone() for p in of_set] for name, of_set in m.parameters.items()}
+    _, stats = gradients(m, s)
+    bridge.clip_and_step(m, stats, s)
+    for name, rate in (("theta", s.alpha), ("theta_hat", s.alpha), ("w", s.beta)):
+        moved = max((p - q).abs().max().item() for p, q in zip(m.parameters[name], before[name], strict=True))
+        assert moved == pytest.approx(rate, rel=0.01), name
+
+
+def test_each_set_s_gradient_is_clipped_by_its_own_norm():
+    s = settings(grad_clip=0.01)
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    stepped = {}
+    for name, optimizer in m.optimizers.items():
+        optimizer.step = lambda name=name: stepped.update(
+            {name: torch.cat([p.grad.flatten() for p in m.parameters[name]]).norm().item()}
+        )
+    _, stats = gradients(m, s)
+    norms = bridge.clip_and_step(m, stats, s)
+    assert all(norm > s.grad_clip for norm in norms.values()), "the case must exercise the clip"
+    assert stepped == pytest.approx(dict.fromkeys(("theta", "w", "theta_hat"), s.grad_clip), rel=1e-3)

@@ -1,0 +1,95 @@
+"""Files that survive kill -9 and a full disk: written under a temporary name, then renamed; logs of JSON lines."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class DataError(ValueError):
+    """A file that cannot be used as it is; the message names file, line and field."""
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces a file as a whole: a kill leaves the old one or the new one."""
+    scratch = path.with_name(path.name + ".tmp")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """An empty scratch folder that replaces `folder` at the end of the block; an exception discards it.
+
+    A kill leaves the old folder, the new one or, between two renames, neither; never a part of one.
+    """
+    scratch, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
+    for left_by_a_kill in (scratch, old):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        if folder.exists():
+            folder.rename(old)
+        scratch.rename(folder)
+    finally:
+        for unneeded in (scratch, old):
+            shutil.rmtree(unneeded, ignore_errors=True)
+
+
+def append_line(path: Path, record: dict) -> None:
+    """Adds one object to a file of JSON lines."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(record) + "\n")
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    """Replaces a file of JSON lines as a whole."""
+    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+
+
+def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
+    """(place, object) of every line of a file of JSON lines; the place names file and line.
+
+    `torn`: a kill may have cut the last line, which has no newline then and is left out. Raises DataError, naming the
+    place, for a missing file, a line that is no JSON object, and text that is not UTF-8.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no file {str(path)!r}")
+    with open(path, encoding="utf-8") as file:
+        number = 0
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip() and (line.endswith("\n") or not torn):
+                    yield f"{path}, line {number}", json_object(line, f"{path}, line {number}")
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}, after line {number}: is not UTF-8 text") from error
+
+
+def json_object(text: str, place: str) -> dict:
+    """The JSON object in a text. Raises DataError, naming the place."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or an integer of thousands of digits
+        raise DataError(f"{place}: not valid JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: a JSON object is needed, this is a {type(row).__name__}")
+    return row
+
+
+def read_log(path: Path, *needed: str) -> list[dict]:
+    """The objects of a run's log; empty if there is no such file. Raises DataError if one lacks a name of `needed`."""
+    records = []
+    for place, record in read_lines(path, torn=True) if path.exists() else ():
+        if missing := [name for name in needed if name not in record]:
+            raise DataError(f"{place}: lacks {', '.join(missing)}")
+        records.append(record)
+    return records
+
+
+def cut_back(path: Path, step: int) -> None:
+    """Keeps the lines of a log up to and including `step`; a torn last line goes too. Raises DataError."""
+    if path.exists():
+        write_lines(path, [record for record in read_log(path, "step") if record["step"] <= step])

@@ -1,0 +1,214 @@
+"""Decoding between the matmuls: rotation and cache write, SwiGLU, attention of one new token per sequence.
+
+Every kernel stands below its twin in PyTorch, which runs on a CPU.
+
+Shapes: T tokens fed, n sequences; S slots of the cache, L positions each; h query heads, h_kv key-value heads,
+g = h/h_kv, d head size; I intermediate size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.head import UPCAST, jit, tl, triton, use_kernels
+
+# Keys that attend_kernel reads at a time and its warps, by bytes per number: the most that spill no register.
+BLOCKS = {2: dict(BLOCK=64, num_warps=4), 4: dict(BLOCK=32, num_warps=8)}
+PROGRAMS = 264  # of attend_kernel: about two per multiprocessor of an H100 or H200
+
+
+def rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells):
+    kv_heads, d = kv.shape[-2:]
+    heads = qkv.shape[1] - 2 * kv_heads
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
+    if head_norms is not None:
+        for x, norm in zip((q, k), head_norms, strict=True):
+            x.copy_(F.rms_norm(x, (d,), norm, eps))
+    rotated = qkv[:, : heads + kv_heads]
+    swapped = rotated.roll(d // 2, -1) * sin  # (x₁, x₂) → (−x₂·s, x₁·s)
+    rotated.copy_((rotated * cos).add_(swapped))
+    kv.view(-1, d)[cells] = qkv[:, heads:]
+    return q, k, v
+
+
+@jit
+def rope_and_store_kernel(
+    QKV, COS, SIN, NORMS, KV, CELLS, HEADS, KV_HEADS, eps, D: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr
+):
+    """One program per token and head, query, key or value: normalises (Qwen3), rotates, and caches keys and values.
+
+    QKV [T, h + 2·h_kv, d] is rotated in place; COS, SIN [T, d], NORMS [2, d], CELLS [T, 2·h_kv] -> KV [cells, d].
+    """
+    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    i = tl.arange(0, BLOCK)  # element i of the first half of a head rotates with element i of the second
+    half = D // 2
+    inside = i < half
+    here = QKV + (token * (HEADS + 2 * KV_HEADS) + head) * D + i
+    x1 = tl.load(here, mask=inside, other=0.0).to(tl.float32)
+    x2 = tl.load(here + half, mask=inside, other=0.0).to(tl.float32)
+    if head < HEADS + KV_HEADS:
+        if NORM:
+            shrink = tl.rsqrt((tl.sum(x1 * x1, 0) + tl.sum(x2 * x2, 0)) / D + eps)
+            norm = NORMS + (head >= HEADS).to(tl.int32) * D + i
+            x1 = x1 * shrink * tl.load(norm, mask=inside, other=0.0).to(tl.float32)
+            x2 = x2 * shrink * tl.load(norm + half, mask=inside, other=0.0).to(tl.float32)
+        c = tl.load(COS + token * D + i, mask=inside, other=0.0)
+        s = tl.load(SIN + token * D + half + i, mask=inside, other=0.0)
+        x1, x2 = x1 * c - x2 * s, x2 * c + x1 * s
+        tl.store(here, x1.to(QKV.dtype.element_ty), mask=inside)
+        tl.store(here + half, x2.to(QKV.dtype.element_ty), mask=inside)
+    if head >= HEADS:
+        cell = KV + tl.load(CELLS + token * 2 * KV_HEADS + head - HEADS) * D + i
+        tl.store(cell, x1.to(KV.dtype.element_ty), mask=inside)
+        tl.store(cell + half, x2.to(KV.dtype.element_ty), mask=inside)
+
+
+def rope_and_store(
+    qkv: Tensor, cos: Tensor, sin: Tensor, head_norms: Tensor | None, eps: float, kv: Tensor, cells: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rotates queries and keys by their positions, in place, and writes keys and values to the cache.
+
+    qkv [T, h + 2·h_kv, d]; cos and sin [T, 1, d] with sin's first half negated; head_norms [2, d] or None;
+    kv [2, S, L, h_kv, d]; cells [T, 2·h_kv] int64 -> q [T, h, d], k and v [T, h_kv, d], views of qkv.
+    """
+    if not use_kernels(qkv):
+        return rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells)
+    (T, all_heads, d), kv_heads = qkv.shape, kv.shape[-2]
+    heads = all_heads - 2 * kv_heads
+    rope_and_store_kernel[(T, all_heads)](
+        qkv, cos, sin, qkv if head_norms is None else head_norms, kv, cells, heads, kv_heads, eps,
+        D=d, BLOCK=triton.next_power_of_2(d // 2), NORM=head_norms is not None, num_warps=1,
+    )  # fmt: skip
+    return qkv.split([heads, kv_heads, kv_heads], 1)
+
+
+def swiglu_torch(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+@jit
+def swiglu_kernel(GATE_UP, OUT, width, BLOCK: tl.constexpr):
+    """One program per token and BLOCK columns: silu(gate)·up. GATE_UP [T, 2·I] -> OUT [T, I]; 6I bytes each in bf16."""
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(GATE_UP + token * 2 * width + i, mask=i < width, other=0.0).to(tl.float32)
+    up = tl.load(GATE_UP + token * 2 * width + width + i, mask=i < width, other=0.0).to(tl.float32)
+    tl.store(OUT + token * width + i, (gate * tl.sigmoid(gate) * up).to(OUT.dtype.element_ty), mask=i < width)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """silu(gate)·up of gate_up [T, 2·I] -> [T, I]."""
+    if not use_kernels(gate_up):
+        return swiglu_torch(gate_up)
+    T, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = gate_up.new_empty(T, width)
+    swiglu_kernel[(T, triton.cdiv(width, 1024))](gate_up, out, width, BLOCK=1024, num_warps=4)
+    return out
+
+
+def attention_mask(length: Tensor, heads: int, kv_heads: int) -> Tensor:
+    """attend_torch's mask [n, h, L'·h_kv], L' the longest length: 0 at a head's keys before length [n], else −1e30."""
+    sizes = int(length.max()), heads, kv_heads
+    position, head, kv_head = (torch.arange(n, device=length.device) for n in sizes)
+    far = torch.where(position < length[:, None], 0.0, -1e30)  # [n, L']
+    foreign = torch.where(kv_head == head[:, None] // (heads // kv_heads), 0.0, -1e30)  # [h, h_kv]
+    return (far[:, None, :, None] + foreign[:, None]).flatten(2)
+
+
+def attend_torch(q, keys, values, length, scale, mask=None):
+    mask = attention_mask(length, q.shape[1], keys.shape[2]) if mask is None else mask
+    longest = mask.shape[2] // keys.shape[2]
+    k, v = (x[: len(q), :longest].flatten(1, 2) for x in (keys, values))  # [n, L'·h_kv, d]
+    # Every head meets the keys of all heads: with few of them one large matmul is faster than many small ones.
+    logits = torch.bmm(q, k.transpose(1, 2))  # [n, h, L'·h_kv]
+    p = torch.add(mask, logits, alpha=scale).softmax(-1).to(q.dtype)
+    return torch.bmm(p, v)
+
+
+@jit
+def attend_kernel(
+    Q, KEYS, VALUES, LENGTH, OUT, LSE, scale, q_stride, slot_stride, SPLITS, KV_HEADS: tl.constexpr,
+    G: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    UPCAST: tl.constexpr,
+):  # fmt: skip
+    """One program per sequence, key-value head and split: online softmax over its share of the sequence's keys.
+
+    Q [n, h, d] with q_stride between sequences, KEYS and VALUES [S, L, h_kv, d], LENGTH [n] -> OUT [n, h, SPLITS, d]
+    fp32, normalised within the split, and LSE [n, h, SPLITS] fp32, the split's weight in attend_merge_kernel.
+    The g heads that share keys are the rows of one small matmul, so the cache is read once. Splits keep all
+    multiprocessors busy when sequences are few.
+    """
+    sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
+    row, i = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    head = kv_head * G + row
+    real = (row < G)[:, None] & (i < D)[None, :]
+    q = tl.load(Q + sequence * q_stride + head[:, None] * D + i[None, :], mask=real, other=0.0)  # [ROWS, WIDTH]
+    if UPCAST:
+        q = q.to(tl.float32)
+    length = tl.load(LENGTH + sequence)
+    share = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK) * BLOCK
+    cached = sequence * slot_stride + kv_head * D
+    m = tl.full((ROWS,), -1e30, tl.float32)  # running max
+    s = tl.zeros((ROWS,), tl.float32)  # Σ exp(logit − m)
+    sv = tl.zeros((ROWS, WIDTH), tl.float32)  # Σ exp(logit − m)·v
+    for start in range(split * share, tl.minimum(length, (split + 1) * share), BLOCK):
+        position = start + tl.arange(0, BLOCK)
+        here = cached + position[:, None].to(tl.int64) * (KV_HEADS * D) + i[None, :]
+        seen = (position < length)[:, None] & (i < D)[None, :]
+        k = tl.load(KEYS + here, mask=seen, other=0.0)  # [BLOCK, WIDTH]
+        v = tl.load(VALUES + here, mask=seen, other=0.0)
+        if UPCAST:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+        logit = tl.dot(q, k.T, input_precision="ieee") * scale  # [ROWS, BLOCK]
+        logit = tl.where((position < length)[None, :], logit, -1e30)
+        larger = tl.maximum(m, tl.max(logit, 1))
+        p, shrink = tl.exp(logit - larger[:, None]), tl.exp(m - larger)
+        s = s * shrink + tl.sum(p, 1)
+        sv = sv * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
+        m = larger
+    empty = s == 0.0  # a split beyond the sequence's end
+    cell = (sequence * KV_HEADS * G + head) * SPLITS + split
+    tl.store(OUT + cell[:, None] * D + i[None, :], sv / tl.where(empty, 1.0, s)[:, None], mask=real)
+    tl.store(LSE + cell, tl.where(empty, -1e30, m + tl.log(tl.where(empty, 1.0, s))), mask=row < G)
+
+
+@jit
+def attend_merge_kernel(PARTS, LSE, OUT, SPLITS, D: tl.constexpr, WIDTH: tl.constexpr, PADDED_SPLITS: tl.constexpr):
+    """One program per sequence and head: Σ over splits of softmax(LSE)·PARTS. [n, h, SPLITS, d] -> OUT [n, h, d]."""
+    cell = tl.program_id(0).to(tl.int64)
+    split, i = tl.arange(0, PADDED_SPLITS), tl.arange(0, WIDTH)
+    lse = tl.load(LSE + cell * SPLITS + split, mask=split < SPLITS, other=-1e30)
+    weight = tl.where(split < SPLITS, tl.exp(lse - tl.max(lse, 0)), 0.0)
+    weight = weight / tl.sum(weight, 0)
+    real = (split < SPLITS)[:, None] & (i < D)[None, :]
+    parts = tl.load(PARTS + (cell * SPLITS + split)[:, None] * D + i[None, :], mask=real, other=0.0)
+    tl.store(OUT + cell * D + i, tl.sum(weight[:, None] * parts, 0).to(OUT.dtype.element_ty), mask=i < D)
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, length: Tensor, scale: float, mask: Tensor | None = None,
+    splits: int | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention of q [n, h, d] over the first length[i] ≥ 1 positions of slot i of keys and values [S, L, h_kv, d].
+
+    -> [n, h, d]. `mask` is attention_mask(length, h, h_kv), which the twin computes if it is not given. The kernel's
+    splits depend on the shapes alone, so a captured CUDA graph fits any lengths.
+    """
+    if not use_kernels(q):
+        return attend_torch(q, keys, values, length, scale, mask)
+    (n, h, d), (_, L, kv_heads, _) = q.shape, keys.shape
+    splits = splits or max(1, min(triton.cdiv(PROGRAMS, n * kv_heads), triton.cdiv(L, 256)))
+    parts, lse = torch.empty(n, h, splits, d, device=q.device), torch.empty(n, h, splits, device=q.device)
+    g, width = h // kv_heads, triton.next_power_of_2(d)
+    attend_kernel[(n, kv_heads, splits)](
+        q, keys, values, length, parts, lse, scale, q.stride(0), keys.stride(0), splits, KV_HEADS=kv_heads,
+        G=g, ROWS=max(16, triton.next_power_of_2(g)), D=d, WIDTH=width, UPCAST=UPCAST, num_stages=3,
+        **BLOCKS[q.element_size()],
+    )  # fmt: skip
+    out = torch.empty(n, h, d, device=q.device, dtype=q.dtype)
+    padded = triton.next_power_of_2(splits)
+    attend_merge_kernel[(n * h,)](parts, lse, out, splits, D=d, WIDTH=width, PADDED_SPLITS=padded, num_warps=4)
+    return out

@@ -1,0 +1,211 @@
+"""Line 1 of Algorithm 2: prompts from D_RL, completions from the policy, their rewards and advantages.
+
+Shapes: P prompts, G samples of each, N = P·G completions in group order, T response tokens of all of them end to end.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import grpo
+from infra import parallel
+from infra.model import load, pick_device, stop_tokens
+from infra.run import Timer, empty_cache
+from ops.packed import Row
+from rewards import load_reward
+from sampler import Completion, Sampler
+from settings import METHODS, SettingError, Settings
+from tasks import arithmetic
+from tasks.named import load_task
+from tasks.prompts import encode_prompt, end_of_turn
+from tasks.task import Problem, Stream, Task, prepare
+
+
+@dataclass
+class Environment:
+    """What the policy acts in: problems as token ids, the sampler that completes them, the reward that grades them."""
+
+    s: Settings
+    task: Task
+    tokenizer: object
+    sampler: Sampler
+    reward: Callable[[str, Problem], float]
+
+    def encode(self, question: str) -> list[int]:
+        return encode_prompt(self.tokenizer, question, self.task.instruction, self.task.template)
+
+    def describe(self, demonstrations: list[Row]) -> dict[str, str]:
+        """Titled lines: counts with the notes of the task, the first prompt and demonstration, the stop tokens."""
+        task, decode = self.task, self.tokenizer.decode
+        counts = f"{len(task.problems)} prompts, {len(demonstrations)} demonstrations, "
+        counts += f"{len(task.evaluation)} evaluation problems"
+        lines = {"data": "\n          ".join([counts, *task.notes])}
+        lines["prompt"] = f"the first prompt: {decode(self.encode(task.problems[0].question))!r}"
+        if demonstrations:
+            prompt, response = (decode(ids) for ids in demonstrations[0])
+            lines["SFT"] = f"the first demonstration, trained tokens in ⟦ ⟧: {prompt!r}⟦{response!r}⟧"
+        return lines | {"stop": "at " + ", ".join(repr(decode([i])) for i in self.sampler.stop)}
+
+
+def make_environment(s: Settings) -> tuple[Environment, nn.Module, list[Row]]:
+    """(environment, initial model, demonstrations as token ids). Raises DataError, ModelError or SettingError."""
+    world = parallel.world_size()
+    if s.prompts_per_step < world:
+        raise SettingError(
+            f"prompts_per_step is {s.prompts_per_step}, but each of {world} ranks samples for at least one prompt: "
+            "raise it, or start fewer ranks"
+        )
+    reward = load_reward(s.reward)
+    with parallel.rank0_first():
+        task = load_task(s)
+        device = torch.device("cpu") if s.shard and world > 1 else None  # slices go to their devices one by one
+        model, tokenizer = load(arithmetic.resolve(s.model), device)
+    stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, task.template))
+    positions = model.config.max_position_embeddings
+    demonstrations = prepare(task, tokenizer, s.max_new_tokens, positions, METHODS[s.method].sft)
+    sampler = Sampler(model, stop, s.sampler_slots, getattr(torch, s.dtype))
+    return Environment(s, task, tokenizer, sampler, reward), model, demonstrations
+
+
+@dataclass
+class Group:
+    """The G completions of one prompt."""
+
+    draw: int  # number of the prompt's draw from D_RL
+    problem: Problem
+    prompt: list[int]  # token ids
+    completions: list[Completion]  # G
+    responses: list[str]  # G, the completions as text
+    rewards: list[float]  # G
+
+    @property
+    def has_signal(self) -> bool:
+        """Whether the rewards differ: equal rewards have zero advantages and no RL gradient."""
+        return min(self.rewards) < max(self.rewards)
+
+
+@dataclass
+class Rollouts:
+    """Sampled completions as GRPO needs them: the whole batch, on every rank."""
+
+    rows: list[Row]  # N
+    reward: Tensor  # [P, G]
+    advantage: Tensor  # [T]
+    weight: Tensor  # [T] of a token in the loss
+    sampler_logp: Tensor  # [T] log π in the sampler
+    stats: dict[str, float]  # over everything sampled, before dynamic sampling chooses
+    records: list[dict]  # the first group, for samples.jsonl
+    old_logp: Tensor | None = None  # [T] log π of the policy that sampled; None before its first update: the ratio is 1
+
+
+def rollouts_of_step(
+    env: Environment, prompts: Stream, policy: nn.Module, shadow: nn.Module | None, step: int, timer: Timer
+) -> tuple[Rollouts, Rollouts]:
+    """(the policy's rollouts, the shadow's): the same ones, or with shadow_rollouts=own, two sets on equal prompts."""
+    prompts_hat = copy.copy(prompts)
+    with timer("sample"):
+        env.sampler.refresh(policy)
+        rollouts = rollouts_hat = sample_rollouts(env, prompts, step)
+    if shadow is not None and env.s.shadow_rollouts == "own":
+        with timer("sample_shadow"):
+            env.sampler.refresh(shadow)
+            rollouts_hat = sample_rollouts(env, prompts_hat, step)
+    return rollouts, rollouts_hat
+
+
+def sample_rollouts(env: Environment, prompts: Stream, step: int) -> Rollouts:
+    """Draws P prompts, samples G completions of each with the sampler's weights, and grades them.
+
+    Every rank draws all prompts, samples for its share and receives the groups of the others. With dynamic sampling up
+    to `dynamic_sampling` more batches of prompts replace groups without signal.
+    """
+    s, groups = env.s, []
+    empty_cache()  # training's free memory goes to the sampler
+    for _ in range(1 + s.dynamic_sampling):
+        draws = prompts.take(s.prompts_per_step)[parallel.rank() :: parallel.world_size()]
+        groups += sorted(parallel.all_gather(sample_groups(env, draws, step)), key=lambda group: group.draw)
+        if sum(group.has_signal for group in groups) >= s.prompts_per_step:
+            break
+    stats = statistics(groups)
+    if s.dynamic_sampling:
+        groups.sort(key=lambda group: not group.has_signal)  # those with signal first, each kind in the order of draws
+    empty_cache()  # the sampler's free memory goes to training
+    return make_rollouts(groups[: s.prompts_per_step], s, stats)
+
+
+def sample_groups(env: Environment, draws: list[tuple[int, int]], step: int) -> list[Group]:
+    """One group for each (number of the draw, index of the problem). A sample's key is (seed, step, draw, i)."""
+    s = env.s
+    problems = [env.task.problems[i] for _, i in draws]
+    prompts = [env.encode(problem.question) for problem in problems]
+    keys = [(s.seed, step, draw) for draw, _ in draws]
+    sampled = env.sampler.generate(prompts, keys, s.group_size, s.max_new_tokens, s.temperature)
+    groups = []
+    for (draw, _), problem, prompt, completions in zip(draws, problems, prompts, sampled, strict=True):
+        responses = [env.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+        rewards = [env.reward(response, problem) for response in responses]
+        groups.append(Group(draw, problem, prompt, completions, responses, rewards))
+    return groups
+
+
+def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> Rollouts:
+    """Lays the completions of P groups end to end, each token with its advantage and its weight in the loss."""
+    completions = [c for group in groups for c in group.completions]  # N
+    reward = torch.tensor([group.rewards for group in groups])  # [P, G]
+    lengths = torch.tensor([len(c.ids) for c in completions])  # [N]
+    keep = torch.tensor([c.finish_reason == "stop" or not s.overlong_mask for c in completions])  # [N]
+    advantage = grpo.group_advantages(reward, divide_by_std=s.aggregation != "dr_grpo")  # [P, G]
+    device, first = pick_device(), groups[0]
+    return Rollouts(
+        rows=[(group.prompt, c.ids) for group in groups for c in group.completions], reward=reward, stats=stats,
+        advantage=advantage.flatten().repeat_interleave(lengths).to(device),
+        weight=grpo.token_weights(lengths, s.aggregation, s.max_new_tokens, keep).to(device),
+        sampler_logp=torch.tensor([logp for c in completions for logp in c.logps], device=device),
+        records=[
+            dict(question=first.problem.question, answer=first.problem.answer, response=response, reward=reward,
+                 finish_reason=c.finish_reason)
+            for c, response, reward in zip(first.completions, first.responses, first.rewards, strict=True)
+        ],
+    )  # fmt: skip
+
+
+def statistics(groups: list[Group]) -> dict[str, float]:
+    """Means over all completions, and the fraction of groups without signal."""
+    completions = [c for group in groups for c in group.completions]
+    tokens = sum(len(c.ids) for c in completions)
+    return dict(
+        reward=sum(sum(group.rewards) for group in groups) / len(completions),
+        response_tokens=tokens / len(completions),
+        truncated_frac=sum(c.finish_reason == "length" for c in completions) / len(completions),
+        zero_std_groups=sum(not group.has_signal for group in groups) / len(groups),
+        sampled_tokens=tokens,
+    )
+
+
+def rl_statistics(tokens: dict[str, Tensor], rollouts: Rollouts) -> dict[str, float]:
+    gap = (tokens["logp"] - rollouts.sampler_logp).abs()
+    entropy, kl, limited = (tokens[name].mean().item() for name in ("entropy", "kl", "limited"))
+    gaps = dict(logp_gap_mean=gap.mean().item(), logp_gap_max=gap.max().item())
+    return rollouts.stats | dict(entropy=entropy, kl=kl, clip_frac=limited) | gaps
+
+
+def gain_statistics(tokens_hat: dict[str, Tensor], rollouts: Rollouts, rollouts_hat: Rollouts) -> dict[str, float]:
+    """The cooperative gain J_RL(θ,w) − J_RL(θ̂,w) in units of reward, and how far θ̂ is from θ.
+
+    With own rollouts the gain is a difference of mean rewards. On shared ones each sequence has the importance weight
+    π(θ̂,w)/π(θ,w) for θ̂, at most 10, which estimates θ̂'s reward from below and the gain from above.
+    """
+    reward = rollouts.reward.flatten()  # [N]
+    reward_hat = rollouts_hat.reward.mean()
+    if rollouts_hat is rollouts:
+        log_ratio = (tokens_hat["logp"] - rollouts.old_logp).cpu().split([len(ids) for _, ids in rollouts.rows])
+        weight = torch.stack([of_sequence.sum() for of_sequence in log_ratio]).exp().clamp(max=10)  # [N]
+        reward_hat = (weight * reward).mean()
+    ratio, limited = tokens_hat["ratio"], tokens_hat["limited"]
+    return dict(
+        cooperative_gain=(reward.mean() - reward_hat).item(), ratio_hat_mean=ratio.mean().item(),
+        ratio_hat_max=ratio.max().item(), ratio_hat_limited=limited.mean().item(),
+    )  # fmt: skip
