@@ -68,6 +68,17 @@ class Samples:
     def slots(self) -> tuple[Tensor, ...]:
         return self.sample_index, self.token, self.num_generated, self.position, self.active
 
+    def close_holes(self, kv: Tensor, n: int, remaining: int) -> None:
+        """The last active ones of n slots move to where samples ended; afterwards the first `remaining` are active."""
+        ended = self.active[:n] == 0
+        hole = ended[:remaining].nonzero()[:, 0]
+        last = (~ended[remaining:]).nonzero()[:, 0] + remaining
+        kv[:, :, hole] = kv[:, :, last]
+        for x in self.slots:
+            x[hole] = x[last]
+        self.sample_index[remaining:n], self.num_generated[remaining:n] = len(self.u) - 1, self.u.shape[1] - 1
+        self.position[remaining:n], self.active[remaining:n] = 0, 0
+
 
 class Sampler:
     """Owns a merged copy of the policy's weights and generates with it."""
@@ -140,13 +151,7 @@ class Sampler:
                     raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
                 ended = b.active[:n] == 0
                 lengths[b.sample_index[:n][ended]] = b.num_generated[:n][ended]
-                hole = ended[:remaining].nonzero()[:, 0]  # the last active slots move into the holes
-                last = (~ended[remaining:]).nonzero()[:, 0] + remaining
-                cache.kv[:, :, hole] = cache.kv[:, :, last]
-                for x in b.slots:
-                    x[hole] = x[last]
-                b.sample_index[remaining:n], b.num_generated[remaining:n] = N, K
-                b.position[remaining:n], b.active[remaining:n] = 0, 0
+                b.close_holes(cache.kv, n, remaining)
                 if progress:
                     progress(n - remaining)
                 n = remaining

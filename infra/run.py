@@ -192,7 +192,7 @@ class StopSignal:
         if "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        print(f"\n{self.requested.name}: finishing this step, then saving", flush=True)
+        os.write(1, f"\n{self.requested.name}: finishing this step, then saving\n".encode())  # print is not reentrant
 
     def on_any_rank(self) -> bool:
         """Whether some rank received a signal; then all have it as `requested`. All ranks call it after every step."""
@@ -202,6 +202,7 @@ class StopSignal:
 
     def exit(self, step: int) -> NoReturn:
         print0(f"stopped by {self.requested.name} after step {step}; everything is saved, --resume continues")
+        parallel.end()  # torchrun ends all ranks when the first one exits
         sys.exit(128 + self.requested)
 
 
