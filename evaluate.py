@@ -171,7 +171,7 @@ def find_task(args: argparse.Namespace, s: Settings) -> Task:
     elif s.task == "arithmetic" and not s.rl_data:
         task.evaluation, task.instruction = arithmetic.evaluation(count or s.eval_problems), ""
     else:
-        task = load_task(replace(s, sft_data=""))
+        task = load_task(replace(s, sft_data="", method="rl"))  # reads no demonstrations
         task.evaluation = task.evaluation[:count]
     task.template = s.template if args.template is None else args.template
     return task

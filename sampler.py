@@ -68,11 +68,10 @@ class Samples:
     def slots(self) -> tuple[Tensor, ...]:
         return self.sample_index, self.token, self.num_generated, self.position, self.active
 
-    def close_holes(self, kv: Tensor, n: int, remaining: int) -> None:
-        """The last active ones of n slots move to where samples ended; afterwards the first `remaining` are active."""
-        ended = self.active[:n] == 0
-        hole = ended[:remaining].nonzero()[:, 0]
-        last = (~ended[remaining:]).nonzero()[:, 0] + remaining
+    def close_holes(self, kv: Tensor, ended: Tensor, remaining: int) -> None:
+        """Moves the last active slots to where samples ended [n]; afterwards the first `remaining` are active."""
+        n = len(ended)
+        hole, last = ended[:remaining].nonzero()[:, 0], (~ended[remaining:]).nonzero()[:, 0] + remaining
         kv[:, :, hole] = kv[:, :, last]
         for x in self.slots:
             x[hole] = x[last]
@@ -151,7 +150,7 @@ class Sampler:
                     raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
                 ended = b.active[:n] == 0
                 lengths[b.sample_index[:n][ended]] = b.num_generated[:n][ended]
-                b.close_holes(cache.kv, n, remaining)
+                b.close_holes(cache.kv, ended, remaining)
                 if progress:
                     progress(n - remaining)
                 n = remaining

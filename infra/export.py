@@ -10,6 +10,7 @@ from transformers import GenerationConfig
 import lora
 from grading.scores import table
 from infra.files import atomic_folder, read_log
+from infra.model import repository_of
 from settings import METHODS, Settings
 
 
@@ -55,7 +56,7 @@ def card(s: Settings, out: Path, question: str, prompt: str, evals: list[dict], 
     changed = [f"{name}={value}" for name, value in asdict(s).items() if value != getattr(Settings, name)]
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
     on_hub = not s.model.startswith("arithmetic-") and not Path(s.model).exists()
-    base = f"base_model: {s.model.partition('@')[0]}\n" if on_hub else ""
+    base = f"base_model: {repository_of(s.model)[0]}\n" if on_hub else ""
     return f"""---
 {base}library_name: transformers
 pipeline_tag: text-generation

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from infra.model import repository_of
 from settings import METHODS, SettingError, Settings
 
 GiB = 2**30
@@ -47,11 +48,11 @@ PUBLISHED = {  # these fields of the paper's models, from their config.json: no 
 
 def config_of(model: str) -> PretrainedConfig:
     """The config of a published model, a folder or a hub name, NAME or NAME@REVISION. Raises SettingError."""
-    name, _, revision = (model, "", "") if os.path.isdir(model) else model.partition("@")
+    name, revision = repository_of(model)
     if name in PUBLISHED:
         return AutoConfig.for_model(**dict(zip(FIELDS, PUBLISHED[name], strict=True)))
     try:
-        return AutoConfig.from_pretrained(name, revision=revision or None)
+        return AutoConfig.from_pretrained(name, revision=revision)
     except (OSError, ValueError) as error:
         raise SettingError(f"model {model!r}: no config found; give a folder that has one as --model") from error
 

@@ -16,13 +16,19 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def repository_of(name: str) -> tuple[str, str | None]:
+    """(folder or repository, revision) of a folder or a hub name, NAME or NAME@REVISION."""
+    repository, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
+    return repository, revision or None
+
+
 def load(name: str, device: torch.device | None = None):
     """(model, tokenizer) of a folder or a hub name, NAME or NAME@REVISION. No code of the model's authors is run.
 
     `device`: by default a GPU if there is one. Raises ModelError when there is no such model or it is not a causal
     language model that this project can train.
     """
-    repository, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
+    repository, revision = repository_of(name)
     options = dict(revision=revision) if revision else {}
     try:
         tokenizer = AutoTokenizer.from_pretrained(repository, **options)

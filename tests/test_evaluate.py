@@ -23,7 +23,7 @@ from infra.model import load, stop_tokens
 from infra.results import weights_hash, write_results
 from sampler import Sampler
 from settings import Settings
-from tasks import arithmetic, benchmarks
+from tasks import arithmetic, benchmarks, named
 from tasks.benchmarks import BENCHMARKS, read_benchmark
 from tasks.task import Problem, Task, fingerprint
 
@@ -507,6 +507,16 @@ def test_problems_come_from_the_data_flag_the_run_s_files_or_the_built_in_task(t
     assert questions(Settings())[0] == [p.question for p in arithmetic.evaluation(2)]
     with pytest.raises(DataError, match="eval_problems: the built-in task has 200 of each length"):
         questions(Settings(), "--problems", "201")
+
+
+def test_evaluation_of_a_run_on_a_named_task_reads_no_demonstrations(tmp_path, monkeypatch):
+    (tmp_path / "eval.jsonl").write_text(json.dumps(dict(question="1+1", answer="2")))
+    read = []
+    monkeypatch.setattr(named, "rows_of", lambda source, setting: read.append(source) or [])
+    s = Settings(task="math_level3to5", eval_data=f"{tmp_path}/eval.jsonl")
+    task = evaluate.find_task(evaluate.parse(["run"]), s)
+    assert [p.question for p in task.evaluation] == ["1+1"]
+    assert read == [named.MATH_LEVEL3TO5]
 
 
 def test_figures_need_no_evaluation_and_ignore_a_torn_line(run_folder, tmp_path, capsys):
