@@ -35,7 +35,7 @@ import lora
 import plot
 from evaluate import evaluate
 from infra import checkpoint, export, memory, parallel
-from infra.model import checkpoint_layers, pick_device
+from infra.model import checkpoint_layers, model_fingerprint, pick_device
 from infra.run import RunFolder, StopSignal, Timer, all_finite, describe, one_line_errors, print0, tracked
 from logprob import response_logprobs
 from ops.decoder import share_storage_copy
@@ -57,36 +57,33 @@ def updates(s: Settings, k: int) -> list[tuple[float, float]]:
         case "alternating":  # Algorithm 1
             return [(0.0, 1.0), (1.0, 0.0)]
         case "mix":
-            return [(s.mu, 1.0)]
-        case "mix_lora" | "bridge":  # eqs. (7) and (8)
+            return [(s.mu / (1 + s.mu), 1 / (1 + s.mu))]  # μ:1, as weights that sum to 1
+        case "mix_lora" | "no_meta" | "bridge":  # eqs. (7) and (8)
             return [(1 - s.lam, s.lam)]
     raise SettingError(f"method {s.method} has no case in bridge.py:updates")
 
 
 @dataclass
 class Policies:
-    """π(θ,w), its shadow π(θ̂,w) on the same w, and one optimizer for each set of parameters."""
+    """π(θ,w), its shadow π(θ̂,w) on the same w, and the optimizers of the three sets of parameters."""
 
     policy: nn.Module
     shadow: nn.Module | None
     reference: nn.Module | None  # the initial model, if there is a KL term
     w: lora.Adapter  # empty for methods without an adapter
-    optimizers: dict[str, torch.optim.Optimizer]  # theta, and w and theta_hat if the method has them
+    optimizers: dict[str, torch.optim.Optimizer]  # theta, and if the method has them w, theta_hat, theta_sft (θ's, too)
 
     @property
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        return {name: optimizer.param_groups[0]["params"] for name, optimizer in self.optimizers.items()}
+        return {name: o.param_groups[0]["params"] for name, o in self.optimizers.items() if name != "theta_sft"}
 
 
 def make_policies(model: nn.Module, s: Settings) -> Policies:
-    """θ̂ := θ, and both share the adapter w. Raises SettingError if lora_targets match no layer.
-
-    A model that is to be sharded may be on the CPU: each rank's slices move to its device.
-    """
+    """θ̂ := θ, and both share the adapter w. Raises SettingError if lora_targets match no layer."""
     checkpoint_layers(model, s.checkpoint_layers)
     method, sharded = METHODS[s.method], s.shard and parallel.world_size() > 1
     copy_of = share_storage_copy if sharded else copy.deepcopy  # sharding copies the slices anyway
-    shadow = copy_of(model) if method.shadow else None
+    shadow = copy_of(model).requires_grad_(s.shadow_rollouts != "one_step") if method.shadow else None
     reference = copy_of(model).requires_grad_(False) if s.kl_coef > 0 else None
     w: lora.Adapter = {}
     if method.adapter:
@@ -96,11 +93,11 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
             raise SettingError(str(error)) from error
     for base in filter(None, (model, shadow)):
         lora.attach(base, w, s.lora_alpha / s.lora_rank)
-    if s.shard:
-        for module in filter(None, (model, shadow, reference)):
-            parallel.shard(module, w.values(), train=module is not reference)
+    for module in filter(None, (model, shadow, reference) if s.shard else ()):
+        parallel.shard(module, w.values(), train=module is not reference)
     theta_hat = lora.base_parameters(shadow) if shadow is not None else {}
     sets = {"theta": (lora.base_parameters(model), s.alpha), "w": (w, s.beta), "theta_hat": (theta_hat, s.alpha)}
+    sets |= {"theta_sft": sets["theta"]} if method.two_optimizers else {}
     optimizers = {
         name: torch.optim.AdamW(list(parameters.values()), lr=rate, weight_decay=0.0, fused=True)
         for name, (parameters, rate) in sets.items() if parameters
@@ -108,17 +105,12 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
     return Policies(model, shadow, reference, w, optimizers)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lines 2-3 of Algorithm 2: the gradients
-
-
 def rl_pass(
     model: nn.Module, rollouts: Rollouts, reference: nn.Module | None, s: Settings, ratio_cap: float | None = None
 ) -> dict[str, Tensor]:
     """Adds this rank's part of ∇L_RL to .grad. Returns logp, entropy, ratio, limited (0 or 1) and kl, each [T].
 
-    The results are those of all tokens on every rank. Without `rollouts.old_logp` the model is the policy that sampled,
-    with its own log-probs as π_old: the ratio is exactly 1.
+    Every rank gets the results of all tokens. Without `rollouts.old_logp` the model's own log-probs are π_old.
     """
     dtype = getattr(torch, s.dtype)
     tokens = rollouts.weight.new_zeros(5, len(rollouts.weight))
@@ -157,6 +149,20 @@ def take_gradients(w: lora.Adapter) -> list[Tensor]:
     return gradients
 
 
+def step_shadow_from_theta(m: Policies, s: Settings) -> None:
+    """θ̂ := θ^k + α∇_θ J_RL(θ^k,w), the one-step reading: θ's RL gradient from .grad, and a copy of θ's moments."""
+    optimizer, theta_hat = m.optimizers["theta_hat"], m.parameters["theta_hat"]
+    for p, p_hat in zip(m.parameters["theta"], theta_hat, strict=True):
+        p_hat.data.copy_(p.data)
+        p_hat.grad = p.grad.clone()
+        optimizer.state[p_hat] = {name: x.clone() for name, x in m.optimizers["theta"].state.get(p, {}).items()}
+    parallel.all_reduce_gradients(theta_hat)
+    torch.nn.utils.clip_grads_with_norm_(theta_hat, s.grad_clip, parallel.total_norm(p.grad for p in theta_hat))
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.state.clear()
+
+
 def bilevel_gradients(
     m: Policies, rollouts: Rollouts | None, rollouts_hat: Rollouts | None, demonstrations: list[Row], mu: float,
     lam: float, s: Settings, timer: Timer,
@@ -170,23 +176,27 @@ def bilevel_gradients(
         optimizer.zero_grad()
     stats: dict[str, float] = {}
     g_sft = g_rl = g_rl_hat = [torch.zeros_like(p) for p in m.w.values()]
+    shared = m.shadow is not None and rollouts_hat is rollouts  # then both have one surrogate: equal θ̂, equal gradient
+    ratio_cap = s.shadow_ratio_cap if shared and s.shadow_ratio_cap > 0 else None
     if lam:
         with timer("rl"):
-            tokens = rl_pass(m.policy, rollouts, m.reference, s)
+            tokens = rl_pass(m.policy, rollouts, m.reference, s, ratio_cap)
             if rollouts.old_logp is None:  # π_old is the policy before its first update on these rollouts
                 rollouts.old_logp = tokens["logp"]
-            g_rl = take_gradients(m.w)  # ∇_w L_RL(θ,w)
+            g_w = take_gradients(m.w)  # ∇_w L_RL(θ,w)
+            g_rl = g_w if METHODS[s.method].w_takes_rl else g_rl
             stats |= rl_statistics(tokens, rollouts)
-            for p in m.parameters["theta"]:
-                p.grad.mul_(lam)  # λ∇_θ L_RL(θ,w)
         if m.shadow is not None:
             with timer("shadow"):
-                shared = rollouts_hat is rollouts and s.shadow_ratio_cap > 0
-                tokens_hat = rl_pass(m.shadow, rollouts_hat, m.reference, s, s.shadow_ratio_cap if shared else None)
+                if s.shadow_rollouts == "one_step":
+                    step_shadow_from_theta(m, s)
+                tokens_hat = rl_pass(m.shadow, rollouts_hat, m.reference, s, ratio_cap)
                 g_rl_hat = take_gradients(m.w)  # ∇_w L_RL(θ̂,w); θ̂.grad is now that of eq. (9)
                 stats |= gain_statistics(tokens_hat, rollouts, rollouts_hat)
                 gain = [lam * (rl - rl_hat) for rl, rl_hat in zip(g_rl, g_rl_hat, strict=True)]
                 stats["gain_grad_norm"] = parallel.total_norm(gain).item()
+        for p in m.parameters["theta"]:
+            p.grad.mul_(lam)  # λ∇_θ L_RL(θ,w)
     if mu:
         with timer("sft"):
             stats["sft_nll"] = sft_pass(m.policy, demonstrations, mu, s)  # θ.grad is now that of eq. (7)
@@ -199,11 +209,7 @@ def bilevel_gradients(
     return stats
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Lines 4-6, and the loop
-
-
-def clip_and_step(m: Policies, stats: dict[str, float], s: Settings) -> dict[str, float]:
+def clip_and_step(m: Policies, stats: dict[str, float], s: Settings, lam: float = 1.0) -> dict[str, float]:
     """Clips each set's gradient and steps all optimizers from iterate k, or none if a number is not finite."""
     norms = {}
     for name, parameters in m.parameters.items():
@@ -211,7 +217,8 @@ def clip_and_step(m: Policies, stats: dict[str, float], s: Settings) -> dict[str
             norm = parallel.total_norm(p.grad for p in parameters)
             torch.nn.utils.clip_grads_with_norm_(parameters, s.grad_clip, norm)
             norms[f"grad_norm_{name}"] = norm.item()
-    for optimizer in m.optimizers.values():
+    idle = "theta" if lam == 0 and "theta_sft" in m.optimizers else "theta_sft"  # Algorithm 1: one for each loss
+    for optimizer in [o for name, o in m.optimizers.items() if name != idle]:
         if all_finite(stats | norms):
             optimizer.step()
         optimizer.zero_grad()  # free the gradients before sampling
@@ -229,7 +236,7 @@ class Run:
     demonstrations: list[Row]  # D_SFT
     prompts: Stream  # draws from D_RL
     demos: Stream  # draws from D_SFT
-    data: str  # fingerprint of problems and demonstrations
+    fingerprints: dict[str, str]  # of the data, the initial weights and the tokenizer
     skipped: int = 0  # updates skipped since the last step without one
 
 
@@ -254,7 +261,7 @@ def train(run: Run, start: int) -> None:
             stats = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, mu, lam, s, timer)
             # 4-6  θ, θ̂ and w step
             with timer("optimizer"):
-                stats |= clip_and_step(m, stats, s)
+                stats |= clip_and_step(m, stats, s, lam)
             if not all_finite(stats):
                 skipped += 1
                 run.folder.dump_skipped(f"{k + 1:06d}-{skipped}", stats, rollouts and rollouts.rows, demonstrations)
@@ -274,10 +281,6 @@ def train(run: Run, start: int) -> None:
             stop.exit(k + 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Around the loop
-
-
 def evaluate_policies(run: Run, step: int) -> None:
     """Greedy accuracy of (θ,w), and of (θ̂,w) if there is a shadow: one line of evals.jsonl."""
     record, env = {}, run.env
@@ -292,16 +295,15 @@ def evaluate_policies(run: Run, step: int) -> None:
 def save(run: Run, step: int) -> None:
     """Writes a checkpoint. Random draws are functions of (seed, step, draw), so positions are all their state."""
     facts = dict(step=step, skipped=run.skipped, prompts=run.prompts.position, demos=run.demos.position)
-    facts |= dict(data=run.data, settings=asdict(run.s))
-    tensors = checkpoint.state_tensors(run.m.parameters, run.m.optimizers)
-    checkpoint.save(run.folder.path / "checkpoint", step, facts, tensors)
+    facts |= dict(run.fingerprints, settings=asdict(run.s))
+    checkpoint.save(run.folder.path / "checkpoint", step, facts, checkpoint.state_tensors(run.m.optimizers))
 
 
 def restore(run: Run, saved: checkpoint.Saved) -> int:
     """Loads a checkpoint into the run; returns its step. Raises SettingError if it is another run's."""
     facts = saved.facts
-    checkpoint.refuse_other_run(facts, run.s, run.data, run.folder.path)
-    saved.restore(run.m.parameters, run.m.optimizers)
+    checkpoint.refuse_other_run(facts, run.s, run.fingerprints, run.folder.path)
+    saved.restore(run.m.optimizers)
     run.prompts.position, run.demos.position, run.skipped = facts["prompts"], facts["demos"], facts["skipped"]
     return facts["step"]
 
@@ -310,8 +312,8 @@ def set_up(s: Settings, folder: RunFolder) -> Run:
     """Loads task and model. Raises DataError, ModelError or SettingError."""
     env, model, demonstrations = make_environment(s)
     prompts, demos = Stream(len(env.task.problems), (s.seed, 0)), Stream(len(demonstrations), (s.seed, 1))
-    data = fingerprint(env.task, demonstrations)
-    return Run(s, folder, make_policies(model, s), env, demonstrations, prompts, demos, data)
+    fingerprints = dict(data=fingerprint(env.task), model=model_fingerprint(model, env.tokenizer))
+    return Run(s, folder, make_policies(model, s), env, demonstrations, prompts, demos, fingerprints)
 
 
 def finish(run: Run) -> None:

@@ -114,7 +114,7 @@ def answer(
             record = dict(
                 group=problem.group, id=key[-1], labels=problem.labels, sample=i, question=problem.question,
                 prompt=text, answer=problem.answer, tolerance=problem.tolerance, unit=problem.unit,
-                response=tokenizer.decode(completion.ids, skip_special_tokens=True), tokens=len(completion.ids),
+                response=completion.text(tokenizer, sampler.stop), tokens=len(completion.ids),
                 finish_reason=completion.finish_reason,
             )  # fmt: skip
             records.append(record | grade(record))
@@ -209,7 +209,7 @@ def run(args: argparse.Namespace) -> None:
         prompt=prompt_text(tokenizer, "{question}", task.instruction, task.template),
         sampling=asdict(sampling) | {"samples": samples}, seed=args.seed, options_seed=OPTIONS_SEED,
         grader=rewards.VERSION, torch=torch.__version__, transformers=transformers.__version__,
-        data={g: dict(problems=len(p), sha256=fingerprint(Task(p, [], []), [])) for g, p in groups.items()},
+        data={g: dict(problems=len(p), sha256=fingerprint(Task(p, [], []))) for g, p in groups.items()},
     )  # fmt: skip
     name = f"answers-{named}-{args.protocol}.jsonl" if named else f"answers-{args.protocol}.jsonl"
     out = Path(args.out or (folder / name if s else Path("evals") / folder.name / name))

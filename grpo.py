@@ -9,7 +9,8 @@ Where this differs from GRPO as first published (DeepSeekMath, arXiv 2402.03300)
   3. Log-ratios are clamped to ±20 before exp. Tokens of weight 0 are masked before exp, since 0·exp(large) is NaN.
   4. The three aggregations are three ways to weight tokens; the loss is always Σ weight·token loss. The weights are
      counted over the whole batch, so micro-batches and ranks do not change the loss.
-  5. The shadow θ̂ has its own surrogate (`truncated_surrogate`), since shared rollouts are off-policy for it.
+  5. Where θ̂ trains on the policy's rollouts, which are off-policy for it, both have the `truncated_surrogate`.
+  6. The KL term is ρ·k3: k3 alone has the right value, but its gradient is that of KL(π_ref ‖ π).
 """
 
 import torch
@@ -23,16 +24,19 @@ AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
 def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """A = (r − mean) / (std + ε) within each group; Dr.GRPO (arXiv 2503.20783) omits the division.
 
-    rewards [P, G] -> advantages [P, G]. std is the sample's (divided by G−1); a group of one gets 0.
+    rewards [P, G] -> advantages [P, G] fp32. std is the sample's (divided by G−1). A group of one or of equal rewards
+    gets exactly 0: its rounded mean can differ from its rewards, and Adam would turn that into a step of full length.
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [0., 0., 0., 0.]]))
     tensor([[ 0.8659, -0.8659, -0.8659,  0.8659],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
+    rewards = rewards.double()
     centred = rewards - rewards.mean(-1, keepdim=True)  # [P, G]
-    if not divide_by_std or rewards.shape[-1] == 1:
-        return centred
-    return centred / (rewards.std(-1, keepdim=True) + STD_EPS)
+    centred.masked_fill_(rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True), 0.0)
+    if divide_by_std and rewards.shape[-1] > 1:
+        centred /= rewards.std(-1, keepdim=True) + STD_EPS
+    return centred.float()
 
 
 def token_weights(lengths: Tensor, aggregation: str, max_length: int, keep: Tensor | None = None) -> Tensor:
@@ -74,15 +78,18 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float)
 def truncated_surrogate(logp: Tensor, ratio: Tensor, advantage: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """(sg(min(ρ, cap))·A·log π per token [T], whether ρ was truncated [T] bool): truncated importance sampling.
 
-    The surrogate of the shadow on shared rollouts. The clip would stop the gradient of every token on which θ̂ has
-    drifted from θ, and with it the difference of gradients that w ascends; truncation only bounds the variance. At
+    The surrogate of policy and shadow on shared rollouts. The clip would stop the gradient of every token on which θ̂
+    has drifted from θ, and with it the difference of gradients that w ascends; truncation only bounds the variance. At
     ρ = 1 its gradient equals the clipped surrogate's. cap = inf is plain importance weighting, token by token.
     """
     return ratio.detach().clamp(max=cap) * advantage * logp, ratio.detach() > cap
 
 
 def k3(logp: Tensor, ref_logp: Tensor, weight: Tensor) -> Tensor:
-    """Unbiased, never negative estimate of KL(π ‖ π_ref) per token: e^d − d − 1 with d = log π_ref/π.  [T]"""
+    """Unbiased, never negative estimate of KL(π ‖ π_ref) per token: e^d − d − 1 with d = log π_ref/π.  [T]
+
+    Only its value: on samples of π, ∇k3 estimates ∇KL(π_ref ‖ π), and ∇(ρ·k3) estimates ∇KL(π ‖ π_ref).
+    """
     d = log_ratio(ref_logp, logp, weight)
     return d.exp() - d - 1
 
@@ -97,18 +104,20 @@ def grpo_loss(
     ref_logp: Tensor | None = None,
     kl_coef: float = 0.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """−J_RL of eq. (1) as GRPO estimates it: Σ_t weight_t·(−surrogate_t + kl_coef·KL_t).
+    """−J_RL of eq. (1) as GRPO estimates it: Σ_t weight_t·(kl_coef·ρ_t·k3_t − surrogate_t).
 
     All inputs [T]; old_logp, advantage and ref_logp carry no gradient. `ratio_cap` selects the truncated surrogate
-    instead of the clipped one. Returns the scalar loss and, per token and detached, `ratio`, `limited` (clipped or
-    truncated) and `kl`. The value of the loss is about 0 for every on-policy batch; only its gradient is informative.
+    instead of the clipped one, and bounds the ρ of the KL term, too. Returns the scalar loss and, per token and
+    detached, `ratio`, `limited` (clipped or truncated) and `kl`, which is k3. The value of the loss is about 0 for
+    every on-policy batch; only its gradient is informative.
     """
     ratio = log_ratio(logp, old_logp, weight).exp()
     if ratio_cap is None:
-        surrogate, limited = clipped_surrogate(ratio, advantage, *clip)
+        (surrogate, limited), bounded = clipped_surrogate(ratio, advantage, *clip), ratio
     else:
         logp = torch.where(weight != 0, logp, 0.0)
         surrogate, limited = truncated_surrogate(logp, ratio, advantage, ratio_cap)
+        bounded = ratio * (ratio_cap / ratio.detach()).clamp(max=1)  # min(ρ, cap), its gradient min(ρ, cap)·∇log π
     kl = torch.zeros_like(ratio) if ref_logp is None else k3(logp, ref_logp, weight)
-    loss = (weight * (kl_coef * kl - surrogate)).sum()
+    loss = (weight * (kl_coef * bounded * kl - surrogate)).sum()
     return loss, {"ratio": ratio.detach(), "limited": limited, "kl": kl.detach()}

@@ -92,7 +92,7 @@ class Rollouts:
     """Sampled completions as GRPO needs them: the whole batch, on every rank."""
 
     rows: list[Row]  # N
-    reward: Tensor  # [P, G]
+    reward: Tensor  # [P, G] fp64
     advantage: Tensor  # [T]
     weight: Tensor  # [T] of a token in the loss
     sampler_logp: Tensor  # [T] log π in the sampler
@@ -104,7 +104,7 @@ class Rollouts:
 def rollouts_of_step(
     env: Environment, prompts: Stream, policy: nn.Module, shadow: nn.Module | None, step: int, timer: Timer
 ) -> tuple[Rollouts, Rollouts]:
-    """(the policy's rollouts, the shadow's): the same ones, or with shadow_rollouts=own, two sets on equal prompts."""
+    """(the policy's rollouts, the shadow's): the same ones or, with shadow_rollouts own, two sets on equal prompts."""
     prompts_hat = copy.copy(prompts)
     with timer("sample"):
         env.sampler.refresh(policy)
@@ -145,7 +145,7 @@ def sample_groups(env: Environment, draws: list[tuple[int, int]], step: int) -> 
     sampled = env.sampler.generate(prompts, keys, s.group_size, s.max_new_tokens, s.temperature)
     groups = []
     for (draw, _), problem, prompt, completions in zip(draws, problems, prompts, sampled, strict=True):
-        responses = [env.tokenizer.decode(c.ids, skip_special_tokens=True) for c in completions]
+        responses = [c.text(env.tokenizer, env.sampler.stop) for c in completions]
         rewards = [env.reward(response, problem) for response in responses]
         groups.append(Group(draw, problem, prompt, completions, responses, rewards))
     return groups
@@ -154,7 +154,7 @@ def sample_groups(env: Environment, draws: list[tuple[int, int]], step: int) -> 
 def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> Rollouts:
     """Lays the completions of P groups end to end, each token with its advantage and its weight in the loss."""
     completions = [c for group in groups for c in group.completions]  # N
-    reward = torch.tensor([group.rewards for group in groups])  # [P, G]
+    reward = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # [P, G]
     lengths = torch.tensor([len(c.ids) for c in completions])  # [N]
     keep = torch.tensor([c.finish_reason == "stop" or not s.overlong_mask for c in completions])  # [N]
     advantage = grpo.group_advantages(reward, divide_by_std=s.aggregation != "dr_grpo")  # [P, G]

@@ -40,6 +40,10 @@ class Completion:
     logps: list[float]  # log-probs under the sampled distribution; under temperature 1 for greedy decoding
     finish_reason: str  # "stop" or "length"
 
+    def text(self, tokenizer, stop: list[int]) -> str:
+        """What rewards, grader and logs read: all tokens, special ones like </think> too, but a final one of `stop`."""
+        return tokenizer.decode(self.ids[:-1] if self.ids[-1] in stop else self.ids)
+
 
 def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
     """`count` numbers in [0, 1) for one sample, a function of its key."""

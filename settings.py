@@ -19,7 +19,9 @@ class Method(NamedTuple):
     sft: bool = True  # trains on demonstrations
     rl: bool = True  # trains on rollouts
     adapter: bool = False  # has w
+    w_takes_rl: bool = True  # w takes the gradient of RL, too
     shadow: bool = False  # has θ̂
+    two_optimizers: bool = False  # of θ: one for updates by RL, one for updates by SFT
     own: tuple[str, ...] = ()  # settings that only the methods that list them read
 
 
@@ -27,9 +29,13 @@ METHODS = {
     "sft": Method("supervised fine-tuning alone", rl=False),
     "rl": Method("GRPO alone (RL-zero)", sft=False),
     "sft_rl": Method("SFT for sft_steps, then GRPO: cold start, two stages", own=("sft_steps",)),
-    "alternating": Method("a GRPO update, then an SFT update (the paper's Algorithm 1)"),
-    "mix": Method("GRPO + mu·SFT in one update of θ", own=("mu",)),
-    "mix_lora": Method("(1−λ)·SFT + λ·GRPO on θ and on w: BRIDGE without the gain", adapter=True, own=("lam",)),
+    "alternating": Method("a GRPO update, then an SFT update (the paper's Algorithm 1)", two_optimizers=True),
+    "mix": Method("(GRPO + mu·SFT) / (1 + mu) in one update of θ", own=("mu",)),
+    "mix_lora": Method("(1−λ)·SFT + λ·GRPO on θ and on w: BRIDGE without the shadow", adapter=True, own=("lam",)),
+    "no_meta": Method(
+        "BRIDGE without J_meta: θ takes (1−λ)·SFT + λ·GRPO, w takes (1−λ)·SFT alone",
+        adapter=True, w_takes_rl=False, own=("lam",),
+    ),
     "bridge": Method(
         "BRIDGE: θ takes (1−λ)·SFT + λ·GRPO; w also ascends the cooperative gain over the RL-only shadow θ̂",
         adapter=True, shadow=True, own=("lam",),
@@ -49,7 +55,7 @@ class Settings:
     template: str = opt("", "prompt: qwen-boxed, plain, or empty for the model's chat template (paper: SimpleRL's)")
     task: str = opt("arithmetic", "problems: arithmetic, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)")
     rl_data: str = opt("", "D_RL instead of a task: comma list of files or hub names, rows with question and answer")
-    sft_data: str = opt("", "D_SFT beside rl_data: the same kinds of sources, rows with question and solution")
+    sft_data: str = opt("", "D_SFT beside rl_data: the same kinds of sources, rows with question and solution", "sft")
     eval_data: str = opt("", "evaluation: benchmarks (math500,aime24,…) or sources; empty: held out of rl_data")
     reward: str = opt("", "FILE.py:FUNCTION of (response, problem), run as your code; empty: the grader", "rl")
     seed: int = opt(0, "of data order, adapter and samples")
@@ -57,11 +63,11 @@ class Settings:
     method: str = opt("bridge", "; ".join(f"{name}: {method.text}" for name, method in METHODS.items()))
     steps: int = opt(200, "iterations k; sft_rl puts its sft_steps before them (paper: 6 epochs)")
     lam: float = opt(0.5, "λ in [0, 1]: weight of RL; 1−λ is that of SFT (paper: 0.5)")
-    mu: float = opt(1.0, "weight of SFT beside RL; (1−λ)/λ gives θ BRIDGE's direction (paper: unknown)")
+    mu: float = opt(1.0, "SFT's weight relative to RL's; (1−λ)/λ gives θ BRIDGE's update (paper: unknown)")
     sft_steps: int = opt(100, "SFT steps before RL starts (paper: unknown)")
     # the shadow θ̂
-    shadow_rollouts: str = opt("shared", "rollouts of θ̂: shared with the policy (paper v3) or own", "shadow")
-    shadow_ratio_cap: float = opt(2.0, "shared rollouts: cap of θ̂'s token ratios; 0: PPO's clip", "shadow")
+    shadow_rollouts: str = opt("shared", "of θ̂: the policy's (v3), own, or one_step: θ̂ is θ^k + one step", "shadow")
+    shadow_ratio_cap: float = opt(2.0, "not own: cap of token ratios of θ and θ̂; 0: PPO's clip", "shadow")
     # learning rates
     alpha: float = opt(3e-4, "α, learning rate of θ and θ̂ (paper: 5e-7)")
     beta: float = opt(2e-3, "β, learning rate of w; B·A hardly moves at β = α (paper: not stated)", "adapter")
@@ -121,7 +127,7 @@ PRESETS: dict[str, dict] = {
 CHOICES = {
     "method": METHODS,
     "template": ("", "qwen-boxed", "plain"),
-    "shadow_rollouts": ("shared", "own"),
+    "shadow_rollouts": ("shared", "own", "one_step"),
     "dtype": ("float32", "bfloat16"),
     "aggregation": ("grpo", "dapo", "dr_grpo"),
     "track": ("", "tensorboard", "wandb"),
@@ -133,9 +139,9 @@ MINIMUM = dict(  # of other numbers: 0
 POSITIVE = ("temperature", "grad_clip", "lora_alpha")
 AT_MOST_ONE = ("lam", "clip_low")
 MAY_BE_INFINITE = ("shadow_ratio_cap", "clip_high", "grad_clip")
-MAY_CHANGE_ON_RESUME = (
-    "steps", "eval_every", "save_every", "tokens_per_micro_batch", "sampler_slots", "checkpoint_layers", "shard",
-    "track",
+MAY_CHANGE_ON_RESUME = (  # of model and data, fingerprints are compared: they may have moved
+    "model", "task", "rl_data", "sft_data", "eval_data", "steps", "eval_every", "save_every", "tokens_per_micro_batch",
+    "sampler_slots", "checkpoint_layers", "shard", "track",
 )  # fmt: skip
 
 
@@ -187,6 +193,12 @@ def refuse_idle(s: Settings, given: set[str]) -> None:
             raise SettingError(f"{name} does nothing with method {s.method}, only with {only}: omit it")
     if "shadow_ratio_cap" in given and s.shadow_rollouts == "own":
         raise SettingError("shadow_ratio_cap does nothing with shadow_rollouts own: omit it")
+    capped = METHODS[s.method].shadow and s.shadow_rollouts != "own"  # θ and θ̂ have one surrogate for one batch
+    if clips := sorted({"clip_low", "clip_high"} & given):
+        if capped and s.shadow_ratio_cap > 0:
+            raise SettingError(f"{clips[0]} does nothing beside shadow_ratio_cap {s.shadow_ratio_cap}: omit one")
+        if not capped and s.updates_per_rollout == 1:
+            raise SettingError(f"{clips[0]} does nothing with updates_per_rollout 1, since every ratio is 1: omit it")
 
 
 def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.tensor import DTensor
 
@@ -27,8 +27,7 @@ from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended for a single process
 KEEP = 2  # newest checkpoints of a run; older ones are deleted
 FILE = 2**30  # bytes
-Parameters = dict[str, list[nn.Parameter]]  # by set: theta, w, theta_hat
-Optimizers = dict[str, torch.optim.Optimizer]
+Optimizers = dict[str, torch.optim.Optimizer]  # by name: theta, w, theta_hat, theta_sft
 
 
 def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor]) -> None:
@@ -69,37 +68,42 @@ class Saved:
         """Fills `tensors`, with the names and shapes of the checkpoint, in place. All ranks call it."""
         dcp.load(tensors, storage_reader=_Reader(self.folder), no_dist=parallel.world_size() == 1)
 
-    def restore(self, parameters: Parameters, optimizers: Optimizers) -> None:
+    def restore(self, optimizers: Optimizers) -> None:
         """Overwrites parameters and AdamW moments. Raises SettingError if their shapes differ from the checkpoint's."""
         for name, optimizer in optimizers.items():
-            for i, p in enumerate(parameters[name]):
+            for i, p in enumerate(optimizer.param_groups[0]["params"]):
                 if f"{name}.{i}.step" in self.shapes:  # allocates the state that AdamW makes in its first step
                     step, first, second = torch.zeros((), device=p.device), torch.zeros_like(p), torch.zeros_like(p)
                     optimizer.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
-        tensors = state_tensors(parameters, optimizers)
+        tensors = state_tensors(optimizers)
         if {name: tensor.shape for name, tensor in tensors.items()} != self.shapes:
             raise SettingError(f"model: its shapes differ from those in {self.folder}: the run began with another")
         self.load(tensors)
 
 
-def state_tensors(parameters: Parameters, optimizers: Optimizers) -> dict[str, Tensor]:
-    """Every parameter and AdamW moment by name: theta.0, theta.0.exp_avg, …"""
-    tensors = {}
-    for name, of_set in parameters.items():
-        for i, p in enumerate(of_set):
-            tensors[f"{name}.{i}"] = p.detach()
-            tensors |= {f"{name}.{i}.{moment}": x for moment, x in optimizers[name].state.get(p, {}).items()}
+def state_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
+    """Every parameter and AdamW moment by name: theta.0, theta.0.exp_avg, …; a parameter of two optimizers once."""
+    tensors, names = {}, {}  # names: parameter -> its name
+    for name, optimizer in optimizers.items():
+        for i, p in enumerate(optimizer.param_groups[0]["params"]):
+            tensors[names.setdefault(p, f"{name}.{i}")] = p.detach()
+            tensors |= {f"{name}.{i}.{moment}": x for moment, x in optimizer.state.get(p, {}).items()}
     return tensors
 
 
-def refuse_other_run(facts: dict, s: Settings, data: str, out: Path) -> None:
-    """Raises SettingError if a checkpoint belongs to a run with other settings or other data."""
+def refuse_other_run(facts: dict, s: Settings, fingerprints: dict[str, str], out: Path) -> None:
+    """Raises SettingError if a checkpoint belongs to a run with other settings, other data or another initial model.
+
+    `fingerprints` are those of "data" and "model": both may have moved to another path since.
+    """
     for name, value in asdict(s).items():
         saved = facts["settings"].get(name)
         if value != saved and name not in MAY_CHANGE_ON_RESUME:
             raise SettingError(f"{name} is {value!r}, the run in {out} has {saved!r}: use that, or another --out")
-    if facts["data"] != data:
-        raise SettingError(f"task, rl_data, sft_data or eval_data changed since the run in {out}: use another --out")
+    sources = {"data": "task, rl_data, sft_data or eval_data", "model": "model: its weights or its tokenizer"}
+    for kind, text in sources.items():
+        if facts.get(kind) != fingerprints[kind]:
+            raise SettingError(f"{text} changed since the run in {out} began: restore them, or use another --out")
     if facts["step"] > s.total_steps:
         raise SettingError(f"steps is {s.steps}, but the run in {out} is at step {facts['step']} already")
 

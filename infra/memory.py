@@ -88,6 +88,7 @@ def state(s: Settings, m: Shapes, world: int) -> tuple[Parts, Parts]:
         sets["w"] = s.lora_rank * sum(adapted), 2 * len(adapted), losses
     kept = {f"{name} weights": 4 * size for name, (size, _, _) in sets.items()}
     kept |= {f"{name} moments": 8 * size + 4 * tensors for name, (size, tensors, _) in sets.items()}  # and a step count
+    kept["θ moments"] *= 2 if method.two_optimizers else 1
     if s.kl_coef > 0:
         kept["reference"] = 4 * m.parameters / share
     kept["sampler's merged copy"] = getattr(torch, s.dtype).itemsize * m.parameters

@@ -1,5 +1,6 @@
 """Loading a transformers model: fp32 weights, packed attention, refusals of what this project would compute wrongly."""
 
+import hashlib
 from functools import partial
 from pathlib import Path
 
@@ -72,3 +73,10 @@ def checkpoint_layers(model: nn.Module, count: int) -> None:
     for i, layer in enumerate(model.model.layers):
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         layer.gradient_checkpointing = layer.training = i < count  # the layer's own flag; no layer has dropout
+
+
+def model_fingerprint(model: nn.Module, tokenizer) -> str:
+    """A hash of the fp32 weights, the vocabulary and the chat template; the path and the device do not change it."""
+    sums = [(n, tuple(p.shape), p.detach().view(torch.int32).sum().item()) for n, p in model.named_parameters()]
+    parts = (sums, sorted(tokenizer.get_vocab().items()), tokenizer.chat_template)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -145,6 +145,7 @@ class Stream:
         return [(d, orders[d // self.count][d % self.count]) for d in draws]
 
 
-def fingerprint(task: Task, demonstrations: list[Row]) -> str:
-    """A hash of problems, evaluation problems and encoded demonstrations."""
-    return hashlib.sha256(repr((task.problems, task.evaluation, demonstrations)).encode()).hexdigest()
+def fingerprint(task: Task) -> str:
+    """A hash of the text of problems, demonstrations, evaluation problems and prompts."""
+    parts = (task.problems, task.demonstrations, task.evaluation, task.instruction, task.template)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()

@@ -136,6 +136,7 @@ def test_the_paired_test_detects_a_small_steady_difference_and_ignores_noise(few
     assert 0 < low < difference < high
     assert p < 0.001
     assert paired_test([better], [a])[0] == pytest.approx(-difference)
+    assert paired_test([np.zeros(30)], [np.ones(30)], 99)[3] == 1 / 100, "no permutation test gives p = 0"
     assert paired_test([a], [a]) == (0, 0, 0, 1)
     p_values = [paired_test([rng.random(50)], [rng.random(50)], 100)[3] for _ in range(100)]
     assert sum(p < 0.05 for p in p_values) <= 12  # about 5 of 100 by chance
@@ -313,7 +314,7 @@ def test_the_paper_s_protocol_is_greedy_with_5000_tokens_and_the_sampled_one_as_
 def test_hashes_change_with_any_problem_and_any_weight(tmp_path):
     problems = [Problem("q", "1"), Problem("r", "2")]
     changed = [Problem("q", "1"), Problem("r", "3")]
-    assert fingerprint(Task(problems, [], []), []) != fingerprint(Task(changed, [], []), [])
+    assert fingerprint(Task(problems, [], [])) != fingerprint(Task(changed, [], []))
     hashes = set()
     for name, content in (
         ("a.safetensors", "x"),

@@ -31,7 +31,7 @@ def trl_loss(logp, old, ref, advantages, mask, loss_type, beta):
     t.aux_loss_enabled = t.use_vllm = t.vllm_importance_sampling_correction = t._entropy_bonus_enabled = False
     t.max_completion_length, t.current_gradient_accumulation_steps = MAX_LENGTH, 1
     t.model = SimpleNamespace(training=True)
-    t.args = SimpleNamespace(delta=None, use_bias_correction_kl=False, steps_per_generation=1)
+    t.args = SimpleNamespace(delta=None, use_bias_correction_kl=True, steps_per_generation=1)
     t.accelerator = SimpleNamespace(num_processes=1, reduce=lambda x, reduction=None: x, gather=lambda x: x)
     t._metrics = {"train": defaultdict(list), "eval": defaultdict(list)}
     ids = torch.zeros_like(mask, dtype=torch.long)
@@ -80,9 +80,18 @@ def test_rewards_of_plus_minus_one_and_of_one_zero_give_the_same_normalised_adva
     torch.testing.assert_close(grpo.group_advantages(2 * r - 1), grpo.group_advantages(r), rtol=1e-3, atol=1e-4)
 
 
-def test_groups_of_equal_rewards_have_no_advantage():
-    for value in (0.0, 1.0):
-        assert not grpo.group_advantages(torch.full((1, 5), value)).any()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("divide_by_std", [True, False])
+def test_groups_of_equal_rewards_have_no_advantage(divide_by_std, dtype):
+    for value in (0.0, 1.0, 0.3, -0.7, 1 / 3, 1000.1, 1e-9, 1e30):
+        for size in (1, 2, 3, 5, 6, 7, 64):
+            rewards = torch.full((1, size), value, dtype=dtype)
+            assert not grpo.group_advantages(rewards, divide_by_std).any(), (value, size)
+
+
+def test_a_constant_added_to_all_rewards_changes_no_advantage():
+    r = torch.tensor([[0.3, 0.1, 0.7, 0.1, 0.3, 0.2]], dtype=torch.float64)
+    torch.testing.assert_close(grpo.group_advantages(r + 1000.1), grpo.group_advantages(r))
 
 
 def test_a_group_of_one_has_no_advantage_and_is_finite():
@@ -114,7 +123,10 @@ def test_masked_sequences_weigh_nothing_and_their_infinities_stay_out(aggregatio
         assert terms["kl"].isfinite().all()
 
 
-def test_a_huge_log_ratio_is_clamped():
+def test_a_log_ratio_is_clamped_at_twenty_on_both_sides():
+    assert grpo.log_ratio(torch.tensor([0.0, -1000]), torch.tensor([-1000.0, 0]), torch.ones(2)).tolist() == [20, -20]
+    inside = torch.tensor([19.5, -19.5])
+    assert torch.equal(grpo.log_ratio(inside, torch.zeros(2), torch.ones(2)), inside)
     logp, old = torch.tensor([0.0], requires_grad=True), torch.tensor([-1000.0])
     loss, _ = grpo.grpo_loss(logp, old, torch.tensor([-1.0]), torch.tensor([1.0]))
     assert loss.isfinite()
@@ -144,6 +156,48 @@ def test_truncation_bounds_the_weight_and_keeps_the_gradient():
     (gradient,) = torch.autograd.grad(loss, logp)
     assert gradient.tolist() == pytest.approx([-2.0, -torch.tensor(-3.0).exp().item()])
     assert terms["limited"].tolist() == [True, False]
+
+
+def distributions(seed, size=6):
+    """Logits with a gradient, and the log-probs of an old and of a reference distribution over `size` tokens, fp64."""
+    g = torch.Generator().manual_seed(seed)
+    logits, old, ref = (torch.randn(size, generator=g, dtype=torch.float64) for _ in range(3))
+    return logits.requires_grad_(), old.log_softmax(0), ref.log_softmax(0)
+
+
+@pytest.mark.parametrize("ratio_cap", [None, float("inf")])
+@pytest.mark.parametrize("on_policy", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_gradient_of_the_kl_term_is_that_of_the_exact_kl(seed, on_policy, ratio_cap):
+    """In expectation over tokens sampled from π_old; with ∇k3 alone it would be the gradient of KL(π_ref ‖ π)."""
+    logits, old, ref = distributions(seed)
+    logp = logits.log_softmax(0)
+    old = logp.detach() if on_policy else old
+    none = torch.zeros_like(old)
+    loss, _ = grpo.grpo_loss(logp, old, none, old.exp(), (0.2, 0.2), ratio_cap, ref, 1.0)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (exact,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
+    (reverse,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), logits)
+    torch.testing.assert_close(gradient, exact)
+    assert (exact - reverse).norm() > 0.1 * exact.norm(), "the case must tell the two directions apart"
+
+
+def test_a_cap_on_the_ratio_bounds_the_weight_of_the_kl_term():
+    logits, old, ref = distributions(0)
+    logp, none = logits.log_softmax(0), torch.zeros_like(old)
+    ratio = (logp - old).exp().detach()
+    cap = ratio.max().item() / 2
+    loss, _ = grpo.grpo_loss(logp, old, none, old.exp(), (0.2, 0.2), cap, ref, 1.0)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    k3 = grpo.k3(logp, ref, torch.ones_like(old))
+    per_token = k3.detach() * logp + k3  # its gradient is that of ρ·k3 at ρ = 1
+    (expected,) = torch.autograd.grad((old.exp() * ratio.clamp(max=cap) * per_token).sum(), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_dapo_divides_by_the_tokens_of_kept_sequences_only():
+    weight = grpo.token_weights(torch.tensor([2, 6]), "dapo", 8, torch.tensor([True, False]))
+    assert weight.tolist() == [0.5, 0.5, 0, 0, 0, 0, 0, 0]
 
 
 def test_k3_is_zero_at_equality_never_negative_and_unbiased():

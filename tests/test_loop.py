@@ -14,6 +14,7 @@ import settings
 from infra import checkpoint
 from infra.run import RunFolder
 from logprob import response_logprobs
+from rewards import is_correct
 from sampler import Completion
 from settings import METHODS, Method
 
@@ -72,6 +73,42 @@ def test_rewards_advantages_and_weights_belong_to_the_tokens_of_their_own_sequen
     assert at == len(rollouts.advantage) == len(rollouts.weight)
     assert rollouts.stats["truncated_frac"] == 1 / 12
     assert rollouts.stats["zero_std_groups"] == 1 / 3
+
+
+@pytest.mark.parametrize("aggregation", grpo.AGGREGATIONS)
+def test_aggregation_and_mask_reach_the_weights_and_dr_grpo_omits_the_std(tmp_path, aggregation):
+    run = make_run(tmp_path, aggregation=aggregation, overlong_mask=True)
+    completions = [boxed(run, "1", n, "length" if n == 1 else "stop") for n in range(3)]
+    group = rollout.Group(0, run.env.task.problems[0], [1, 2], completions, ["a", "b", "c"], [0.9, 0.1, 0.2])
+    rollouts = rollout.make_rollouts([group], run.s, {})
+    lengths, keep = torch.tensor([len(c.ids) for c in completions]), torch.tensor([True, False, True])
+    expected = grpo.token_weights(lengths, aggregation, run.s.max_new_tokens, keep)
+    assert torch.equal(rollouts.weight, expected)
+    advantage = grpo.group_advantages(torch.tensor([[0.9, 0.1, 0.2]]), divide_by_std=aggregation != "dr_grpo")
+    assert rollouts.advantage.tolist() == pytest.approx(advantage[0].repeat_interleave(lengths).tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("rewards", [[0.3] * 6, [1000.1] * 6, [1000.1] * 5 + [1000.1 + 1e-9], [0.1 + 0.2, 0.3] * 3])
+def test_a_group_has_a_signal_exactly_if_it_has_an_advantage(tmp_path, rewards):
+    run = make_run(tmp_path)
+    group = rollout.Group(0, run.env.task.problems[0], [1], [boxed(run, "1", 0)] * 6, ["a"] * 6, rewards)
+    assert group.has_signal == bool(rollout.make_rollouts([group], run.s, {}).advantage.any())
+
+
+def test_rewards_and_logs_read_special_tokens_but_not_the_final_stop_token(tmp_path, monkeypatch):
+    run = make_run(tmp_path, prompts_per_step=1, group_size=2)
+    tokenizer, seen = run.env.tokenizer, []
+    tokenizer.add_special_tokens({"additional_special_tokens": ["</think>", "<|im_start|>"]})
+    thought = tokenizer.encode("\\boxed{7}</think>\\boxed{1<|im_start|>2}", add_special_tokens=False)
+    stopped = Completion([*thought, tokenizer.eos_token_id], [0.0] * (len(thought) + 1), "stop")
+    completions = [stopped, Completion(thought, stopped.logps, "length")]
+    monkeypatch.setattr(run.env.sampler, "generate", lambda *a: [completions])
+    run.env.reward = lambda response, problem: seen.append(response) or float("</think>" in response)
+    (group,) = rollout.sample_groups(run.env, [(0, 0)], 0)
+    assert group.responses == seen == ["\\boxed{7}</think>\\boxed{1<|im_start|>2}"] * 2
+    assert group.rewards == [1.0, 1.0]
+    assert not is_correct(group.responses[0], "12").correct
+    assert not is_correct(group.responses[0], "7").correct
 
 
 def test_groups_stand_as_their_prompts_were_drawn_whichever_rank_has_sampled_them(tmp_path, monkeypatch):

@@ -64,6 +64,17 @@ def test_merging_equals_the_adapted_model_is_idempotent_and_does_not_change_it()
     assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
 
 
+def test_merging_and_training_round_no_weight_under_autocast():
+    model, _ = adapted()
+    layer = model.model.layers[0].mlp.up_proj
+    expected = layer.merged_weight()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.merged_weight(), expected)
+        target = tiny_model(seed=5)
+        lora.merge_into(target, model)
+    assert torch.equal(target.model.layers[0].mlp.up_proj.weight, expected)
+
+
 def test_two_bases_share_one_adapter_and_their_gradients_of_it_add_up():
     model = tiny_model()
     shadow, w = copy.deepcopy(model), lora.create(model, TARGETS, 4, 0)

@@ -89,16 +89,19 @@ def test_weights_gradients_moments_and_caches_equal_the_allocated_bytes(method, 
         for p in parameters:
             p.grad = torch.zeros_like(p)
         policies.optimizers[name].step()
+    if method == "alternating":
+        policies.optimizers["theta_sft"].step()
 
     expected, gradients = {}, {}
     for name, letter in (("theta", "θ"), ("theta_hat", "θ̂"), ("w", "w")):
         if name in policies.parameters:
-            moments = [t for state in policies.optimizers[name].state.values() for t in state.values()]
+            optimizers = [policies.optimizers[o] for o in (name, f"{name}_sft") if o in policies.optimizers]
+            moments = [t for o in optimizers for state in o.state.values() for t in state.values()]
             expected[f"{letter} weights"] = size(policies.parameters[name])
             expected[f"{letter} moments"] = size(moments)
             gradients[f"{letter} gradients"] = size(p.grad for p in policies.parameters[name])
     if "w" in policies.parameters:  # g_sft, g_rl and g_rl_hat
-        gradients["w gradients"] *= {"mix_lora": 2, "bridge": 3}[method]
+        gradients["w gradients"] *= {"mix_lora": 2, "no_meta": 2, "bridge": 3}[method]
     expected["reference"] = size(policies.reference.parameters())
     expected["sampler's merged copy"] = size(generator.model.parameters())
     assert memory.state(s, m, 1) == (expected, gradients)

@@ -137,10 +137,10 @@ def test_two_ranks_draw_the_samples_of_one_and_have_its_parameters_after_three_s
     assert lines(one / "evals.jsonl") == lines(tmp_path / "two" / "evals.jsonl")
 
 
-@pytest.mark.parametrize("flags", [["alternating", "--dynamic-sampling", "1"], ["sft_rl", "--sft-steps", "1"]])
+@pytest.mark.parametrize("flags", ["--method alternating --dynamic-sampling 1", "--shadow-rollouts one_step"])
 def test_other_methods_too_are_the_same_on_two_ranks(tmp_path, flags):
-    run(tmp_path / "one", 1, "--method", *flags)
-    run(tmp_path / "two", 2, "--method", *flags, "--shard")
+    run(tmp_path / "one", 1, *flags.split())
+    run(tmp_path / "two", 2, *flags.split(), "--shard")
     assert_equal(tmp_path / "one", tmp_path / "two", 1e-6)
 
 

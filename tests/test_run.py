@@ -110,6 +110,7 @@ def test_the_exported_model_is_the_merged_policy(finished_run):
     [
         ["--shadow-rollouts", "own", "--kl-coef", "0.01"],
         ["--dynamic-sampling", "2", "--updates-per-rollout", "2", "--shadow-ratio-cap", "0"],
+        ["--shadow-rollouts", "one_step"],
         ["--method", "sft_rl", "--sft-steps", "2"],
         ["--method", "alternating", "--aggregation", "dr_grpo", "--overlong-mask"],
     ],
@@ -266,7 +267,7 @@ def refused(*flags):
         (["--lam", "1.5"], "lam must be in [0, 1]; got 1.5"),
         (["--clip-low", "1.5"], "clip_low must be in [0, 1]; got 1.5"),
         (["--lam", "nan"], "lam must be at least 0; got nan"),
-        (["--method", "ppo"], "method must be one of sft, rl, sft_rl, alternating, mix, mix_lora, bridge; got 'ppo'"),
+        (["--method", "ppo"], "one of sft, rl, sft_rl, alternating, mix, mix_lora, no_meta, bridge; got 'ppo'"),
         (["--alpha", "inf"], "alpha must be a finite number"),
         (["--shadow-ratio-cap", "0.5"], "shadow_ratio_cap must be 0 or at least 1"),
         (["--eval-data", "x.jsonl"], "eval_data needs rl_data"),
@@ -276,11 +277,17 @@ def refused(*flags):
         (["--aggregation", "mean"], "aggregation must be one of grpo, dapo, dr_grpo"),
         (["--steps", "0"], "steps must be at least 1"),
         (["--method", "rl", "--shadow-rollouts", "own"], "shadow_rollouts does nothing with method rl, only with b"),
-        (["--method", "mix", "--lam", "0.9"], "lam does nothing with method mix, only with mix_lora, bridge: omit it"),
+        (["--method", "mix", "--lam", "0.9"], "lam does nothing with method mix, only with mix_lora, no_meta, b"),
         (["--method", "bridge", "--mu", "2"], "mu does nothing with method bridge, only with mix"),
         (["--method", "sft", "--group-size", "9"], "group_size does nothing with method sft, only with rl, sft_rl"),
         (["--method", "rl", "--sft-batch", "9"], "sft_batch does nothing with method rl, only with sft, sft_rl"),
-        (["--method", "mix", "--beta", "1"], "beta does nothing with method mix, only with mix_lora, bridge"),
+        (["--method", "mix", "--beta", "1"], "beta does nothing with method mix, only with mix_lora, no_meta, bridge"),
+        (["--method", "rl", "--mu", "5", "--beta", "1"], "beta does nothing with method rl"),
+        (["--method", "sft", "--updates-per-rollout", "4"], "updates_per_rollout does nothing with method sft"),
+        (["--method", "no_meta", "--shadow-ratio-cap", "3"], "shadow_ratio_cap does nothing with method no_meta"),
+        (["--method", "rl", "--rl-data", "x.jsonl", "--sft-data", "y.jsonl"], "sft_data does nothing with method rl"),
+        (["--method", "rl", "--clip-high", "0.3"], "clip_high does nothing with updates_per_rollout 1"),
+        (["--clip-low", "0.3", "--updates-per-rollout", "2"], "clip_low does nothing beside shadow_ratio_cap 2.0"),
         (["--sft-steps", "2"], "sft_steps does nothing with method bridge, only with sft_rl"),
         (["--shadow-rollouts", "own", "--shadow-ratio-cap", "3"], "does nothing with shadow_rollouts own"),
         (["--rl-data", "x.jsonl", "--task", "limr"], "rl_data and task limr both name the problems"),
@@ -346,7 +353,7 @@ def test_updates_that_are_not_finite_end_the_run_though_others_beside_them_are(t
     assert lines(tmp_path / "run" / "metrics.jsonl")[-1]["skipped_in_a_row"] == 5
 
 
-def test_resuming_on_other_data_is_refused(tmp_path):
+def test_a_run_resumes_with_moved_data_and_model_and_refuses_changed_ones(tmp_path):
     data = tmp_path / "data.jsonl"
     rows = [json.dumps({"question": f"{i}+{j}", "answer": str(i + j), "solution": f"\\boxed{{{i + j}}}"}) + "\n"
             for i in range(5) for j in range(5)]  # fmt: skip
@@ -355,8 +362,21 @@ def test_resuming_on_other_data_is_refused(tmp_path):
     flags = ["--preset", "smoke", "--out", tmp_path / "run", "--steps", "1", "--model", tmp_path / "model",
              "--rl-data", data, "--sft-data", data, "--max-new-tokens", "40", "--template", "plain"]  # fmt: skip
     bridge.main([str(f) for f in flags])
-    data.write_text("".join(rows[:20]))
-    assert "changed since the run" in refused(*flags, "--resume")
+    data = data.rename(tmp_path / "moved.jsonl")
+    model = (tmp_path / "model").rename(tmp_path / "moved")
+    flags = ["--preset", "smoke", "--out", tmp_path / "run", "--steps", "2", "--resume", "--model", model, "--rl-data",
+             data, "--sft-data", data, "--max-new-tokens", "40", "--template", "plain"]  # fmt: skip
+    bridge.main([str(f) for f in flags])
+    assert [m["step"] for m in lines(tmp_path / "run" / "metrics.jsonl")] == [1, 2]
+
+    file, weights = model / "model.safetensors", safetensors.torch.load((model / "model.safetensors").read_bytes())
+    save = lambda tensors: safetensors.torch.save_file(tensors, file, {"format": "pt"})  # noqa: E731
+    save(weights | {"model.norm.weight": weights["model.norm.weight"] * 1.01})
+    assert "model: its weights or its tokenizer changed since the run" in refused(*flags)
+    save(weights)
+    for changed in (rows[:20], [rows[0].replace("boxed", "fbox"), *rows[1:]]):
+        data.write_text("".join(changed))
+        assert "rl_data, sft_data or eval_data changed since the run" in refused(*flags)
 
 
 def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path, monkeypatch):

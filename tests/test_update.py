@@ -12,7 +12,7 @@ import grpo
 import lora
 from logprob import response_logprobs
 from rollout import Rollouts
-from settings import SettingError, Settings
+from settings import METHODS, SettingError, Settings
 
 RATES = dict(alpha=0.01, beta=0.02, lora_rank=4, lora_alpha=8.0)
 
@@ -87,28 +87,151 @@ def test_once_the_shadow_has_moved_the_gain_has_a_gradient():
     assert stats["gain_grad_norm"] > 1e-3
 
 
-@pytest.mark.parametrize("tokens", [16384, 60])
-def test_with_lambda_one_and_shared_rollouts_shadow_and_base_stay_identical_and_w_never_moves(tokens):
-    s = settings(lam=1.0, tokens_per_micro_batch=tokens)
+@pytest.mark.parametrize("cap", [0.0, 1.0, 2.0, float("inf")])
+@pytest.mark.parametrize(("updates", "tokens"), [(1, 16384), (1, 60), (2, 16384), (3, 60)])
+def test_with_lambda_one_and_shared_rollouts_shadow_and_base_stay_identical_and_w_never_moves(updates, tokens, cap):
+    s = settings(lam=1.0, tokens_per_micro_batch=tokens, shadow_ratio_cap=cap, kl_coef=0.1)
     m = fresh(s)
     w = {n: p.clone() for n, p in m.w.items()}
     start = [p.clone() for p in m.parameters["theta"]]
     for step in range(3):
         rollouts = make_rollouts(m.policy, seed=step)
-        stats = bridge.bilevel_gradients(m, rollouts, rollouts, [], 0.0, 1.0, s, lambda phase: nullcontext())
-        bridge.clip_and_step(m, stats, s)
+        for _ in range(updates):
+            stats = bridge.bilevel_gradients(m, rollouts, rollouts, [], 0.0, 1.0, s, lambda phase: nullcontext())
+            assert stats["gain_grad_norm"] == 0.0
+            bridge.clip_and_step(m, stats, s)
         assert all(torch.equal(a, b) for a, b in zip(m.parameters["theta"], m.parameters["theta_hat"], strict=True))
+    assert updates == 1 or stats["clip_frac"] > 0 or cap == float("inf"), "the case must exercise clip or cap"
     assert all(torch.equal(p, w[n]) for n, p in m.w.items())
     assert not all(torch.equal(a, b) for a, b in zip(m.parameters["theta"], start, strict=True))
 
 
+def test_policy_and_shadow_have_one_surrogate_on_shared_rollouts_and_the_clip_on_own_ones(monkeypatch):
+    caps, real = [], grpo.grpo_loss
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *a: caps.append(a[5]) or real(*a))
+    for changes, expected in (
+        (dict(), [2.0, 2.0]), (dict(shadow_ratio_cap=0.0), [None, None]), (dict(shadow_rollouts="own"), [None, None]),
+        (dict(method="mix_lora"), [None]), (dict(shadow_rollouts="one_step", shadow_ratio_cap=3.0), [3.0, 3.0]),
+    ):  # fmt: skip
+        s, m = settings(**changes), fresh(settings(**changes))
+        own = make_rollouts(m.policy, seed=5) if s.shadow_rollouts == "own" else None
+        gradients(m, s, rollouts_hat=own)
+        assert caps == expected, changes
+        caps.clear()
+
+
 @pytest.mark.parametrize("lam", [0.5, 0.2])
-def test_with_w_frozen_theta_s_gradient_is_mix_s_times_lambda(lam):
-    """Eq. (7) is J_RL + μ·J_SFT with μ = (1−λ)/λ, up to the factor λ."""
+def test_with_w_frozen_theta_s_gradient_is_mix_s(lam):
+    """Eq. (7) is the mixture J_RL + μ·J_SFT with μ = (1−λ)/λ, its weights scaled to sum to 1."""
     s, mix = settings(lam=lam), settings(method="mix", mu=(1 - lam) / lam)
     g, _ = gradients(fresh(s), s)
     expected, _ = gradients(fresh(mix), mix)
-    assert_close(g["theta"], [lam * e for e in expected["theta"]])
+    assert_close(g["theta"], expected["theta"])
+
+
+def test_without_j_meta_w_takes_sft_alone_and_theta_the_same_as_in_bridge():
+    s, full = settings(method="no_meta", lam=0.3), settings(lam=0.3)
+    m = fresh(s, w_trained=True)
+    assert m.shadow is None
+    g, _ = gradients(m, s)
+    only_sft, _ = gradients(fresh(s, w_trained=True), s, sft=0.7, rl=0)
+    assert all(torch.equal(a, b) for a, b in zip(g["w"], only_sft["w"], strict=True))
+    of_bridge, _ = gradients(fresh(full, w_trained=True), full)
+    assert all(torch.equal(a, b) for a, b in zip(g["theta"], of_bridge["theta"], strict=True))
+    mixed, _ = gradients(fresh(s, w_trained=True), settings(method="mix_lora", lam=0.3))
+    assert not all(torch.equal(a, b) for a, b in zip(g["w"], mixed["w"], strict=True)), "mix_lora's w takes RL, too"
+
+
+@pytest.mark.parametrize("grad_clip", [1.0, 0.01])
+def test_the_one_step_shadow_is_the_next_iterate_of_rl_alone_and_keeps_no_moments(grad_clip):
+    """θ̂ = θ^k after the step that θ's optimizer would make with ∇J_RL only; then the gain has a gradient at once."""
+    s = settings(shadow_rollouts="one_step", grad_clip=grad_clip)
+    m = fresh(s, w_trained=True)
+    for step in range(3):
+        rl_alone = copy.deepcopy(m)
+        rl_alone.shadow = None
+        rollouts = make_rollouts(m.policy, seed=step)
+        theta = [p.clone() for p in m.parameters["theta"]]
+        stats = bridge.bilevel_gradients(rl_alone, rollouts, None, [], 0.0, 1.0, s, lambda phase: nullcontext())
+        del rl_alone.optimizers["w"], rl_alone.optimizers["theta_hat"]
+        bridge.clip_and_step(rl_alone, stats, s)
+        rollouts = make_rollouts(m.policy, seed=step)
+        stats = bridge.bilevel_gradients(m, rollouts, rollouts, rows(4), 0.5, 0.5, s, lambda phase: nullcontext())
+        assert all(torch.equal(p, q) for p, q in zip(theta, m.parameters["theta"], strict=True)), "θ is still at k"
+        expected = rl_alone.parameters["theta"]
+        assert all(torch.equal(p, q) for p, q in zip(m.parameters["theta_hat"], expected, strict=True))
+        assert stats["gain_grad_norm"] > 1e-5
+        bridge.clip_and_step(m, stats, s)
+        assert all(torch.equal(p, q) for p, q in zip(m.parameters["theta_hat"], expected, strict=True))
+        assert not m.optimizers["theta_hat"].state
+
+
+def test_the_one_step_gain_s_gradient_is_taken_at_the_stepped_shadow():
+    lam, s = 0.3, settings(lam=0.3, shadow_rollouts="one_step")
+    m = fresh(s, w_trained=True)
+    rollouts = make_rollouts(m.policy)
+    g, _ = gradients(m, s, rollouts=rollouts)
+    rollouts.old_logp = rollouts.sampler_logp
+
+    def alone(backward):
+        for p in m.w.values():
+            p.grad = None
+        backward()
+        return [p.grad for p in m.w.values()]
+
+    sft = alone(lambda: bridge.sft_pass(m.policy, rows(4, seed=9), 1.0, s))
+    rl = alone(lambda: bridge.rl_pass(m.policy, rollouts, None, s))
+    rl_hat = alone(lambda: bridge.rl_pass(m.shadow, rollouts, None, s, ratio_cap=s.shadow_ratio_cap))
+    assert_close(g["w"], [(1 - lam) * a + lam * (b - c) for a, b, c in zip(sft, rl, rl_hat, strict=True)])
+
+
+def test_alternating_has_an_adam_state_for_each_of_its_two_updates():
+    s = settings(method="alternating", alpha=0.001)
+    m = fresh(s)
+    for k in range(2):
+        rollouts = make_rollouts(m.policy, seed=k)
+        for mu, lam in bridge.updates(s, k):
+            stats = bridge.bilevel_gradients(m, rollouts, rollouts, rows(4), mu, lam, s, lambda phase: nullcontext())
+            before = [p.clone() for p in m.parameters["theta"]]
+            bridge.clip_and_step(m, stats, s, lam)
+            moved = max((p - q).abs().max().item() for p, q in zip(m.parameters["theta"], before, strict=True))
+            assert moved == pytest.approx(s.alpha, rel=0.01) or k > 0, "Adam's first step moves by its rate"
+    steps = {name: {int(state["step"]) for state in o.state.values()} for name, o in m.optimizers.items()}
+    assert steps == {"theta": {2}, "theta_sft": {2}}
+
+
+def test_a_constant_reward_moves_no_parameter():
+    s = settings(method="rl")
+    m = fresh(s)
+    rollouts = make_rollouts(m.policy, samples=6)
+    lengths = torch.tensor([len(r) for _, r in rollouts.rows])
+    rollouts.advantage = grpo.group_advantages(torch.full((3, 6), 0.3)).flatten().repeat_interleave(lengths)
+    before = [p.clone() for p in m.parameters["theta"]]
+    _, stats = gradients(m, s, rollouts=rollouts)
+    bridge.clip_and_step(m, stats, s)
+    assert all(torch.equal(p, q) for p, q in zip(m.parameters["theta"], before, strict=True))
+
+
+def test_the_sft_loss_is_taken_at_temperature_one_whatever_the_sampling_temperature():
+    m = fresh(settings())
+    losses = [bridge.sft_pass(m.policy, rows(4), 1.0, settings(temperature=t)) for t in (0.5, 1.0)]
+    expected = -torch.cat([response_logprobs(m.policy, [row])[0] for row in rows(4)]).mean()
+    assert losses == pytest.approx([expected.item()] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(clip_low=0.02), dict(clip_high=0.02), dict(temperature=0.7)])
+def test_clips_and_temperature_reach_the_rl_loss(changes):
+    s = settings(method="rl", **changes)
+    m = fresh(s)
+    rollouts = make_rollouts(m.policy)
+    noise = torch.randn(len(rollouts.weight), generator=torch.Generator().manual_seed(0))
+    rollouts.old_logp = rollouts.sampler_logp + 0.1 * noise
+    bridge.rl_pass(m.policy, rollouts, None, s)
+    taken = [p.grad.clone() for p in m.parameters["theta"]]
+    logp, _ = response_logprobs(m.policy, rollouts.rows, s.temperature)
+    clip = (changes.get("clip_low", 0.2), changes.get("clip_high", 0.2))
+    loss, _ = grpo.grpo_loss(logp, rollouts.old_logp, rollouts.advantage, rollouts.weight, clip)
+    assert_close(taken, torch.autograd.grad(loss, m.parameters["theta"]))
 
 
 def test_theta_gets_nothing_from_the_shadow_s_loss():
@@ -205,12 +328,12 @@ def test_the_order_of_rows_changes_no_gradient():
         assert_close(values, gradients(copy.deepcopy(m), s, rollouts=copy.deepcopy(r))[0][name])
 
 
-@pytest.mark.parametrize("method", ["sft", "rl", "mix", "mix_lora"])
+@pytest.mark.parametrize("method", ["sft", "rl", "mix", "mix_lora", "no_meta"])
 def test_each_term_moves_the_parameters_it_owns_and_no_others(method):
     s = settings(method=method)
     m = fresh(s)
     assert m.shadow is None
-    assert bool(m.w) == (method == "mix_lora")
+    assert bool(m.w) == (method in ("mix_lora", "no_meta"))
     g, stats = gradients(m, s)
     assert all(p is not None and p.any() for p in g["theta"])
     assert ("sft_nll" in stats) == (method != "rl")
@@ -226,8 +349,10 @@ def test_update_weights_of_every_method():
     assert of("sft_rl", 4, sft_steps=5) == [(1, 0)]
     assert of("sft_rl", 5, sft_steps=5) == [(0, 1)]
     assert of("alternating") == [(0, 1), (1, 0)]
-    assert of("mix", mu=0.25) == [(0.25, 1)]
-    assert of("mix_lora", lam=0.25) == of("bridge", lam=0.25) == [(0.75, 0.25)]
+    assert of("mix", mu=0.25) == [(0.2, 0.8)]
+    assert of("mix_lora", lam=0.25) == of("no_meta", lam=0.25) == of("bridge", lam=0.25) == [(0.75, 0.25)]
+    for method in METHODS:
+        assert all(mu + lam == 1 for k in (0, 200) for mu, lam in of(method, k)), "no method has a larger gradient"
     with pytest.raises(SettingError, match=r"method unheard-of has no case in bridge\.py:updates"):
         of("unheard-of")
 
