@@ -24,19 +24,19 @@ AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
 def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """A = (r − mean) / (std + ε) within each group; Dr.GRPO (arXiv 2503.20783) omits the division.
 
-    rewards [P, G] -> advantages [P, G] fp32. std is the sample's (divided by G−1). A group of one or of equal rewards
+    rewards [P, G] -> advantages [P, G]. std is the sample's (divided by G−1). A group of one or of equal rewards
     gets exactly 0: its rounded mean can differ from its rewards, and Adam would turn that into a step of full length.
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [0., 0., 0., 0.]]))
     tensor([[ 0.8659, -0.8659, -0.8659,  0.8659],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    rewards = rewards.double()
-    centred = rewards - rewards.mean(-1, keepdim=True)  # [P, G]
-    centred.masked_fill_(rewards.amax(-1, keepdim=True) == rewards.amin(-1, keepdim=True), 0.0)
-    if divide_by_std and rewards.shape[-1] > 1:
-        centred /= rewards.std(-1, keepdim=True) + STD_EPS
-    return centred.float()
+    r = rewards.double()
+    centred = r - r.mean(-1, keepdim=True)  # [P, G]
+    centred.masked_fill_(r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True), 0.0)
+    if divide_by_std and r.shape[-1] > 1:
+        centred /= r.std(-1, keepdim=True) + STD_EPS
+    return centred.to(rewards.dtype)
 
 
 def token_weights(lengths: Tensor, aggregation: str, max_length: int, keep: Tensor | None = None) -> Tensor:

@@ -92,7 +92,7 @@ class Rollouts:
     """Sampled completions as GRPO needs them: the whole batch, on every rank."""
 
     rows: list[Row]  # N
-    reward: Tensor  # [P, G] fp64
+    reward: Tensor  # [P, G]
     advantage: Tensor  # [T]
     weight: Tensor  # [T] of a token in the loss
     sampler_logp: Tensor  # [T] log π in the sampler
@@ -154,13 +154,14 @@ def sample_groups(env: Environment, draws: list[tuple[int, int]], step: int) -> 
 def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> Rollouts:
     """Lays the completions of P groups end to end, each token with its advantage and its weight in the loss."""
     completions = [c for group in groups for c in group.completions]  # N
-    reward = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # [P, G]
+    reward = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # [P, G] as in has_signal
     lengths = torch.tensor([len(c.ids) for c in completions])  # [N]
     keep = torch.tensor([c.finish_reason == "stop" or not s.overlong_mask for c in completions])  # [N]
-    advantage = grpo.group_advantages(reward, divide_by_std=s.aggregation != "dr_grpo")  # [P, G]
+    advantage = grpo.group_advantages(reward, divide_by_std=s.aggregation != "dr_grpo").float()  # [P, G]
     device, first = pick_device(), groups[0]
     return Rollouts(
-        rows=[(group.prompt, c.ids) for group in groups for c in group.completions], reward=reward, stats=stats,
+        rows=[(group.prompt, c.ids) for group in groups for c in group.completions], reward=reward.float(),
+        stats=stats,
         advantage=advantage.flatten().repeat_interleave(lengths).to(device),
         weight=grpo.token_weights(lengths, s.aggregation, s.max_new_tokens, keep).to(device),
         sampler_logp=torch.tensor([logp for c in completions for logp in c.logps], device=device),

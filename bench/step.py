@@ -119,7 +119,7 @@ def one_step(run: bridge.Run, k: int) -> dict[str, dict[str, float]]:
         rows["sft"] = [run.demonstrations[i] for _, i in run.demos.take(s.sft_batch)] if mu else []
         stats |= bridge.bilevel_gradients(m, rollouts, rollouts_hat, rows["sft"], mu, lam, s, timer)
         with timer("optimizer"):
-            stats |= bridge.clip_and_step(m, stats, s)
+            stats |= bridge.clip_and_step(m, stats, s, lam)
     if not all_finite(stats):
         raise FloatingPointError(f"a number is not finite: {stats}")
     tokens = {phase: sum(len(prompt) + len(ids) for prompt, ids in of_phase) for phase, of_phase in rows.items()}

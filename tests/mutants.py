@@ -34,8 +34,8 @@ TESTS = {  # start of a path -> tests that concern it; they run first to last un
 }
 
 MUTANTS = [  # file, line as it is, line as it should not be
-    ("grpo.py", "centred = rewards - rewards.mean(-1, keepdim=True)", "centred = rewards - rewards.mean()"),
-    ("grpo.py", "rewards.std(-1, keepdim=True) + STD_EPS", "rewards.std(-1, keepdim=True, unbiased=False) + STD_EPS"),
+    ("grpo.py", "centred = r - r.mean(-1, keepdim=True)", "centred = r - r.mean()"),
+    ("grpo.py", "r.std(-1, keepdim=True) + STD_EPS", "r.std(-1, keepdim=True, unbiased=False) + STD_EPS"),
     ("grpo.py", "torch.minimum(unclipped, clipped)", "clipped"),
     ("grpo.py", "1.0 / (n * lengths.clamp(min=1).float())", "1.0 / lengths.sum().expand(n)"),
     ("grpo.py", "torch.where(weight != 0, logp - old_logp, 0.0)", "(logp - old_logp)"),
@@ -43,7 +43,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("grpo.py", "kl_coef * bounded * kl", "kl_coef * kl"),
     ("grpo.py", "bounded = ratio * (ratio_cap / ratio.detach()).clamp(max=1)", "bounded = ratio"),
     ("grpo.py", "centred.masked_fill_(", "centred.masked_fill("),
-    ("grpo.py", "rewards = rewards.double()", "rewards = rewards.float()"),
+    ("grpo.py", "r = rewards.double()", "r = rewards.float()"),
     ("grpo.py", "MAX_LOG_RATIO = 20.0", "MAX_LOG_RATIO = 5.0"),
     ("grpo.py", "int((lengths * keep).sum())", "int(lengths.sum())"),
     ("grpo.py", "ratio.detach().clamp(max=cap) * advantage * logp", "ratio.clamp(max=cap) * advantage * logp"),
