@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -13,11 +14,13 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import bridge
+import evaluate
 import rewards
 import rollout
 import settings
-from infra.files import DataError
-from infra.run import RunFolder
+from infra import export
+from infra.files import DataError, printable
+from infra.run import RunFolder, one_line_errors, print0
 from ops.packed import ModelError
 from sampler import Completion
 from tasks import arithmetic, named, prompts, sources
@@ -301,6 +304,58 @@ def test_a_json_file_of_another_shape_is_refused(tmp_path):
         (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(DataError, match=message):
             list(sources.read_rows(str(tmp_path / "a.json"), "rl_data"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed and written
+
+
+HOSTILE = "\x1b[2J\r\b\x07\x9b\u202e\u2066\u2028\ud800\x00"
+ESCAPED = "\\x1b[2J\\r\\x08\\x07\\x9b\\u202e\\u2066\\u2028\\ud800\\x00"
+
+
+def test_text_that_could_rewrite_a_terminal_is_printed_with_escapes(capsys, monkeypatch):
+    assert printable(f"θ π̂ é 中 🙂\n\t{HOSTILE}") == f"θ π̂ é 中 🙂\n\t{ESCAPED}"
+    print0(HOSTILE)
+    monkeypatch.setattr(evaluate.results, "table", lambda paths: HOSTILE)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--table", "x"])
+    evaluate.main()
+    assert capsys.readouterr().out == f"{ESCAPED}\n{ESCAPED}\n"
+    with pytest.raises(SystemExit) as ended, one_line_errors("bridge.py"):
+        raise DataError(f"a\n{HOSTILE}")
+    assert ended.value.code == f"bridge.py: a\\n{ESCAPED}"
+
+
+def test_names_of_fields_and_of_stop_tokens_are_printed_with_escapes(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{HOSTILE: "q"}])
+    with pytest.raises(SystemExit) as ended:
+        bridge.main(
+            ["--model", "arithmetic-smoke", "--method", "rl", "--rl-data", path, "--out", str(tmp_path / "run")]
+        )
+    assert ended.value.code.isprintable()
+    assert ESCAPED in ended.value.code
+
+
+def test_a_model_card_holds_escapes_instead_of_text_that_utf8_cannot_encode(tmp_path):
+    export.save_model(tmp_path / "model", tiny_model(), arithmetic.make_tokenizer(), [0], HOSTILE)
+    assert (tmp_path / "model" / "README.md").read_text(encoding="utf-8") == ESCAPED
+
+
+@pytest.mark.parametrize("flag", ["--out", "--model", "--rl-data", "--reward", "--lora-targets", "--task"])
+def test_a_setting_that_utf8_cannot_encode_is_refused_by_name(flag):
+    name = flag[2:].replace("-", "_")
+    with pytest.raises(settings.SettingError, match=rf"^{name} must be text in UTF-8; got 'a\\udcff'$"):
+        settings.parse([flag, "a\udcff"])  # Python reads the byte ff so
+
+
+@pytest.mark.parametrize("field", ["question", "answer", "solution"])
+def test_half_a_surrogate_pair_in_a_row_is_refused_with_line_and_field(tmp_path, field):
+    row = {"question": "q", "answer": "1", "solution": "s"}
+    path = write(tmp_path / "a.jsonl", [row, row | {field: "\ud800"}])
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: field {field} must be .* text that UTF-8 can encode"):
+        (sources.read_demonstrations if field == "solution" else sources.read_problems)(path, "rl_data", [])
+    with pytest.raises(ValueError, match="group must be text that UTF-8 can encode"):
+        Problem("q", "1", "\udfff")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
