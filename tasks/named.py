@@ -1,7 +1,7 @@
 """The tasks that --task and --rl-data name, each a function of the settings; docs/data.md explains how to add one."""
 
 from infra.files import DataError
-from rewards import FunctionError, load_function, where_in
+from rewards import FunctionError, load_function, user_code
 from settings import METHODS, Settings
 from tasks import arithmetic
 from tasks.benchmarks import BENCHMARKS, read_benchmark
@@ -104,15 +104,13 @@ def from_function(spec: str, s: Settings) -> Task:
         raise FunctionError(f"task: {spec!r} must be one of {', '.join(NAMED)}, or FILE.py:FUNCTION")
     function = load_function("task", spec)
     file, _, name = spec.rpartition(":")
-    try:
+    with user_code("task", file, f"in {name}", DataError):
         task = function(s)
         if not isinstance(task, Task):
             raise TypeError(f"the function must return a Task, it returned a {type(task).__name__}")
-        for field, kind in dict(problems=Problem, demonstrations=Demonstration, evaluation=Problem).items():
-            if not all(isinstance(item, kind) for item in getattr(task, field)):
+        kinds = dict(problems=Problem, demonstrations=Demonstration, evaluation=Problem, kept_apart=str, notes=str)
+        for field, kind in kinds.items():
+            items = getattr(task, field)
+            if not all(isinstance(item, kind) for item in items) or not isinstance(items, list):
                 raise TypeError(f"{field} must be a list of {kind.__name__} objects")
-    except DataError:
-        raise
-    except Exception as error:
-        raise FunctionError(f"task: {where_in(error, file)} in {name}: {error!r}") from error
     return task

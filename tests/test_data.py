@@ -1,13 +1,17 @@
 """Prompts, sources, contamination, the tasks that --task names, and functions of the user."""
 
 import copy
+import importlib
+import io
 import json
+import os
 import re
 import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
@@ -595,6 +599,10 @@ MAKES = "from tasks.task import Demonstration, Problem, Task\nP, D = Problem('q'
         (MAKES + "f = lambda s: Task([P, 'q'], [], [])", r"own\.py in f: .*problems must be a list of Problem"),
         (MAKES + "f = lambda s: Task([P], [P], [])", r"demonstrations must be a list of Demonstration objects"),
         (MAKES + "f = lambda s: Task([P], [D], [D])", r"evaluation must be a list of Problem objects"),
+        (MAKES + "f = lambda s: Task((P for _ in range(3)), [D], [P])", r"problems must be a list of Problem objects"),
+        (MAKES + "f = lambda s: Task([P], [D], [P], notes=(3,))", r"notes must be a list of str objects"),
+        ("import sys\ndef f(s):\n    sys.exit()", r"own\.py, line 3, in f: SystemExit\(\)$"),
+        ("import os\ndef f(s):\n    os._exit(0)", r"own\.py, line 3, in f: SystemExit\('os\._exit\(0\)'\)$"),
         (MAKES + "f = lambda s: Task([P], None, [])", r"own\.py in f: TypeError.*NoneType"),
         (MAKES + "f = lambda s: Task([Problem('q', 1)], [], [])", r"own\.py, line 3, in f: .*answer must be text"),
         (MAKES + "f = lambda s: Task([], [Demonstration('q', '\\ud800')], [])", r"line 3, in f: .*response must"),
@@ -649,13 +657,172 @@ def test_a_reward_function_receives_response_and_problem_with_the_rest_of_its_ro
         ("f = lambda r, p: 'x'", "f", r"it returned 'x' for"),
         ("def g():\n    return {}['k']\ndef f(r, p):\n    return g()", "f", r"own\.py, line 2, in f: KeyError\('k'\)"),
         ("f = lambda r: 1", "f", r"own\.py in f: TypeError"),
+        ("\nexit(0)", "f", r"own\.py, line 2, while loading: SystemExit\(0\)$"),
+        ("import os\nos._exit(0)", "f", r"own\.py, line 2, while loading: SystemExit\('os\._exit\(0\)'\)$"),
+        ("from os import _exit\ndef f(r, p):\n    _exit(0)", "f", r"own\.py, line 3, in f: SystemExit"),
+        ("def f(r, p):\n    quit()", "f", r"own\.py, line 2, in f: SystemExit\(None\)$"),
+        ("def f(r, p):\n    raise GeneratorExit", "f", r"own\.py, line 2, in f: GeneratorExit\(\)$"),
+        ("def f(r, p):\n    return compile('1+', '<text>', 'eval')", "f", r"own\.py, line 2, in f: SyntaxError"),
+        ("f = lambda r, p: 10**400", "f", r"own\.py in f: OverflowError"),
+        ("class R:\n def __float__(self):\n  exit(0)\nf = lambda r, p: R()", "f", r"own\.py, line 3, in f: SystemExit"),
+        ("class R:\n def __repr__(self):\n  exit(0)\nf = lambda r, p: R()", "f", r"it returned R, whose repr fails"),
+        ("class E(Exception):\n    def __repr__(self):\n        return self.x\ndef f(r, p):\n    raise E", "f",
+         r"own\.py, line 5, in f: E, whose repr fails$"),
+        ("class E(Exception):\n def __repr__(self):\n  return 'a\\nb'\ndef f(r, p):\n    raise E", "f", "f: a b$"),
+        ("import torch\nf = lambda r, p: torch.ones((), requires_grad=True)", "f", r"it returned tensor\(1\., req"),
+        ("import torch\nf = lambda r, p: torch.ones(2)", "f", r"own\.py in f: .*only one element"),
+        ("import torch\nf = lambda r, p: torch.tensor(1j)", "f", r"must return a finite number"),
+        ("import numpy\nf = lambda r, p: numpy.complex64(1)", "f", r"must return a finite number"),
+        ("import numpy\nf = lambda r, p: numpy.str_('1')", "f", r"must return a finite number"),
+        ("import sys\nf = lambda r, p: sys.stdout.close() or 1", "f", r"own\.py in f: .*stdout or stderr was closed"),
+        ("import sys\nf = lambda r, p: sys.stdout.detach() and 1", "f", r"own\.py in f: .*detached"),
     ],
-)
-def test_a_broken_reward_function_is_named_with_file_and_line(tmp_path, code, name, message):
+)  # fmt: skip
+def test_a_broken_reward_function_is_named_with_file_and_line(tmp_path, monkeypatch, code, name, message):
     path = tmp_path / "own.py"
     path.write_text(code)
-    with pytest.raises(rewards.FunctionError, match=f"reward: .*{message}"):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(rewards.FunctionError, match=f"^reward: .*{message}"):
         rewards.load_reward(f"{path}:{name}")("text", PROBLEM)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["True", "Fraction(3, 3)", "Decimal(1)", "numpy.float16(1)", "numpy.bool_(True)", "numpy.array(1)",
+     "torch.tensor(1)", "torch.tensor(1.0, dtype=torch.bfloat16)", "torch.tensor(True)"],
+)  # fmt: skip
+def test_a_real_number_of_any_library_is_a_reward(tmp_path, value):
+    imports = "import numpy, torch\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
+    (tmp_path / "own.py").write_text(f"{imports}def f(response, problem):\n    return {value}\n")
+    reward = rewards.load_reward(f"{tmp_path}/own.py:f")("text", PROBLEM)
+    assert (reward, type(reward)) == (1.0, float)
+
+
+HOLDS = "import os, sys, torch\nkept = []\ndef hold(context):\n    kept.append(context)\n    context.__enter__()\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["torch.set_grad_enabled(False)", "hold(torch.no_grad())", "hold(torch.inference_mode())", "os.chdir('/')",
+     "torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')", "torch.set_num_threads(2)",
+     "sys.stdout = None", "sys.stderr = open(os.devnull, 'w')"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["load", "call"])
+def test_what_a_reward_changes_in_the_process_is_restored(tmp_path, change, place):
+    def state():
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads()
+        return (
+            modes,
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            Path.cwd(),
+            sys.stdout,
+            sys.stderr,
+            os._exit,
+        )
+
+    at_load, at_call = (change, "pass") if place == "load" else ("", change)
+    (tmp_path / "own.py").write_text(f"{HOLDS}{at_load}\ndef f(response, problem):\n    {at_call}\n    return 1\n")
+    before = state()
+    assert rewards.load_reward(f"{tmp_path}/own.py:f")("text", PROBLEM) == 1.0
+    assert state() == before
+    weight = torch.ones(1, requires_grad=True)
+    (2 * weight).backward()
+    assert weight.grad == 2
+
+
+MODULE = """from __future__ import annotations
+import multiprocessing, os, pickle
+from dataclasses import dataclass
+import helper
+
+@dataclass
+class Point:
+    x: int
+    y: list[int] | None = None
+
+    def twice(self):
+        return 2 * self.x
+
+def in_pool(response, problem):
+    with multiprocessing.get_context(response).Pool(1) as pool:
+        return sum(pool.map(Point.twice, [Point(1), pickle.loads(pickle.dumps(Point(2)))])) + helper.ONE
+
+def in_child(response, problem):
+    if (child := os.fork()) == 0:
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def task(s):
+    from tasks.task import Demonstration, Problem, Task
+    return Task([Problem("q", "1", extra={"point": Point(3)})], [Demonstration("q", "r")], [Problem("p", "1")])
+
+def of_task(response, problem):
+    return isinstance(problem.extra["point"], Point)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Writes the user's file of a name, with a helper beside it; forgets the modules afterwards."""
+    for name in ("path", "meta_path"):
+        monkeypatch.setattr(sys, name, [*getattr(sys, name)])
+    before = dict(sys.modules)
+
+    def write_file(name, text=MODULE, folder="own"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "helper.py").write_text("ONE = 1\n")
+        (tmp_path / folder / name).write_text(text)
+        return str(tmp_path / folder / name)
+
+    yield write_file
+    for name in set(sys.modules) - set(before):
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("mine.py", "fork"), ("mine.py", "spawn"), ("my-reward.v2.py", "fork"), ("json.py", "fork"),
+     ("rewards.py", "fork"), ("plot.py", "fork"), ("time.py", "fork"), ("__main__.py", "fork")],
+)  # fmt: skip
+def test_dataclasses_pickle_and_process_pools_work_in_a_reward_file_of_any_name(own, name, method):
+    modules = {known: sys.modules[known] for known in ("json", "rewards", "time", "__main__")}
+    assert rewards.load_reward(f"{own(name)}:in_pool")(method, PROBLEM) == 7.0
+    assert {known: sys.modules[known] for known in modules} == modules
+    assert Path(importlib.import_module("plot").__file__).parent == Path(rewards.__file__).parent
+
+
+def test_a_child_process_of_a_reward_may_exit(own):
+    assert rewards.load_reward(f"{own('mine.py')}:in_child")("text", PROBLEM) == 7.0
+
+
+def test_a_file_with_task_and_reward_is_executed_once(own, monkeypatch):
+    path = own("mine.py")
+    monkeypatch.chdir(Path(path).parent)
+    task = named.load_task(settings.Settings(task=f"{path}:task"))
+    assert rewards.load_reward("mine.py:of_task")("text", task.problems[0]) == 1.0
+    own("mine.py", MODULE + "of_task = lambda response, problem: 5\n")
+    assert rewards.load_reward("mine.py:of_task")("text", task.problems[0]) == 5.0, "a changed file is executed again"
+
+
+def test_two_files_of_one_name_are_two_modules(own):
+    paths = [own("mine.py", f"f = lambda response, problem: {i}\n", folder=str(i)) for i in range(2)]
+    first, second = (rewards.load_reward(f"{path}:f") for path in paths)
+    assert (first("text", PROBLEM), second("text", PROBLEM)) == (0.0, 1.0)
+    assert sys.modules["mine"].f("text", PROBLEM) == 0
+
+
+@pytest.mark.parametrize(
+    "code", ["import os\ndef f(r, p):\n    os._exit(0)\n", "def f(r, p):\n    exit(0)\n", "exit(0)"]
+)
+def test_a_run_does_not_end_with_status_0_because_its_reward_exits(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(arithmetic, "PROMPTS", 64)
+    (tmp_path / "own.py").write_text(code)
+    flags = ["--preset", "smoke", "--eval-problems", "1", "--max-new-tokens", "8", "--method", "rl"]
+    flags += ["--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match=r"^bridge\.py: reward: .*own\.py, line \d, .*: SystemExit.*$"):
+        bridge.main([*flags, "--reward", f"{tmp_path}/own.py:f"])
 
 
 @pytest.mark.parametrize("spec", ["own", "own.py", ":f", "own.txt:f", "own.py:"])
