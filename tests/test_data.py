@@ -8,6 +8,8 @@ import os
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from ops.packed import ModelError
 from sampler import Completion
 from tasks import arithmetic, named, prompts, sources
 from tasks import task as tasks
+from tasks.benchmarks import read_benchmark
 from tasks.task import Demonstration, Problem, Task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -308,6 +311,174 @@ def test_a_json_file_of_another_shape_is_refused(tmp_path):
         (tmp_path / "a.json").write_bytes(text.encode("latin-1"))
         with pytest.raises(DataError, match=message):
             list(sources.read_rows(str(tmp_path / "a.json"), "rl_data"))
+
+
+def read(path, text, reader=sources.read_problems, **options):
+    """(rows, notes) of a file with this text."""
+    path.write_bytes(text.encode())
+    notes = []
+    return reader(str(path), "rl_data", notes, **options), notes
+
+
+def test_a_csv_cell_is_the_text_that_is_written_there(tmp_path):
+    cells = ["9007199254740993", "None", "NA", "nan", "1e5", "007", "true", '"1,004"', "null", "2024-01-01"]
+    text = "\ufeffquestion,answer,level\r\n" + "".join(f"q{i},{cell},\r\n" for i, cell in enumerate(cells))
+    problems, notes = read(tmp_path / "a.csv", text + '"two\nlines, ""quoted""",1,\r\n\r\nempty,,\r\n')
+    assert [p.answer for p in problems] == [*(cell.strip('"') for cell in cells), "1"]
+    assert problems[-1].question == 'two\nlines, "quoted"'
+    assert {p.group for p in problems} == {"all"}
+    assert problems[0].extra == {"level": ""}
+    assert notes == [f"rl_data: 1 of 12 rows of {tmp_path}/a.csv have no gold answer the grader can read: dropped"]
+    (problem,), _ = read(tmp_path / "a.csv", f"question,answer\n{'long ' * 40_000},1\n")
+    assert len(problem.question) == 199_999
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question,answer\na,1\nb,2,3\n", r"a\.csv, near line 3: the first line has 2 cells, this line another number"),
+        ("question,answer\nb\n", r"a\.csv, near line 2: the first line has 2 cells"),
+        ('question,answer\na,1\n"b,2\n', r"a\.csv, near line 3: unexpected end of data"),
+        ("question,answer\n", r"a\.csv holds no row"),
+        ("question;answer\na;1\n", r"a\.csv, line 2: needs a field named question .*, has question;answer"),
+    ],
+)
+def test_a_damaged_csv_file_is_refused_with_its_line(tmp_path, text, message):
+    with pytest.raises(DataError, match=f"rl_data: .*{message}"):
+        read(tmp_path / "a.csv", text)
+
+
+def test_integers_of_any_size_are_exact_and_a_number_that_is_not_finite_is_no_gold(tmp_path):
+    big = ["9007199254740993", "123456789012345678901234567890"]
+    rows = [f'{{"question": "q", "answer": {n}}}' for n in [*big, "NaN", "Infinity", "-Infinity", "1e999"]]
+    for name, text in (("a.jsonl", "\n".join(rows) + "\n"), ("a.json", f"[{','.join(rows)}]")):
+        problems, notes = read(tmp_path / name, text)
+        assert [p.answer for p in problems] == big
+        assert "4 of 6 rows" in notes[0]
+        with pytest.raises(DataError, match=r"a\.json.*Exceeds the limit \(4300"):
+            read(tmp_path / name, text.replace("NaN", "1" * 5000))
+    with pytest.raises(DataError, match="line 1: field question is empty"):
+        read(tmp_path / "a.jsonl", '{"question": NaN, "answer": 1}\n')
+    datasets = pytest.importorskip("datasets")
+    rows = [{"question": "q", "answer": 2**53 + 1, "level": Decimal("3")}, {"question": "q", "answer": None}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert sources.read_problems(str(tmp_path / "a.parquet"), "x", []) == [Problem("q", str(2**53 + 1), "level 3")]
+
+
+HEADINGS = "#### Step 1\nAdd: \\boxed{2}\n#### Check\nDone."
+
+
+@pytest.mark.parametrize(
+    ("row", "response", "gold"),
+    [
+        ({"answer": "so \\boxed{2}"}, "so \\boxed{2}", "2"),
+        ({"answer": HEADINGS}, HEADINGS, "2"),
+        ({"solution": HEADINGS}, HEADINGS, "2"),
+        ({"answer": "2", "solution": "#### Step 1\n1+1\n#### Part 2: 2"}, "#### Step 1\n1+1\n#### Part 2: 2", "2"),
+        ({"answer": "2", "solution": "1+1\n##### 2"}, "1+1\n##### 2", "2"),
+        ({"answer": "1+1\n#### 2"}, "1+1\nThe answer is \\boxed{2}.", "2"),
+        ({"answer": "1+1\n#### 2\n\n"}, "1+1\nThe answer is \\boxed{2}.", "2"),
+        ({"solution": "1+1\n#### 2"}, "1+1\nThe answer is \\boxed{2}.", "2"),
+        ({"answer": "half\n#### \\frac{1}{2}"}, "half\nThe answer is \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ({"answer": "1+1\n#### 2", "solution": "mine: \\boxed{2}"}, "mine: \\boxed{2}", "2"),
+        ({"answer": "", "solution": "so \\boxed{2}"}, "so \\boxed{2}", "2"),
+        ({"answer": None, "final_answer": 2, "response": "two"}, "two", "2"),
+        ({"answer": "2", "final_answer": "3", "solution": None, "response": "two"}, "two", "2"),
+    ],
+)
+def test_sft_and_rl_read_the_same_gold_of_a_row(tmp_path, row, response, gold):
+    text = json.dumps({"problem": "q", "question": ""} | row) + "\n"
+    assert read(tmp_path / "a.jsonl", text) == ([Problem("q", gold)], [])
+    (demonstration,), _ = read(tmp_path / "a.jsonl", text, sources.read_demonstrations)
+    assert demonstration == Demonstration("q", response, gold)
+
+
+def test_an_empty_gold_behind_four_hashes_drops_the_row_from_both(tmp_path):
+    for reader in (sources.read_problems, sources.read_demonstrations):
+        rows, notes = read(tmp_path / "a.jsonl", '{"question": "q", "answer": "steps ####"}\n', reader)
+        assert (rows, len(notes)) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "groups"),
+    [
+        ([i / 7 for i in range(10)], {"all"}),
+        ([f"{i / 7}" for i in range(10)], {"all"}),
+        ([1e-5, 2e-5, "nan"], {"all"}),
+        (range(21), {"all"}),
+        (["x" * 400], {"all"}),
+        ([f"{'x' * 50}{i}" for i in range(20)], {"all"}),
+        (["\x1b[2J"], {"all"}),
+        (["a|b"], {"all"}),
+        (["$x$"], {"all"}),
+        ([["a"]], {"all"}),
+        ([2, 3.0, "4", "Level 5", 3.5, None, float("nan"), ""], {"2", "3", "4", "5", "3.5", "all"}),
+        (["Grade 6-8", "Géométrie"], {"Grade 6-8", "Géométrie"}),
+    ],
+)
+def test_only_few_short_values_form_groups(tmp_path, monkeypatch, values, groups):
+    expected = {group if group == "all" else f"level {group}" for group in groups}
+    rows = [{"problem": "q", "answer": "1", "level": value} for value in values]
+    assert {p.group for p in sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])} == expected
+    write(tmp_path / "math500.jsonl", rows)
+    labels = [label for p in read_benchmark("math500", str(tmp_path)) for label in p.labels]
+    assert set(labels) == expected - {"all"}
+
+
+def test_a_difficulty_forms_the_groups_where_the_level_is_a_measurement(tmp_path):
+    rows = [{"problem": "q", "answer": "1", "level": i / 7, "difficulty": i % 2} for i in range(1, 5)]
+    problems = sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])
+    assert {p.group for p in problems} == {"difficulty 0", "difficulty 1"}
+
+
+def test_the_groups_of_a_function_that_fit_into_no_table_are_one(tmp_path):
+    (tmp_path / "own.py").write_text(
+        MAKES + "f = lambda s: Task([P] * 9, [D], [Problem(f'q{i}', '1', f'difficulty {i / 7}') for i in range(300)])"
+    )
+    task = named.load_task(settings.Settings(task=f"{tmp_path}/own.py:f"))
+    assert {p.group for p in task.evaluation} == {"all"}
+    assert task.notes == ["evaluation: the names of 300 groups do not fit into a table: all are one group"]
+
+
+def test_a_reward_of_the_user_keeps_golds_that_only_the_grader_cannot_read(tmp_path):
+    rows = [{"question": f"q{i}", "answer": "assert f(1) == [1, 2]", "solution": f"s{i}"} for i in range(8)]
+    rows[3:3] = [{"question": "none", "answer": "", "solution": "s"}, {"question": "v", "answer": "7", "solution": "s"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    own = settings.Settings(rl_data=path, sft_data=path, eval_problems=1, reward="own.py:f")
+    task = named.load_task(own)
+    assert [p.question for p in task.problems] == [f"q{i}" for i in range(8)]
+    assert [p.question for p in task.evaluation] == ["v"], "evaluation keeps the grader"
+    assert len(task.demonstrations) == 10, "a demonstration without a gold can be imitated"
+    assert "1 of 10 rows" in task.notes[0]
+    task = named.load_task(replace(own, eval_problems=2))
+    assert [p.question for p in task.evaluation] == ["q6", "q7"]
+    assert task.notes[-1] == "evaluation: no answer is right for 2 golds, which the grader cannot read"
+    with pytest.raises(DataError, match="of 1 questions"):
+        named.load_task(replace(own, reward=""))
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [({"answer": 0, "solution": "\\boxed{5}"}, "0"), ({"answer": None, "solution": "\\boxed{5}"}, "5"),
+     ({"solution": "\\boxed{5}"}, "5"), ({"answer": 2**53 + 1}, "9007199254740993")],
+)  # fmt: skip
+def test_the_gold_of_a_benchmark_is_its_first_field_that_is_not_empty(tmp_path, row, answer):
+    write(tmp_path / "minerva_math.jsonl", [{"question": "q", "problem": None} | row])
+    (problem,) = read_benchmark("minerva_math", str(tmp_path))
+    assert (problem.question, problem.answer) == ("q", answer)
+
+
+@pytest.mark.parametrize("answer", [None, "", float("nan"), float("inf"), ["1"], True, "\ud800"])
+def test_a_benchmark_row_without_a_gold_is_refused_with_its_line(tmp_path, answer):
+    write(tmp_path / "math500.jsonl", [{"problem": "q", "answer": "1"}, {"problem": "q", "answer": answer}])
+    with pytest.raises(DataError, match=r"math500\.jsonl, line 2 is no row of math500: .*field answer"):
+        read_benchmark("math500", str(tmp_path))
+
+
+def test_a_tolerance_that_is_not_finite_is_none(tmp_path):
+    rows = [{"question": "q", "final_answer": ["2"], "error": error} for error in ("1e400", "nan", "x", "0.1")]
+    write(tmp_path / "olympiadbench.jsonl", rows)
+    assert [p.tolerance for p in read_benchmark("olympiadbench", str(tmp_path))] == [None, None, None, 0.05]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -813,9 +984,7 @@ def test_two_files_of_one_name_are_two_modules(own):
     assert sys.modules["mine"].f("text", PROBLEM) == 0
 
 
-@pytest.mark.parametrize(
-    "code", ["import os\ndef f(r, p):\n    os._exit(0)\n", "def f(r, p):\n    exit(0)\n", "exit(0)"]
-)
+@pytest.mark.parametrize("code", ["import os\ndef f(r, p):\n    os._exit(0)", "def f(r, p):\n    exit(0)", "exit(0)"])
 def test_a_run_does_not_end_with_status_0_because_its_reward_exits(tmp_path, monkeypatch, code):
     monkeypatch.setattr(arithmetic, "PROMPTS", 64)
     (tmp_path / "own.py").write_text(code)
