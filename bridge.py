@@ -323,7 +323,7 @@ def finish(run: Run) -> None:
     if parallel.rank() == 0:
         export.save_run(out, run.s, run.env, run.m.w)
         plot.draw([out], out / "figures.png")
-        print(f"\n{out}/model loads with from_pretrained; curves in {out}/figures.png; logs in {out}/*.jsonl")
+        print0(f"\n{out}/model loads with from_pretrained; curves in {out}/figures.png; logs in {out}/*.jsonl")
 
 
 def main(argv: list[str]) -> None:

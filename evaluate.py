@@ -232,8 +232,8 @@ def run(args: argparse.Namespace) -> None:
                 for record in graded:
                     append_line(out, record)
     if parallel.rank() == 0:
-        print(results.write_summary(out, header, records))
-        print(f"\n{header['sampling']} · seed {args.seed} · grader {rewards.VERSION} · answers in {out}")
+        print0(results.write_summary(out, header, records))
+        print0(f"\n{header['sampling']} · seed {args.seed} · grader {rewards.VERSION} · answers in {out}")
     parallel.end()
 
 
@@ -241,9 +241,9 @@ def main() -> None:
     args = parse(sys.argv[1:])
     with one_line_errors("evaluate.py", f"lower --slots {args.slots}, but not below the samples per problem"):
         if args.table:
-            print(results.table([Path(name) for name in args.table]))
+            print0(results.table([Path(name) for name in args.table]))
         elif args.regrade:
-            print(regrade(Path(args.regrade), args.out))
+            print0(regrade(Path(args.regrade), args.out))
         else:
             run(args)
 

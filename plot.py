@@ -4,7 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from infra.files import read_log
+from infra.files import printable, read_log
 
 
 def curve(ax, metrics: list[dict], name: str, label: str, color: str, window: int = 10) -> None:
@@ -23,7 +23,7 @@ def draw(runs: list[Path], out: Path) -> None:
 
     metrics = [read_log(run / "metrics.jsonl", "step", "seconds") for run in runs]
     evals = [read_log(run / "evals.jsonl", "step", "policy") for run in runs]
-    names, colors = [run.resolve().name for run in runs], [f"C{i}" for i in range(len(runs))]
+    names, colors = [printable(run.resolve().name) for run in runs], [f"C{i}" for i in range(len(runs))]
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     accuracy, by_group, reward, length, gain, seconds = figure.subplots(2, 3).flat
     accuracy.set(title="accuracy, mean over groups", xlabel="step", ylim=(0, 1))
@@ -65,14 +65,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("figures.png"), help="the picture to write")
     args = parser.parse_args()
     if others := [run for run in args.runs if not (run / "metrics.jsonl").exists()]:
-        sys.exit(f"plot.py: {others[0]} is no run folder: it has no metrics.jsonl")
+        sys.exit(printable(f"plot.py: {others[0]} is no run folder: it has no metrics.jsonl", kept=""))
     try:
         draw(args.runs, args.out)
     except (OSError, ValueError) as error:  # ValueError: damaged data, or a format that matplotlib cannot write
-        sys.exit(f"plot.py: {error}")
+        sys.exit(printable(f"plot.py: {error}", kept=""))
     except (KeyError, TypeError, AttributeError) as error:
         sys.exit(f"plot.py: metrics.jsonl or evals.jsonl holds other values than a run writes ({error!r})")
-    print(args.out)
+    print(printable(args.out))
 
 
 if __name__ == "__main__":

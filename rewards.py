@@ -10,12 +10,16 @@ factored or expanded, fraction or exact decimal. The exceptions are:
 """
 
 import math
+import os
 import re
+import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 from grading.answers import MAX_ANSWER, MAX_ITEMS, compare, read
 from settings import SettingError
@@ -59,6 +63,49 @@ class FunctionError(SettingError):
     """A user's function FILE.py:FUNCTION cannot be loaded or used. The message names the setting and the file."""
 
 
+@contextmanager
+def user_code(setting: str, file: str, doing: str, *passed: type[Exception]) -> Iterator[None]:
+    """A block that runs the user's `file`: its exceptions, exit() included, become FunctionErrors, but for `passed`.
+
+    Restores gradient mode, default dtype and device, threads, working folder, stdout and stderr. Forked children exit.
+    """
+    import torch  # slow, and needless in a process that only grades
+
+    streams, leave, pid, folder = (sys.stdout, sys.stderr), os._exit, os.getpid(), os.getcwd()
+    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
+    closed = lambda: [s and s.closed for s in streams] + [os.path.exists(f"/dev/fd/{n}") for n in (1, 2)]  # noqa: E731
+    before = closed()
+    os._exit = lambda status: leave(status) if os.getpid() != pid else sys.exit(f"os._exit({status})")
+    try:
+        with torch.inference_mode(False):  # its end restores the modes of inference and gradients
+            yield
+        if closed() != before:
+            raise OSError("stdout or stderr was closed; the run prints to them")
+    except (FunctionError, KeyboardInterrupt, *passed):
+        raise
+    except BaseException as error:
+        if os.getpid() != pid:
+            raise
+        raise FunctionError(f"{setting}: {where_in(error, file)} {doing}: {_shown(error)}") from error
+    finally:
+        os._exit, (sys.stdout, sys.stderr) = leave, streams
+        os.chdir(folder)
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None)
+        torch.set_num_threads(threads)
+
+
+def _shown(value: object) -> str:
+    """The repr of a value of the user in one line, at most 200 characters; its type if the repr fails."""
+    try:
+        return " ".join(f"{value!r:.200}".split())
+    except (Exception, SystemExit):
+        return f"{type(value).__name__}, whose repr fails"
+
+
+_modules: dict[tuple[Path, bytes], ModuleType] = {}  # of the user, by path and content: each is executed once
+
+
 def load_function(setting: str, spec: str) -> Callable:
     """The user's function `spec`, FILE.py:FUNCTION; executes the file. `setting` begins the text of a FunctionError."""
     file, colon, name = spec.rpartition(":")
@@ -66,12 +113,11 @@ def load_function(setting: str, spec: str) -> Callable:
         raise FunctionError(f"{setting}: {spec!r} must be FILE.py:FUNCTION")
     if not Path(file).is_file():
         raise FunctionError(f"{setting}: there is no file {file!r}")
-    module = module_from_spec(spec_from_file_location(Path(file).stem, file))
-    try:
-        module.__spec__.loader.exec_module(module)
-    except Exception as error:
-        raise FunctionError(f"{setting}: {where_in(error, file)} while loading: {error!r}") from error
-    function = getattr(module, name, None)
+    with user_code(setting, file, "while loading"):
+        path = Path(file).resolve()
+        key = path, path.read_bytes()
+        _modules[key] = _modules.get(key) or _execute(path)
+        function = getattr(_modules[key], name, None)
     if function is None:
         raise FunctionError(f"{setting}: {file} has no function {name!r}")
     if not callable(function):
@@ -79,12 +125,28 @@ def load_function(setting: str, spec: str) -> Callable:
     return function
 
 
-def where_in(error: Exception, file: str) -> str:
+def _execute(path: Path) -> ModuleType:
+    """Executes a file as a module in sys.modules, of its name or, if that is another module's, of its path.
+
+    Its folder ends sys.path: it finds helpers there, and pickle in a spawned process finds the module.
+    """
+    if str(path.parent) not in sys.path:
+        sys.path.append(str(path.parent))
+    name = re.sub(r"\W|^__main__$", "_", path.stem)
+    found = find_spec(name)
+    if found and Path(found.origin or "").resolve() != path:
+        name = re.sub(r"\W", "_", str(path))
+    sys.modules[name] = module = module_from_spec(spec_from_file_location(name, path))
+    module.__spec__.loader.exec_module(module)
+    return module
+
+
+def where_in(error: BaseException, file: str) -> str:
     """The last line of the user's `file` in an exception's traceback, as "FILE.py, line N,"; else just "FILE.py"."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename}, line {error.lineno},"
     frames = traceback.extract_tb(error.__traceback__)  # frames hold absolute paths
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == Path(file).resolve()]
+    if not lines and isinstance(error, SyntaxError) and error.filename:
+        return f"{error.filename}, line {error.lineno},"
     return f"{file}, line {lines[-1]}," if lines else file
 
 
@@ -96,15 +158,14 @@ def load_reward(spec: str) -> Callable[[str, object], float]:
     file, _, name = spec.rpartition(":")
 
     def reward(response: str, problem) -> float:
-        try:
+        with user_code("reward", file, f"in {name}"):
             value = function(response, problem)
-            is_finite = hasattr(value, "__float__") and math.isfinite(value)
-        except Exception as error:
-            raise FunctionError(f"reward: {where_in(error, file)} in {name}: {error!r}") from error
-        if not is_finite:
-            returned = f"it returned {value!r} for {problem.question[:80]!r}"
-            raise FunctionError(f"reward: {spec} must return a finite number, {returned}")
-        return float(value)
+            dtype = str(getattr(value, "dtype", "float"))  # of numpy or torch; text and complex numbers are no reward
+            is_real = hasattr(value, "__float__") and re.match(r"(torch\.)?(u?int|b?float|bool)", dtype)
+            if not is_real or getattr(value, "requires_grad", False) or not math.isfinite(number := float(value)):
+                returned = f"it returned {_shown(value)} for {problem.question[:80]!r}"
+                raise FunctionError(f"reward: {spec} must return a finite number, {returned}")
+        return number
 
     return reward
 

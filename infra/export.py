@@ -9,8 +9,9 @@ from transformers import GenerationConfig
 
 import lora
 from grading.scores import table
-from infra.files import atomic_folder, read_log
+from infra.files import atomic_folder, printable, read_log
 from infra.model import repository_of
+from infra.run import print0
 from settings import METHODS, Settings
 
 
@@ -23,8 +24,8 @@ def save_run(out: Path, s: Settings, env, w: lora.Adapter) -> None:
         with atomic_folder(out / "adapter") as scratch:
             lora.save(scratch, w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
         if lora.delta_norm(w, 1.0) == 0:
-            print(f"WARNING: w is zero (beta is {s.beta:g}): {out / 'adapter'} changes nothing")
-    print(f"\ngreedy accuracy, %\n{accuracies(s, evals)}")
+            print0(f"WARNING: w is zero (beta is {s.beta:g}): {out / 'adapter'} changes nothing")
+    print0(f"\ngreedy accuracy, %\n{accuracies(s, evals)}")
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readme: str) -> None:
@@ -38,7 +39,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readm
     with atomic_folder(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
-        (scratch / "README.md").write_text(readme, encoding="utf-8")
+        (scratch / "README.md").write_text(printable(readme), encoding="utf-8")
 
 
 def accuracies(s: Settings, evals: list[dict]) -> str:

@@ -93,3 +93,12 @@ def cut_back(path: Path, step: int) -> None:
     """Keeps the lines of a log up to and including `step`; a torn last line goes too. Raises DataError."""
     if path.exists():
         write_lines(path, [record for record in read_log(path, "step") if record["step"] <= step])
+
+
+def printable(text: object, kept: str = "\n\t") -> str:
+    r"""The text with escapes for control characters, which could rewrite a terminal, and for what UTF-8 cannot encode.
+
+    >>> printable("a\x1b[2J\u202eb")
+    'a\\x1b[2J\\u202eb'
+    """
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in str(text))

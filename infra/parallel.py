@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from infra.files import printable
 from infra.model import pick_device
 from ops.packed import Row, pads
 from settings import Settings
@@ -73,7 +74,8 @@ def end() -> None:
 
 
 def fail(text: str) -> NoReturn:
-    """Ends the process with a message, which torchrun repeats below its own report."""
+    """Ends the process with a message in one line, which torchrun repeats below its own report."""
+    text = printable(text, kept="")
     if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": {"timestamp": int(time.time())}}}))
     sys.exit(text)

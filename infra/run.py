@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from infra import parallel
-from infra.files import DataError, append_line, cut_back, write_atomically
+from infra.files import DataError, append_line, cut_back, printable, write_atomically
 from infra.model import pick_device
 from ops.packed import ModelError, Row
 from settings import METHODS, SettingError, Settings
@@ -209,7 +209,7 @@ class StopSignal:
 def print0(text: str) -> None:
     """Prints on rank 0, above the progress bar."""
     if parallel.rank() == 0:
-        tqdm.write(text)
+        tqdm.write(printable(text))
         sys.stdout.flush()
 
 

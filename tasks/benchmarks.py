@@ -9,7 +9,7 @@ import numpy as np
 
 import rewards
 from infra.files import DataError
-from tasks.sources import read_rows
+from tasks.sources import labels, read_rows, text_field, worked
 from tasks.task import Problem
 
 
@@ -28,12 +28,12 @@ BENCHMARKS = {
     "math500": Benchmark("HuggingFaceH4/MATH-500:test", 4, labels=("level", "subject")),
     # the solutions box the golds, many of them rounded; the tolerance is that of the harness that the paper uses
     "minerva_math": Benchmark("math-ai/minervamath:test", 4, labels=("type",), tolerance=1e-4,
-                              gold=lambda row: row.get("answer") or rewards.extract(row["solution"])),
+                              gold=lambda row: worked(text_field(row, ("answer", "solution"), "")[1])[1]),
     "olympiadbench": Benchmark("Hothan/OlympiadBench:OE_TO_maths_en_COMP:train", 4, labels=("subfield", "answer_type"),
                                gold=lambda row: ", ".join(row["final_answer"])),
     "aime24": Benchmark("HuggingFaceH4/aime_2024:train", 32),
     "amc23": Benchmark("math-ai/amc23:test", 32),
-    "gsm8k": Benchmark("openai/gsm8k:main:test", 1, lambda row: row["answer"].rpartition("####")[2]),
+    "gsm8k": Benchmark("openai/gsm8k:main:test", 1, lambda row: worked(row["answer"])[1]),
     "gpqa": Benchmark("Idavidrein/gpqa:gpqa_diamond:train", 8, question=("Question",), labels=("High-level domain",),
                       options=lambda row: [row["Correct Answer"], *(row[f"Incorrect Answer {i}"] for i in (1, 2, 3))]),
     "mmlu_pro": Benchmark("TIGER-Lab/MMLU-Pro:test", 1, labels=("category",),
@@ -50,10 +50,10 @@ def read_benchmark(name: str, folder: str, setting: str = "--benchmarks") -> lis
     except DataError as error:
         raise DataError(f"{error}; or put the rows into {local}") from error
     problems = []
+    columns = [labels([row for _, row in rows], field) for field in entry.labels]
     for i, (place, row) in enumerate(rows):
         try:
-            question = next(row[field] for field in entry.question if field in row)
-            labels = tuple(f"{field} {row[field]}" for field in entry.labels if row.get(field) is not None)
+            question = next(row[field] for field in entry.question if row.get(field))
             if entry.options:
                 options = entry.options(row)
                 order = np.random.default_rng((OPTIONS_SEED, i)).permutation(len(options))
@@ -61,9 +61,10 @@ def read_benchmark(name: str, folder: str, setting: str = "--benchmarks") -> lis
                 question += f"\n{choices}\n\nAnswer with the letter of the right option."
                 gold = ascii_uppercase[order.argmin()]
             else:
-                gold = str(entry.gold(row)).strip()
+                _, gold = text_field({"answer": entry.gold(row)}, ("answer",), place)
             tolerance = relative_tolerance(row["error"], gold) if row.get("error") else entry.tolerance
-            problems.append(Problem(question, gold, name, labels, tolerance, row.get("unit") or None))
+            finer = tuple(column[i] for column in columns if column[i])
+            problems.append(Problem(question, gold, name, finer, tolerance, row.get("unit") or None))
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
             raise DataError(f"{place} is no row of {name}: {error!r}") from error
     return problems
@@ -72,6 +73,7 @@ def read_benchmark(name: str, folder: str, setting: str = "--benchmarks") -> lis
 def relative_tolerance(error: str, gold: str) -> float | None:
     """error / |gold|, or None unless both are numbers. OlympiadBench has absolute tolerances in the field "error"."""
     try:
-        return abs(float(error) / float(rewards.read(gold)[0].value.exact))
+        relative = abs(float(error) / float(rewards.read(gold)[0].value.exact))
+        return relative if relative < float("inf") else None
     except (AttributeError, TypeError, ValueError, ZeroDivisionError):
         return None

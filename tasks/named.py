@@ -1,11 +1,13 @@
 """The tasks that --task and --rl-data name, each a function of the settings; docs/data.md explains how to add one."""
 
+from dataclasses import replace
+
 from infra.files import DataError
-from rewards import FunctionError, load_function, where_in
+from rewards import FunctionError, is_gold, load_function, user_code
 from settings import METHODS, Settings
 from tasks import arithmetic
 from tasks.benchmarks import BENCHMARKS, read_benchmark
-from tasks.sources import first_correct, keep_readable, read_demonstrations, read_problems, rows_of
+from tasks.sources import MAX_WIDTH, first_correct, keep_readable, read_demonstrations, read_problems, rows_of
 from tasks.task import Demonstration, Problem, Task
 
 MATH_LEVEL3TO5 = "hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level3to5/train.parquet"
@@ -16,17 +18,23 @@ GSM8K = "openai/gsm8k:main:train"
 def load_task(s: Settings) -> Task:
     """The task that the settings name; a given `template` replaces its own. Raises DataError or FunctionError."""
     if s.rl_data:
-        task = from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems)
+        task = from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems, bool(s.reward))
     else:
         task = NAMED[s.task](s) if s.task in NAMED else from_function(s.task, s)
     task.template = s.template or task.template
+    groups = {p.group for p in task.evaluation}
+    if sum(len(group) + 10 for group in groups) > 2 * MAX_WIDTH:
+        task.notes.append(f"evaluation: the names of {len(groups)} groups do not fit into a table: all are one group")
+        task.evaluation = [replace(p, group="all") for p in task.evaluation]
+    if wrong := sum(not is_gold(p.answer) for p in task.evaluation):
+        task.notes.append(f"evaluation: no answer is right for {wrong} golds, which the grader cannot read")
     return task
 
 
 def limr(s: Settings) -> Task:
     """D_RL of the paper's Qwen2.5-3B, 1,389 problems, with DeepMath's demonstrations."""
     notes: list[str] = []
-    task = Task(read_problems("GAIR/LIMR", "rl_data", notes), deepmath(s, notes), [], notes=notes)
+    task = Task(read_problems("GAIR/LIMR", "rl_data", notes, bool(s.reward)), deepmath(s, notes), [], notes=notes)
     return with_evaluation(task, s.eval_data, s.eval_problems)
 
 
@@ -34,19 +42,19 @@ def math_level3to5(s: Settings) -> Task:
     """SimpleRL's levels 3 to 5 of MATH, 8,523 problems: our reading of the paper's "MATH hard, 8.5K"."""
     notes: list[str] = []
     problems = [Problem(row["question"], row["gt_answer"], extra=row) for row in rows_of(MATH_LEVEL3TO5, "rl_data")]
-    problems = keep_readable(problems, MATH_LEVEL3TO5, "rl_data", notes)
+    problems = keep_readable(problems, MATH_LEVEL3TO5, "rl_data", notes, bool(s.reward))
     return with_evaluation(Task(problems, deepmath(s, notes), [], notes=notes), s.eval_data, s.eval_problems)
 
 
 def gsm8k(s: Settings) -> Task:
     """Grade-school word problems with worked solutions; 7,473 for training, 1,319 for evaluation."""
-    return from_files(GSM8K, s.sft_data or GSM8K, s.eval_data or "gsm8k", s.eval_problems)
+    return from_files(GSM8K, s.sft_data or GSM8K, s.eval_data or "gsm8k", s.eval_problems, bool(s.reward))
 
 
 def deepmath(s: Settings, notes: list[str]) -> list[Demonstration]:
     """R1's solutions of DeepMath's problems, or those of `sft_data`; the paper's own R1 traces were not published."""
     if s.sft_data:
-        return read_demonstrations(s.sft_data, "sft_data", notes)
+        return read_demonstrations(s.sft_data, "sft_data", notes, bool(s.reward))
     if not METHODS[s.method].sft:
         return []
     demonstrations = []
@@ -61,11 +69,11 @@ NAMED = {"arithmetic": lambda s: arithmetic.task(s.seed, s.eval_problems)}
 NAMED |= {"limr": limr, "math_level3to5": math_level3to5, "gsm8k": gsm8k}
 
 
-def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int) -> Task:
+def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int, any_gold: bool = False) -> Task:
     """The task of comma lists of sources (see sources.py); `sft_data` and `eval_data` may be empty."""
     notes: list[str] = []
-    demonstrations = read_demonstrations(sft_data, "sft_data", notes) if sft_data else []
-    task = Task(read_problems(rl_data, "rl_data", notes), demonstrations, [], notes=notes)
+    demonstrations = read_demonstrations(sft_data, "sft_data", notes, any_gold) if sft_data else []
+    task = Task(read_problems(rl_data, "rl_data", notes, any_gold), demonstrations, [], notes=notes)
     return with_evaluation(task, eval_data, eval_problems)
 
 
@@ -73,14 +81,15 @@ def with_evaluation(task: Task, eval_data: str, eval_problems: int) -> Task:
     """Gives the task the first `eval_problems` problems of each group in `eval_data` and returns it.
 
     `eval_data` is a comma list of benchmarks and sources. If it is empty, the last `eval_problems` questions move from
-    training to evaluation. Raises DataError if those are half of the questions or more.
+    training to evaluation, readable ones if there are enough. Raises DataError if those are half of the questions.
     """
     if not eval_data:
         questions = {p.question: p for p in task.problems}
         if 2 * eval_problems >= len(questions):
             too_few = f"holding out eval_problems={eval_problems} of {len(questions)} questions keeps too few"
             raise DataError(f"rl_data: {too_few}: lower eval_problems or give eval_data")
-        task.evaluation = list(questions.values())[-eval_problems:]
+        readable = [p for p in questions.values() if is_gold(p.answer)]
+        task.evaluation = (readable if len(readable) >= eval_problems else [*questions.values()])[-eval_problems:]
         held_out = {p.question for p in task.evaluation}
         task.problems = [p for p in task.problems if p.question not in held_out]
         task.notes.append(f"no eval_data: the last {eval_problems} questions of rl_data are held out of training")
@@ -104,15 +113,13 @@ def from_function(spec: str, s: Settings) -> Task:
         raise FunctionError(f"task: {spec!r} must be one of {', '.join(NAMED)}, or FILE.py:FUNCTION")
     function = load_function("task", spec)
     file, _, name = spec.rpartition(":")
-    try:
+    with user_code("task", file, f"in {name}", DataError):
         task = function(s)
         if not isinstance(task, Task):
             raise TypeError(f"the function must return a Task, it returned a {type(task).__name__}")
-        for field, kind in dict(problems=Problem, demonstrations=Demonstration, evaluation=Problem).items():
-            if not all(isinstance(item, kind) for item in getattr(task, field)):
+        kinds = dict(problems=Problem, demonstrations=Demonstration, evaluation=Problem, kept_apart=str, notes=str)
+        for field, kind in kinds.items():
+            items = getattr(task, field)
+            if not all(isinstance(item, kind) for item in items) or not isinstance(items, list):
                 raise TypeError(f"{field} must be a list of {kind.__name__} objects")
-    except DataError:
-        raise
-    except Exception as error:
-        raise FunctionError(f"task: {where_in(error, file)} in {name}: {error!r}") from error
     return task

@@ -34,7 +34,7 @@ class Problem:
     extra: dict = field(default_factory=dict, compare=False, repr=False)  # its data row's other fields, for rewards
 
     def __post_init__(self):
-        _check_text(question=self.question, answer=self.answer)
+        _check_text(question=self.question, answer=self.answer, group=self.group)
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,37 @@
 """Prompts, sources, contamination, the tasks that --task names, and functions of the user."""
 
 import copy
+import importlib
+import io
 import json
+import os
 import re
+import sys
 from collections import Counter
+from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 import bridge
+import evaluate
 import rewards
 import rollout
 import settings
-from infra.files import DataError
-from infra.run import RunFolder
+from infra import export
+from infra.files import DataError, printable
+from infra.run import RunFolder, one_line_errors, print0
 from ops.packed import ModelError
 from sampler import Completion
 from tasks import arithmetic, named, prompts, sources
 from tasks import task as tasks
+from tasks.benchmarks import read_benchmark
 from tasks.task import Demonstration, Problem, Task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -303,6 +313,226 @@ def test_a_json_file_of_another_shape_is_refused(tmp_path):
             list(sources.read_rows(str(tmp_path / "a.json"), "rl_data"))
 
 
+def read(path, text, reader=sources.read_problems, **options):
+    """(rows, notes) of a file with this text."""
+    path.write_bytes(text.encode())
+    notes = []
+    return reader(str(path), "rl_data", notes, **options), notes
+
+
+def test_a_csv_cell_is_the_text_that_is_written_there(tmp_path):
+    cells = ["9007199254740993", "None", "NA", "nan", "1e5", "007", "true", '"1,004"', "null", "2024-01-01"]
+    text = "\ufeffquestion,answer,level\r\n" + "".join(f"q{i},{cell},\r\n" for i, cell in enumerate(cells))
+    problems, notes = read(tmp_path / "a.csv", text + '"two\nlines, ""quoted""",1,\r\n\r\nempty,,\r\n')
+    assert [p.answer for p in problems] == [*(cell.strip('"') for cell in cells), "1"]
+    assert problems[-1].question == 'two\nlines, "quoted"'
+    assert {p.group for p in problems} == {"all"}
+    assert problems[0].extra == {"level": ""}
+    assert notes == [f"rl_data: 1 of 12 rows of {tmp_path}/a.csv have no gold answer the grader can read: dropped"]
+    (problem,), _ = read(tmp_path / "a.csv", f"question,answer\n{'long ' * 40_000},1\n")
+    assert len(problem.question) == 199_999
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("question,answer\na,1\nb,2,3\n", r"a\.csv, near line 3: the first line has 2 cells, this line another number"),
+        ("question,answer\nb\n", r"a\.csv, near line 2: the first line has 2 cells"),
+        ('question,answer\na,1\n"b,2\n', r"a\.csv, near line 3: unexpected end of data"),
+        ("question,answer\n", r"a\.csv holds no row"),
+        ("question;answer\na;1\n", r"a\.csv, line 2: needs a field named question .*, has question;answer"),
+    ],
+)
+def test_a_damaged_csv_file_is_refused_with_its_line(tmp_path, text, message):
+    with pytest.raises(DataError, match=f"rl_data: .*{message}"):
+        read(tmp_path / "a.csv", text)
+
+
+def test_integers_of_any_size_are_exact_and_a_number_that_is_not_finite_is_no_gold(tmp_path):
+    big = ["9007199254740993", "123456789012345678901234567890"]
+    rows = [f'{{"question": "q", "answer": {n}}}' for n in [*big, "NaN", "Infinity", "-Infinity", "1e999"]]
+    for name, text in (("a.jsonl", "\n".join(rows) + "\n"), ("a.json", f"[{','.join(rows)}]")):
+        problems, notes = read(tmp_path / name, text)
+        assert [p.answer for p in problems] == big
+        assert "4 of 6 rows" in notes[0]
+        with pytest.raises(DataError, match=r"a\.json.*Exceeds the limit \(4300"):
+            read(tmp_path / name, text.replace("NaN", "1" * 5000))
+    with pytest.raises(DataError, match="line 1: field question is empty"):
+        read(tmp_path / "a.jsonl", '{"question": NaN, "answer": 1}\n')
+    datasets = pytest.importorskip("datasets")
+    rows = [{"question": "q", "answer": 2**53 + 1, "level": Decimal("3")}, {"question": "q", "answer": None}]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    assert sources.read_problems(str(tmp_path / "a.parquet"), "x", []) == [Problem("q", str(2**53 + 1), "level 3")]
+
+
+HEADINGS = "#### Step 1\nAdd: \\boxed{2}\n#### Check\nDone."
+
+
+@pytest.mark.parametrize(
+    ("row", "response", "gold"),
+    [
+        ({"answer": "so \\boxed{2}"}, "so \\boxed{2}", "2"),
+        ({"answer": HEADINGS}, HEADINGS, "2"),
+        ({"solution": HEADINGS}, HEADINGS, "2"),
+        ({"answer": "2", "solution": "#### Step 1\n1+1\n#### Part 2: 2"}, "#### Step 1\n1+1\n#### Part 2: 2", "2"),
+        ({"answer": "2", "solution": "1+1\n##### 2"}, "1+1\n##### 2", "2"),
+        ({"answer": "1+1\n#### 2"}, "1+1\nThe answer is \\boxed{2}.", "2"),
+        ({"answer": "1+1\n#### 2\n\n"}, "1+1\nThe answer is \\boxed{2}.", "2"),
+        ({"solution": "1+1\n#### 2"}, "1+1\nThe answer is \\boxed{2}.", "2"),
+        ({"answer": "half\n#### \\frac{1}{2}"}, "half\nThe answer is \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ({"answer": "1+1\n#### 2", "solution": "mine: \\boxed{2}"}, "mine: \\boxed{2}", "2"),
+        ({"answer": "", "solution": "so \\boxed{2}"}, "so \\boxed{2}", "2"),
+        ({"answer": None, "final_answer": 2, "response": "two"}, "two", "2"),
+        ({"answer": "2", "final_answer": "3", "solution": None, "response": "two"}, "two", "2"),
+    ],
+)
+def test_sft_and_rl_read_the_same_gold_of_a_row(tmp_path, row, response, gold):
+    text = json.dumps({"problem": "q", "question": ""} | row) + "\n"
+    assert read(tmp_path / "a.jsonl", text) == ([Problem("q", gold)], [])
+    (demonstration,), _ = read(tmp_path / "a.jsonl", text, sources.read_demonstrations)
+    assert demonstration == Demonstration("q", response, gold)
+
+
+def test_an_empty_gold_behind_four_hashes_drops_the_row_from_both(tmp_path):
+    for reader in (sources.read_problems, sources.read_demonstrations):
+        rows, notes = read(tmp_path / "a.jsonl", '{"question": "q", "answer": "steps ####"}\n', reader)
+        assert (rows, len(notes)) == ([], 1)
+
+
+@pytest.mark.parametrize(
+    ("values", "groups"),
+    [
+        ([i / 7 for i in range(10)], {"all"}),
+        ([f"{i / 7}" for i in range(10)], {"all"}),
+        ([1e-5, 2e-5, "nan"], {"all"}),
+        (range(21), {"all"}),
+        (["x" * 400], {"all"}),
+        ([f"{'x' * 50}{i}" for i in range(20)], {"all"}),
+        (["\x1b[2J"], {"all"}),
+        (["a|b"], {"all"}),
+        (["$x$"], {"all"}),
+        ([["a"]], {"all"}),
+        ([2, 3.0, "4", "Level 5", 3.5, None, float("nan"), ""], {"2", "3", "4", "5", "3.5", "all"}),
+        (["Grade 6-8", "Géométrie"], {"Grade 6-8", "Géométrie"}),
+    ],
+)
+def test_only_few_short_values_form_groups(tmp_path, monkeypatch, values, groups):
+    expected = {group if group == "all" else f"level {group}" for group in groups}
+    rows = [{"problem": "q", "answer": "1", "level": value} for value in values]
+    assert {p.group for p in sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])} == expected
+    write(tmp_path / "math500.jsonl", rows)
+    labels = [label for p in read_benchmark("math500", str(tmp_path)) for label in p.labels]
+    assert set(labels) == expected - {"all"}
+
+
+def test_a_difficulty_forms_the_groups_where_the_level_is_a_measurement(tmp_path):
+    rows = [{"problem": "q", "answer": "1", "level": i / 7, "difficulty": i % 2} for i in range(1, 5)]
+    problems = sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])
+    assert {p.group for p in problems} == {"difficulty 0", "difficulty 1"}
+
+
+def test_the_groups_of_a_function_that_fit_into_no_table_are_one(tmp_path):
+    (tmp_path / "own.py").write_text(
+        MAKES + "f = lambda s: Task([P] * 9, [D], [Problem(f'q{i}', '1', f'difficulty {i / 7}') for i in range(300)])"
+    )
+    task = named.load_task(settings.Settings(task=f"{tmp_path}/own.py:f"))
+    assert {p.group for p in task.evaluation} == {"all"}
+    assert task.notes == ["evaluation: the names of 300 groups do not fit into a table: all are one group"]
+
+
+def test_a_reward_of_the_user_keeps_golds_that_only_the_grader_cannot_read(tmp_path):
+    rows = [{"question": f"q{i}", "answer": "assert f(1) == [1, 2]", "solution": f"s{i}"} for i in range(8)]
+    rows[3:3] = [{"question": "none", "answer": "", "solution": "s"}, {"question": "v", "answer": "7", "solution": "s"}]
+    path = write(tmp_path / "a.jsonl", rows)
+    own = settings.Settings(rl_data=path, sft_data=path, eval_problems=1, reward="own.py:f")
+    task = named.load_task(own)
+    assert [p.question for p in task.problems] == [f"q{i}" for i in range(8)]
+    assert [p.question for p in task.evaluation] == ["v"], "evaluation keeps the grader"
+    assert len(task.demonstrations) == 10, "a demonstration without a gold can be imitated"
+    assert "1 of 10 rows" in task.notes[0]
+    task = named.load_task(replace(own, eval_problems=2))
+    assert [p.question for p in task.evaluation] == ["q6", "q7"]
+    assert task.notes[-1] == "evaluation: no answer is right for 2 golds, which the grader cannot read"
+    with pytest.raises(DataError, match="of 1 questions"):
+        named.load_task(replace(own, reward=""))
+
+
+@pytest.mark.parametrize(
+    ("row", "answer"),
+    [({"answer": 0, "solution": "\\boxed{5}"}, "0"), ({"answer": None, "solution": "\\boxed{5}"}, "5"),
+     ({"solution": "\\boxed{5}"}, "5"), ({"answer": 2**53 + 1}, "9007199254740993")],
+)  # fmt: skip
+def test_the_gold_of_a_benchmark_is_its_first_field_that_is_not_empty(tmp_path, row, answer):
+    write(tmp_path / "minerva_math.jsonl", [{"question": "q", "problem": None} | row])
+    (problem,) = read_benchmark("minerva_math", str(tmp_path))
+    assert (problem.question, problem.answer) == ("q", answer)
+
+
+@pytest.mark.parametrize("answer", [None, "", float("nan"), float("inf"), ["1"], True, "\ud800"])
+def test_a_benchmark_row_without_a_gold_is_refused_with_its_line(tmp_path, answer):
+    write(tmp_path / "math500.jsonl", [{"problem": "q", "answer": "1"}, {"problem": "q", "answer": answer}])
+    with pytest.raises(DataError, match=r"math500\.jsonl, line 2 is no row of math500: .*field answer"):
+        read_benchmark("math500", str(tmp_path))
+
+
+def test_a_tolerance_that_is_not_finite_is_none(tmp_path):
+    rows = [{"question": "q", "final_answer": ["2"], "error": error} for error in ("1e400", "nan", "x", "0.1")]
+    write(tmp_path / "olympiadbench.jsonl", rows)
+    assert [p.tolerance for p in read_benchmark("olympiadbench", str(tmp_path))] == [None, None, None, 0.05]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is printed and written
+
+
+HOSTILE = "\x1b[2J\r\b\x07\x9b\u202e\u2066\u2028\ud800\x00"
+ESCAPED = "\\x1b[2J\\r\\x08\\x07\\x9b\\u202e\\u2066\\u2028\\ud800\\x00"
+
+
+def test_text_that_could_rewrite_a_terminal_is_printed_with_escapes(capsys, monkeypatch):
+    assert printable(f"θ π̂ é 中 🙂\n\t{HOSTILE}") == f"θ π̂ é 中 🙂\n\t{ESCAPED}"
+    print0(HOSTILE)
+    monkeypatch.setattr(evaluate.results, "table", lambda paths: HOSTILE)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--table", "x"])
+    evaluate.main()
+    assert capsys.readouterr().out == f"{ESCAPED}\n{ESCAPED}\n"
+    with pytest.raises(SystemExit) as ended, one_line_errors("bridge.py"):
+        raise DataError(f"a\n{HOSTILE}")
+    assert ended.value.code == f"bridge.py: a\\n{ESCAPED}"
+
+
+def test_names_of_fields_and_of_stop_tokens_are_printed_with_escapes(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", [{HOSTILE: "q"}])
+    with pytest.raises(SystemExit) as ended:
+        bridge.main(
+            ["--model", "arithmetic-smoke", "--method", "rl", "--rl-data", path, "--out", str(tmp_path / "run")]
+        )
+    assert ended.value.code.isprintable()
+    assert ESCAPED in ended.value.code
+
+
+def test_a_model_card_holds_escapes_instead_of_text_that_utf8_cannot_encode(tmp_path):
+    export.save_model(tmp_path / "model", tiny_model(), arithmetic.make_tokenizer(), [0], HOSTILE)
+    assert (tmp_path / "model" / "README.md").read_text(encoding="utf-8") == ESCAPED
+
+
+@pytest.mark.parametrize("flag", ["--out", "--model", "--rl-data", "--reward", "--lora-targets", "--task"])
+def test_a_setting_that_utf8_cannot_encode_is_refused_by_name(flag):
+    name = flag[2:].replace("-", "_")
+    with pytest.raises(settings.SettingError, match=rf"^{name} must be text in UTF-8; got 'a\\udcff'$"):
+        settings.parse([flag, "a\udcff"])  # Python reads the byte ff so
+
+
+@pytest.mark.parametrize("field", ["question", "answer", "solution"])
+def test_half_a_surrogate_pair_in_a_row_is_refused_with_line_and_field(tmp_path, field):
+    row = {"question": "q", "answer": "1", "solution": "s"}
+    path = write(tmp_path / "a.jsonl", [row, row | {field: "\ud800"}])
+    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: field {field} must be .* text that UTF-8 can encode"):
+        (sources.read_demonstrations if field == "solution" else sources.read_problems)(path, "rl_data", [])
+    with pytest.raises(ValueError, match="group must be text that UTF-8 can encode"):
+        Problem("q", "1", "\udfff")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Contamination and evaluation sets
 
@@ -540,6 +770,10 @@ MAKES = "from tasks.task import Demonstration, Problem, Task\nP, D = Problem('q'
         (MAKES + "f = lambda s: Task([P, 'q'], [], [])", r"own\.py in f: .*problems must be a list of Problem"),
         (MAKES + "f = lambda s: Task([P], [P], [])", r"demonstrations must be a list of Demonstration objects"),
         (MAKES + "f = lambda s: Task([P], [D], [D])", r"evaluation must be a list of Problem objects"),
+        (MAKES + "f = lambda s: Task((P for _ in range(3)), [D], [P])", r"problems must be a list of Problem objects"),
+        (MAKES + "f = lambda s: Task([P], [D], [P], notes=(3,))", r"notes must be a list of str objects"),
+        ("import sys\ndef f(s):\n    sys.exit()", r"own\.py, line 3, in f: SystemExit\(\)$"),
+        ("import os\ndef f(s):\n    os._exit(0)", r"own\.py, line 3, in f: SystemExit\('os\._exit\(0\)'\)$"),
         (MAKES + "f = lambda s: Task([P], None, [])", r"own\.py in f: TypeError.*NoneType"),
         (MAKES + "f = lambda s: Task([Problem('q', 1)], [], [])", r"own\.py, line 3, in f: .*answer must be text"),
         (MAKES + "f = lambda s: Task([], [Demonstration('q', '\\ud800')], [])", r"line 3, in f: .*response must"),
@@ -594,13 +828,170 @@ def test_a_reward_function_receives_response_and_problem_with_the_rest_of_its_ro
         ("f = lambda r, p: 'x'", "f", r"it returned 'x' for"),
         ("def g():\n    return {}['k']\ndef f(r, p):\n    return g()", "f", r"own\.py, line 2, in f: KeyError\('k'\)"),
         ("f = lambda r: 1", "f", r"own\.py in f: TypeError"),
+        ("\nexit(0)", "f", r"own\.py, line 2, while loading: SystemExit\(0\)$"),
+        ("import os\nos._exit(0)", "f", r"own\.py, line 2, while loading: SystemExit\('os\._exit\(0\)'\)$"),
+        ("from os import _exit\ndef f(r, p):\n    _exit(0)", "f", r"own\.py, line 3, in f: SystemExit"),
+        ("def f(r, p):\n    quit()", "f", r"own\.py, line 2, in f: SystemExit\(None\)$"),
+        ("def f(r, p):\n    raise GeneratorExit", "f", r"own\.py, line 2, in f: GeneratorExit\(\)$"),
+        ("def f(r, p):\n    return compile('1+', '<text>', 'eval')", "f", r"own\.py, line 2, in f: SyntaxError"),
+        ("f = lambda r, p: 10**400", "f", r"own\.py in f: OverflowError"),
+        ("class R:\n def __float__(self):\n  exit(0)\nf = lambda r, p: R()", "f", r"own\.py, line 3, in f: SystemExit"),
+        ("class R:\n def __repr__(self):\n  exit(0)\nf = lambda r, p: R()", "f", r"it returned R, whose repr fails"),
+        ("class E(Exception):\n    def __repr__(self):\n        return self.x\ndef f(r, p):\n    raise E", "f",
+         r"own\.py, line 5, in f: E, whose repr fails$"),
+        ("class E(Exception):\n def __repr__(self):\n  return 'a\\nb'\ndef f(r, p):\n    raise E", "f", "f: a b$"),
+        ("import torch\nf = lambda r, p: torch.ones((), requires_grad=True)", "f", r"it returned tensor\(1\., req"),
+        ("import torch\nf = lambda r, p: torch.ones(2)", "f", r"own\.py in f: .*only one element"),
+        ("import torch\nf = lambda r, p: torch.tensor(1j)", "f", r"must return a finite number"),
+        ("import numpy\nf = lambda r, p: numpy.complex64(1)", "f", r"must return a finite number"),
+        ("import numpy\nf = lambda r, p: numpy.str_('1')", "f", r"must return a finite number"),
+        ("import sys\nf = lambda r, p: sys.stdout.close() or 1", "f", r"own\.py in f: .*stdout or stderr was closed"),
+        ("import sys\nf = lambda r, p: sys.stdout.detach() and 1", "f", r"own\.py in f: .*detached"),
     ],
-)
-def test_a_broken_reward_function_is_named_with_file_and_line(tmp_path, code, name, message):
+)  # fmt: skip
+def test_a_broken_reward_function_is_named_with_file_and_line(tmp_path, monkeypatch, code, name, message):
     path = tmp_path / "own.py"
     path.write_text(code)
-    with pytest.raises(rewards.FunctionError, match=f"reward: .*{message}"):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
+    with pytest.raises(rewards.FunctionError, match=f"^reward: .*{message}"):
         rewards.load_reward(f"{path}:{name}")("text", PROBLEM)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["True", "Fraction(3, 3)", "Decimal(1)", "numpy.float16(1)", "numpy.bool_(True)", "numpy.array(1)",
+     "torch.tensor(1)", "torch.tensor(1.0, dtype=torch.bfloat16)", "torch.tensor(True)"],
+)  # fmt: skip
+def test_a_real_number_of_any_library_is_a_reward(tmp_path, value):
+    imports = "import numpy, torch\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
+    (tmp_path / "own.py").write_text(f"{imports}def f(response, problem):\n    return {value}\n")
+    reward = rewards.load_reward(f"{tmp_path}/own.py:f")("text", PROBLEM)
+    assert (reward, type(reward)) == (1.0, float)
+
+
+HOLDS = "import os, sys, torch\nkept = []\ndef hold(context):\n    kept.append(context)\n    context.__enter__()\n"
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["torch.set_grad_enabled(False)", "hold(torch.no_grad())", "hold(torch.inference_mode())", "os.chdir('/')",
+     "torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')", "torch.set_num_threads(2)",
+     "sys.stdout = None", "sys.stderr = open(os.devnull, 'w')"],
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["load", "call"])
+def test_what_a_reward_changes_in_the_process_is_restored(tmp_path, change, place):
+    def state():
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads()
+        return (
+            modes,
+            torch.get_default_dtype(),
+            torch.get_default_device(),
+            Path.cwd(),
+            sys.stdout,
+            sys.stderr,
+            os._exit,
+        )
+
+    at_load, at_call = (change, "pass") if place == "load" else ("", change)
+    (tmp_path / "own.py").write_text(f"{HOLDS}{at_load}\ndef f(response, problem):\n    {at_call}\n    return 1\n")
+    before = state()
+    assert rewards.load_reward(f"{tmp_path}/own.py:f")("text", PROBLEM) == 1.0
+    assert state() == before
+    weight = torch.ones(1, requires_grad=True)
+    (2 * weight).backward()
+    assert weight.grad == 2
+
+
+MODULE = """from __future__ import annotations
+import multiprocessing, os, pickle
+from dataclasses import dataclass
+import helper
+
+@dataclass
+class Point:
+    x: int
+    y: list[int] | None = None
+
+    def twice(self):
+        return 2 * self.x
+
+def in_pool(response, problem):
+    with multiprocessing.get_context(response).Pool(1) as pool:
+        return sum(pool.map(Point.twice, [Point(1), pickle.loads(pickle.dumps(Point(2)))])) + helper.ONE
+
+def in_child(response, problem):
+    if (child := os.fork()) == 0:
+        os._exit(7)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def task(s):
+    from tasks.task import Demonstration, Problem, Task
+    return Task([Problem("q", "1", extra={"point": Point(3)})], [Demonstration("q", "r")], [Problem("p", "1")])
+
+def of_task(response, problem):
+    return isinstance(problem.extra["point"], Point)
+"""
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """Writes the user's file of a name, with a helper beside it; forgets the modules afterwards."""
+    for name in ("path", "meta_path"):
+        monkeypatch.setattr(sys, name, [*getattr(sys, name)])
+    before = dict(sys.modules)
+
+    def write_file(name, text=MODULE, folder="own"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "helper.py").write_text("ONE = 1\n")
+        (tmp_path / folder / name).write_text(text)
+        return str(tmp_path / folder / name)
+
+    yield write_file
+    for name in set(sys.modules) - set(before):
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [("mine.py", "fork"), ("mine.py", "spawn"), ("my-reward.v2.py", "fork"), ("json.py", "fork"),
+     ("rewards.py", "fork"), ("plot.py", "fork"), ("time.py", "fork"), ("__main__.py", "fork")],
+)  # fmt: skip
+def test_dataclasses_pickle_and_process_pools_work_in_a_reward_file_of_any_name(own, name, method):
+    modules = {known: sys.modules[known] for known in ("json", "rewards", "time", "__main__")}
+    assert rewards.load_reward(f"{own(name)}:in_pool")(method, PROBLEM) == 7.0
+    assert {known: sys.modules[known] for known in modules} == modules
+    assert Path(importlib.import_module("plot").__file__).parent == Path(rewards.__file__).parent
+
+
+def test_a_child_process_of_a_reward_may_exit(own):
+    assert rewards.load_reward(f"{own('mine.py')}:in_child")("text", PROBLEM) == 7.0
+
+
+def test_a_file_with_task_and_reward_is_executed_once(own, monkeypatch):
+    path = own("mine.py")
+    monkeypatch.chdir(Path(path).parent)
+    task = named.load_task(settings.Settings(task=f"{path}:task"))
+    assert rewards.load_reward("mine.py:of_task")("text", task.problems[0]) == 1.0
+    own("mine.py", MODULE + "of_task = lambda response, problem: 5\n")
+    assert rewards.load_reward("mine.py:of_task")("text", task.problems[0]) == 5.0, "a changed file is executed again"
+
+
+def test_two_files_of_one_name_are_two_modules(own):
+    paths = [own("mine.py", f"f = lambda response, problem: {i}\n", folder=str(i)) for i in range(2)]
+    first, second = (rewards.load_reward(f"{path}:f") for path in paths)
+    assert (first("text", PROBLEM), second("text", PROBLEM)) == (0.0, 1.0)
+    assert sys.modules["mine"].f("text", PROBLEM) == 0
+
+
+@pytest.mark.parametrize("code", ["import os\ndef f(r, p):\n    os._exit(0)", "def f(r, p):\n    exit(0)", "exit(0)"])
+def test_a_run_does_not_end_with_status_0_because_its_reward_exits(tmp_path, monkeypatch, code):
+    monkeypatch.setattr(arithmetic, "PROMPTS", 64)
+    (tmp_path / "own.py").write_text(code)
+    flags = ["--preset", "smoke", "--eval-problems", "1", "--max-new-tokens", "8", "--method", "rl"]
+    flags += ["--out", str(tmp_path / "run")]
+    with pytest.raises(SystemExit, match=r"^bridge\.py: reward: .*own\.py, line \d, .*: SystemExit.*$"):
+        bridge.main([*flags, "--reward", f"{tmp_path}/own.py:f"])
 
 
 @pytest.mark.parametrize("spec", ["own", "own.py", ":f", "own.txt:f", "own.py:"])
