@@ -18,10 +18,10 @@ Shapes: P prompts, G samples of each, N = P·G sequences, T response tokens of a
 
 import sys
 
-from settings import METHODS, SettingError, Settings, parse
+from settings import METHODS, SettingError, Settings, parse, start_program
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
-    parse(sys.argv[1:])  # answers and exits before torch is loaded
+if __name__ == "__main__":
+    start_program(parse)
 
 import copy
 from dataclasses import asdict, dataclass
@@ -243,8 +243,8 @@ class Run:
 def train(run: Run, start: int) -> None:
     """Algorithm 2 from iterate `start`; the other methods are the same loop with other weights."""
     s, m, stop, total = run.s, run.m, StopSignal(), run.s.total_steps
-    if start == 0:
-        evaluate_policies(run, 0)
+    if start in (0, total) and not run.folder.is_evaluated(start):  # what is exported has its own accuracies
+        evaluate_policies(run, start)
     for k in (bar := tqdm(range(start, total), initial=start, total=total, desc=s.method, disable=parallel.rank() > 0)):
         timer, log, skipped, plan = Timer(k + 1), {}, 0, updates(s, k)
         if s.method == "sft_rl" and k == s.sft_steps:  # a cold start gives RL fresh optimizers
@@ -295,7 +295,7 @@ def evaluate_policies(run: Run, step: int) -> None:
 def save(run: Run, step: int) -> None:
     """Writes a checkpoint. Random draws are functions of (seed, step, draw), so positions are all their state."""
     facts = dict(step=step, skipped=run.skipped, prompts=run.prompts.position, demos=run.demos.position)
-    facts |= dict(run.fingerprints, settings=asdict(run.s))
+    facts |= dict(run.fingerprints, settings=asdict(run.s), export=export.facts_of(run.env))
     checkpoint.save(run.folder.path / "checkpoint", step, facts, checkpoint.state_tensors(run.m.optimizers))
 
 
@@ -346,5 +346,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(errors="replace")  # a terminal without θ must not end the run
     main(sys.argv[1:])

@@ -17,6 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
+from settings import Settings, expand, start_program
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -38,10 +40,16 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add("source", nargs="?", metavar="RUN_OR_MODEL", help="a run folder of bridge.py, a model folder or a hub name")
+    add(
+        "source",
+        nargs="?",
+        type=expand,
+        metavar="RUN_OR_MODEL",
+        help="run folder of bridge.py, model folder or hub name",
+    )
     add("--benchmarks", default="", help=f"paper (the first five) or a list of {NAMES}")
-    add("--benchmark-dir", default="benchmarks", help="folder of NAME.jsonl; the hub has benchmarks without a file")
-    add("--data", default="", help="problems to evaluate on, .jsonl with question and answer")
+    add("--benchmark-dir", type=expand, default="benchmarks", help="folder of NAME.jsonl, else the hub's")
+    add("--data", type=expand, default="", help="problems to evaluate on, .jsonl with question and answer")
     add("--problems", type=int, default=0, help="only the first N of each (for the built-in task: N per length)")
     add("--template", help="prompt: qwen-boxed or plain instead of the chat template (default: the run's)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="paper: greedy, one answer; sampled: T 0.6, top-p 0.95")
@@ -51,10 +59,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--max-new-tokens", type=int, default=0, help="tokens per answer (default: the protocol's; a run's own)")
     add("--seed", type=int, default=0, help="of the samples")
     add("--slots", type=int, default=64, help="answers decoded at once per process; lower it if memory runs out")
-    add("--out", default="", help="the result file; an existing one is continued (default: in the run, or in evals/)")
-    add("--regrade", metavar="FILE", help="grade a result file's answers again")
-    add("--table", nargs="+", metavar="FILE", help="compare result files")
+    add("--out", type=expand, help="the result file; an existing one is continued (default: in the run, or in evals/)")
+    add("--regrade", type=expand, metavar="FILE", help="grade a result file's answers again")
+    add("--table", nargs="+", type=expand, metavar="FILE", help="compare result files")
     args = parser.parse_args(argv)
+    if args.out is not None and not Path(args.out).name:
+        parser.error(f"--out {args.out!r} names no file")
     if sum(map(bool, (args.source, args.regrade, args.table))) != 1:
         parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
     if min(args.samples, args.problems, args.max_new_tokens, args.seed) < 0 or args.slots < 1:
@@ -67,8 +77,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv):
-    parse(sys.argv[1:])  # prints the help and exits
+if __name__ == "__main__":
+    start_program(parse)
 
 import torch
 import transformers
@@ -77,11 +87,10 @@ from tqdm import tqdm
 import rewards
 from grading.scores import PAPER, by_problem, verdicts
 from infra import parallel, results
-from infra.files import DataError, append_line, json_object
+from infra.files import DataError, append_line, read_object
 from infra.model import load, stop_tokens
-from infra.run import one_line_errors, print0
+from infra.run import one_line_errors, print0, settings_of
 from sampler import Sampler
-from settings import Settings
 from tasks import arithmetic
 from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, read_benchmark
 from tasks.named import load_task
@@ -135,7 +144,7 @@ def grade(record: dict) -> dict:
     return asdict(rewards.is_correct(record["response"], record["answer"], **gold))
 
 
-def regrade(path: Path, out: str) -> str:
+def regrade(path: Path, out: str | None) -> str:
     """Grades a result file's answers again and writes them to `out` or NAME.regraded.jsonl. Returns the report."""
     header, records = results.read_results(path, finished=True)
     graded = [record | grade(record) for record in records]
@@ -147,15 +156,13 @@ def regrade(path: Path, out: str) -> str:
     return f"{report}\n{changed} of {len(records)} verdicts changed, written to {target}"
 
 
-def load_settings(run: Path) -> Settings:
-    """The settings of a finished run. Raises DataError for an unfinished run, and for unknown or damaged settings."""
+def load_settings(run: Path) -> Settings | None:
+    """The settings of a finished run, None for another folder. Raises DataError for an unfinished or damaged run."""
+    if not any(os.path.lexists(run / name) for name in ("evals.jsonl", "metrics.jsonl", "checkpoint")):
+        return None
     if not (run / "model").is_dir():
         raise DataError(f"{run} has no model/ yet: the run has not finished, --resume continues it")
-    path = run / "config.json"
-    try:
-        return Settings(**json_object(path.read_bytes(), str(path))["settings"])
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: no settings of this version ({error})") from error
+    return settings_of(read_object(run / "config.json"), f"{run}/config.json")
 
 
 def find_task(args: argparse.Namespace, s: Settings) -> Task:
@@ -181,7 +188,7 @@ def run(args: argparse.Namespace) -> None:
     """Answers the problems that the result file lacks, appends the records to it, and prints the report."""
     parallel.start(timedelta(days=1))  # the timeout of collectives: one rank may generate much longer than another
     folder = Path(args.source)
-    s = load_settings(folder) if (folder / "evals.jsonl").exists() else None  # None: a model, not a run
+    s = load_settings(folder)  # None: a model, not a run
     task = find_task(args, s or Settings())
     for note in task.notes:
         print0(note)

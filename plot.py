@@ -4,7 +4,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from infra.files import printable, read_log
+from infra.files import DataError, printable, read_log
+from settings import expand, start_program
 
 
 def curve(ax, metrics: list[dict], name: str, label: str, color: str, window: int = 10) -> None:
@@ -19,10 +20,12 @@ def curve(ax, metrics: list[dict], name: str, label: str, color: str, window: in
 
 def draw(runs: list[Path], out: Path) -> None:
     """Six panels: accuracy over steps and by group, reward, response length, cooperative gain, seconds by phase."""
-    from matplotlib.figure import Figure  # here, because training imports this file and draws only at its end
+    import matplotlib  # here, because training imports this file and draws only at its end
+    from matplotlib.figure import Figure
 
-    metrics = [read_log(run / "metrics.jsonl", "step", "seconds") for run in runs]
-    evals = [read_log(run / "evals.jsonl", "step", "policy") for run in runs]
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a run or group is a $
+    metrics = [read_log(run / "metrics.jsonl") for run in runs]
+    evals = [read_log(run / "evals.jsonl") for run in runs]
     names, colors = [printable(run.resolve().name) for run in runs], [f"C{i}" for i in range(len(runs))]
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     accuracy, by_group, reward, length, gain, seconds = figure.subplots(2, 3).flat
@@ -61,19 +64,19 @@ def draw(runs: list[Path], out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders of bridge.py")
-    parser.add_argument("--out", type=Path, default=Path("figures.png"), help="the picture to write")
+    parser.add_argument("runs", nargs="+", type=expand, metavar="RUN", help="run folders of bridge.py")
+    parser.add_argument("--out", type=expand, default="figures.png", help="the picture to write")
     args = parser.parse_args()
-    if others := [run for run in args.runs if not (run / "metrics.jsonl").exists()]:
-        sys.exit(printable(f"plot.py: {others[0]} is no run folder: it has no metrics.jsonl", kept=""))
     try:
-        draw(args.runs, args.out)
+        runs = [Path(run) for run in args.runs]
+        if others := [run for run in runs if not (run / "metrics.jsonl").exists()]:
+            raise DataError(f"{others[0]} is no run folder: it has no metrics.jsonl")
+        draw(runs, Path(args.out))
+        print(printable(args.out), flush=True)
     except (OSError, ValueError) as error:  # ValueError: damaged data, or a format that matplotlib cannot write
         sys.exit(printable(f"plot.py: {error}", kept=""))
-    except (KeyError, TypeError, AttributeError) as error:
-        sys.exit(f"plot.py: metrics.jsonl or evals.jsonl holds other values than a run writes ({error!r})")
-    print(printable(args.out))
 
 
 if __name__ == "__main__":
+    start_program()
     main()

@@ -5,7 +5,12 @@ the standard library only, so `python bridge.py --help` answers before torch is 
 """
 
 import argparse
+import atexit
 import math
+import os
+import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,6 +141,7 @@ MINIMUM = dict(  # of other numbers: 0
     steps=1, lora_rank=1, prompts_per_step=1, group_size=2, sft_batch=1, updates_per_rollout=1, max_new_tokens=1,
     tokens_per_micro_batch=1, sampler_slots=1, eval_every=1, eval_problems=1, save_every=1,
 )  # fmt: skip
+PATHS = ("model", "task", "rl_data", "sft_data", "eval_data", "reward")
 POSITIVE = ("temperature", "grad_clip", "lora_alpha")
 AT_MOST_ONE = ("lam", "clip_low")
 MAY_BE_INFINITE = ("shadow_ratio_cap", "clip_high", "grad_clip")
@@ -201,20 +207,49 @@ def refuse_idle(s: Settings, given: set[str]) -> None:
             raise SettingError(f"{clips[0]} does nothing with updates_per_rollout 1, since every ratio is 1: omit it")
 
 
+def start_program(parse: Callable | None = None) -> None:
+    """Makes the standard streams usable; then `parse` answers --help and exits, before torch is loaded."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed at the start: a data file would get its number
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w", closefd=False))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal without θ must not end the run
+    atexit.register(_flush)
+    if parse and {"-h", "--help"} & set(sys.argv):
+        parse(sys.argv[1:])
+
+
+def _flush() -> None:
+    """Drops what a closed pipe (`| head`) did not take; Python would report it after the program's end."""
+    try:
+        sys.stdout.flush()
+    except (BrokenPipeError, ValueError):  # ValueError: the user's code closed it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def expand(text: str) -> str:
+    """A path of the command line, or a comma list of them, where ~ stands for the home folder, as in a shell."""
+    if "\0" in text or text.encode("utf-8", "ignore").decode() != text:
+        raise argparse.ArgumentTypeError(f"{text!r:.80} is no name of a file")
+    return re.sub("(?:^|(?<=,))~[^,]*", lambda part: os.path.expanduser(part[0]), text)
+
+
 def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
     """(settings, the other flags: preset, out, resume, dry_run, gpu, gpus). Raises SettingError."""
     parser = argparse.ArgumentParser(
         description="Trains a language model with BRIDGE or a baseline.", allow_abbrev=False
     )
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="the defaults of all other flags")
-    parser.add_argument("--out", help="run folder (default: runs/METHOD-PRESET-SEED)")
+    parser.add_argument("--out", type=expand, help="run folder (default: runs/METHOD-PRESET-SEED)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print memory and time of the run, load nothing, stop")
     parser.add_argument("--gpu", help="with --dry-run: a100, h100, h200, l40s or 4090 (default: this machine's)")
     parser.add_argument("--gpus", type=int, default=1, help="with --dry-run: number of GPUs")
-    defaults = {f.name: f.default for f in fields(Settings)} | PRESETS.get(parser.parse_known_args(argv)[0].preset, {})
+    known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    defaults = {f.name: f.default for f in fields(Settings)} | PRESETS[known.preset]
     for f in fields(Settings):
-        action = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
+        kind = expand if f.name in PATHS else f.type
+        action = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": kind}
         text = f"{f.metadata['help']} (default: {defaults[f.name] if defaults[f.name] != '' else 'empty'})"
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **action)
@@ -227,6 +262,10 @@ def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
         raise SettingError("gpu and gpus describe the machine of a --dry-run; a run uses the machine it is started on")
     if args.gpus < 1:
         raise SettingError(f"gpus must be at least 1; got {args.gpus}")
+    if args.out == "":
+        raise SettingError("out is empty: name a folder, or omit it")
+    if large := [n for n, x in given.items() if isinstance(x, int | float) and 2**63 <= x < math.inf]:
+        raise SettingError(f"{large[0]} must be below 2^63, which numpy and torch can hold")
     s = check(Settings(**defaults | given))
     refuse_idle(s, set(given))
     args.out = Path(args.out or f"runs/{s.method}-{args.preset}-{s.seed}")

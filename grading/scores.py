@@ -4,6 +4,7 @@ A record is a graded answer: a dict with group (the benchmark), id (the problem)
 finish_reason, tokens and labels. In shapes, n is the number of problems, s the number of samples of each problem.
 """
 
+import math
 from collections import defaultdict
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from grading.answers import equivalent
 
 PAPER = ("math500", "minerva_math", "olympiadbench", "aime24", "amc23")  # the benchmarks of the paper's average
+P_NOTE = "Differences, with p for these two models on these problems, not for two methods: a run is one seed."
 
 
 def by_problem(records: list[dict]) -> dict[str, list[list[dict]]]:
@@ -59,6 +61,17 @@ def majority(extracted: list[str | None], correct: list[bool]) -> float:
     return sum(winners) / len(winners) if winners else 0.0
 
 
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """(low, high), Wilson's 95 % interval of a share of n problems; at 0 and 1 it still has a width.
+
+    >>> "%.3f %.3f" % wilson(0.0, 30)
+    '0.000 0.114'
+    """
+    z = 1.959964
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
 def interval(columns: list[np.ndarray], draws: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
     """(low, high), the 95 % bootstrap interval of the mean over columns of each column's mean.
 
@@ -104,10 +117,12 @@ def per_problem(problems: list[list[dict]]) -> dict[str, np.ndarray]:
 
 
 def with_intervals(values: dict[str, np.ndarray]) -> dict[str, list[float]]:
-    """{name: [n]} -> {name: [mean, low, high]}."""
+    """{name: [n]} -> {name: [mean, low, high]}: Wilson's interval for 0/1 values of problems, else the bootstrap's."""
     matrix = np.stack(list(values.values()), 1)  # [n, m]
     rows = np.stack([matrix.mean(0), *interval([matrix])], 1)  # [m, 3]
-    return dict(zip(values, rows.tolist(), strict=True))
+    counts = {name: name != "tokens" and np.isin(column, (0, 1)).all() for name, column in values.items()}
+    return {name: [mean, *(wilson(mean, len(matrix)) if counts[name] else bootstrap)]
+            for name, (mean, *bootstrap) in zip(values, rows.tolist(), strict=True)}  # fmt: skip
 
 
 def summarise(records: list[dict]) -> dict:
@@ -125,7 +140,9 @@ def summarise(records: list[dict]) -> dict:
 
 
 def plain_mean(columns: list[np.ndarray]) -> list[float]:
-    """[mean, low, high] of the mean over columns of each column's mean."""
+    """[mean, low, high] of the mean over columns of each column's mean; a single column is one benchmark."""
+    if len(columns) == 1:
+        return with_intervals({"accuracy": columns[0]})["accuracy"]
     return [np.mean([c.mean() for c in columns]).item(), *map(float, interval(columns))]
 
 
@@ -195,4 +212,5 @@ def compare(results: list[tuple[str, dict, list[dict]]]) -> str:
         for key in ("prompt", "sampling", "seed", "grader", "dtype"):
             if header.get(key) != first_header.get(key):
                 notes.append(f"{name} and {first_name} differ in {key}: {header.get(key)} and {first_header.get(key)}")
-    return "\n\n".join([*(markdown(table) for table in (rows, differences) if len(table) > 1), *notes])
+    tables = [markdown(rows), P_NOTE, markdown(differences)] if len(results) > 1 else [markdown(rows)]
+    return "\n\n".join([*tables, *notes])

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from infra import parallel
+from infra.files import DataError
 from infra.run import print0
 from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings
 
@@ -43,17 +44,24 @@ def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor]) -> No
         if parallel.rank() == 0:
             (scratch / "facts.json").write_text(json.dumps(facts))
             (scratch / "checksum").write_text(str(_checksum(scratch)))
+            shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier attempt
+            os.replace(scratch, final)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch's three reports of a failed write
         shutil.rmtree(scratch, ignore_errors=True)
         reason = str(error).strip().splitlines()[-1]  # torch's report contains a traceback
         text = f"could not write {final}: {reason} Earlier checkpoints are intact; free space and --resume"
         raise OSError(text) from error
     if parallel.rank() == 0:
-        shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier attempt
-        os.replace(scratch, final)
-        for old in sorted(folder.glob("step-??????"))[:-KEEP]:
-            shutil.rmtree(old)
+        saved = steps_in(folder)
+        keep = [s for s in saved if s <= step][-KEEP:]  # a later one is damaged, or the run would have resumed there
+        for old in [path for s, path in saved.items() if s not in keep]:
+            shutil.rmtree(old, ignore_errors=True)
     parallel.broadcast(None)  # a barrier: the checkpoint is complete
+
+
+def steps_in(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run by step, in order, intact or not."""
+    return dict(sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdecimal()))
 
 
 @dataclass
@@ -110,12 +118,9 @@ def refuse_other_run(facts: dict, s: Settings, fingerprints: dict[str, str], out
 
 def newest(folder: Path) -> Saved | None:
     """The newest intact checkpoint, the same on all ranks; None without any. Raises OSError if all are damaged."""
-    paths = parallel.broadcast(sorted(folder.glob("step-??????"), reverse=True))
+    paths = parallel.broadcast([*reversed(steps_in(folder).values())])
     for path in paths:
-        try:
-            saved, problem = _verified(path), None
-        except Exception as error:  # damaged bytes raise a dozen types: zip, zlib, pickle, json, unicode, …
-            saved, problem = None, f"{type(error).__name__}: {error}"
+        saved, problem = examine(path)
         problems = [p for p in parallel.all_gather([problem]) if p]  # each rank has checked some of the files
         if not problems:
             return saved
@@ -126,11 +131,35 @@ def newest(folder: Path) -> Saved | None:
     return None
 
 
+def of_step(folder: Path, step: int | None) -> Saved:
+    """The checkpoint of a step, by default the newest intact one. Raises DataError or OSError."""
+    paths = steps_in(folder)
+    if step is None and paths:
+        return newest(folder)
+    if step not in paths:
+        asked = "" if step is None else f" of step {step}"
+        raise DataError(f"no checkpoint{asked} in {folder}; there are {', '.join(map(str, paths)) or 'none'}")
+    saved, problem = examine(paths[step])
+    if problem:
+        raise DataError(f"checkpoint {paths[step]} is damaged ({problem})")
+    return saved
+
+
+def examine(path: Path) -> tuple[Saved | None, str]:
+    """(checkpoint, "") of a folder, or (None, what is damaged)."""
+    try:
+        return _verified(path), ""
+    except Exception as error:  # damaged bytes raise a dozen types: zip, zlib, pickle, json, unicode, …
+        return None, f"{type(error).__name__}: {' '.join(str(error).split()):.200}"
+
+
 def _verified(path: Path) -> Saved:
     """Reads facts and shapes and verifies this rank's share of the tensors, each an archive with a checksum."""
     if int((path / "checksum").read_text()) != _checksum(path):
         raise ValueError("the checksum of facts.json and .metadata does not match")
     facts = json.loads((path / "facts.json").read_text())
+    if facts["step"] != int(path.name[5:]):
+        raise ValueError(f"facts.json is of step {facts['step']}")
     metadata = _Reader(path).read_metadata()
     pieces = sorted(metadata.storage_data.values(), key=lambda piece: (piece.relative_path, piece.offset))
     for piece in pieces[parallel.rank() :: parallel.world_size()]:

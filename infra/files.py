@@ -25,7 +25,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
     A kill leaves the old folder, the new one or, between two renames, neither; never a part of one.
     """
-    scratch, old = folder.with_name(f"{folder.name}.tmp"), folder.with_name(f"{folder.name}.old")
+    scratch, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     for left_by_a_kill in (scratch, old):
         shutil.rmtree(left_by_a_kill, ignore_errors=True)
     scratch.mkdir(parents=True)
@@ -57,21 +57,19 @@ def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
     place, for a missing file, a line that is no JSON object, and text that is not UTF-8.
     """
     if not path.is_file():
-        raise DataError(f"there is no file {str(path)!r}")
-    with open(path, encoding="utf-8") as file:
-        number = 0
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip() and (line.endswith("\n") or not torn):
-                    yield f"{path}, line {number}", json_object(line, f"{path}, line {number}")
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path}, after line {number}: is not UTF-8 text") from error
+        raise DataError(f"{str(path)!r} is a folder" if path.is_dir() else f"there is no file {str(path)!r}")
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if line.strip() and (line.endswith(b"\n") or not torn):
+                yield f"{path}, line {number}", json_object(line, f"{path}, line {number}")
 
 
-def json_object(text: str, place: str) -> dict:
+def json_object(text: bytes, place: str) -> dict:
     """The JSON object in a text. Raises DataError, naming the place."""
     try:
-        row = json.loads(text)
+        row = json.loads(text.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: is not UTF-8 text") from error
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or an integer of thousands of digits
         raise DataError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
@@ -79,20 +77,49 @@ def json_object(text: str, place: str) -> dict:
     return row
 
 
-def read_log(path: Path, *needed: str) -> list[dict]:
-    """The objects of a run's log; empty if there is no such file. Raises DataError if one lacks a name of `needed`."""
-    records = []
-    for place, record in read_lines(path, torn=True) if path.exists() else ():
+def read_object(path: Path) -> dict:
+    """The JSON object that a file contains. Raises OSError and DataError."""
+    return json_object(path.read_bytes(), str(path))
+
+
+def is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value < 10**15
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a finite number; True and an integer that no float can hold are none."""
+    return type(value) in (int, float) and abs(value) < 1e100
+
+
+def _are_numbers(value: object, low: float = -1e100, high: float = 1e100) -> bool:
+    return isinstance(value, dict) and all(is_number(x) and low <= x <= high for x in value.values())
+
+
+ACCURACIES = "accuracies in [0, 1] and their average", lambda x: _are_numbers(x, 0, 1) and {"average"} < x.keys()
+FIELDS = {"step": ("a whole number", is_count), "seconds": ("numbers", _are_numbers), "policy": ACCURACIES,
+          "shadow": ACCURACIES}  # fmt: skip
+METRIC = "a number or null", lambda x: x is None or is_number(x)
+NEEDED = {"metrics.jsonl": ("step", "seconds"), "evals.jsonl": ("step", "policy")}
+
+
+def read_log(path: Path) -> list[dict]:
+    """The records of a run's log; none if there is no such file. Raises DataError for one that no run writes."""
+    records, needed = [], NEEDED.get(path.name, ("step",))
+    for place, record in read_lines(path, torn=True) if os.path.lexists(path) else ():
         if missing := [name for name in needed if name not in record]:
             raise DataError(f"{place}: lacks {', '.join(missing)}")
+        for name in record if path.name in NEEDED else needed:
+            kind, fits = FIELDS.get(name, METRIC)
+            if not fits(record[name]):
+                raise DataError(f"{place}: {name} must be {kind}, it is {record[name]!r:.40}")
         records.append(record)
     return records
 
 
 def cut_back(path: Path, step: int) -> None:
     """Keeps the lines of a log up to and including `step`; a torn last line goes too. Raises DataError."""
-    if path.exists():
-        write_lines(path, [record for record in read_log(path, "step") if record["step"] <= step])
+    if os.path.lexists(path):
+        write_lines(path, [record for record in read_log(path) if record["step"] <= step])
 
 
 def printable(text: object, kept: str = "\n\t") -> str:

@@ -26,20 +26,39 @@ from torch.distributed.tensor import DTensor
 from infra.files import printable
 from infra.model import pick_device
 from ops.packed import Row, pads
-from settings import Settings
+from settings import SettingError, Settings
+
+
+def variable(name: str, low: int, high: int, default: str = "") -> int:
+    """A number that torchrun tells its processes. Raises SettingError if it is absent or not in [low, high]."""
+    text = os.environ.get(name, default)
+    if not (text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
+        raise SettingError(f"the variable {name} must be a number in {low}..{high}, as torchrun sets; got {text!r:.40}")
+    return int(text)
 
 
 def start(timeout: timedelta = timedelta(hours=1)) -> bool:
-    """Joins the ranks that torchrun started. Returns whether torchrun restarted them after a failure."""
+    """Joins the ranks that torchrun started. Returns whether torchrun restarted them after a failure.
+
+    Raises SettingError if the variables of the environment describe no launch, or if the ranks do not meet.
+    """
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+    world = variable("WORLD_SIZE", 1, 10**6, "1")
+    variable("RANK", 0, world - 1, "0" if world == 1 else "")
+    if world == 1 or dist.is_initialized():
         return restarted
+    local, port = variable("LOCAL_RANK", 0, world - 1), variable("MASTER_PORT", 0, 2**16 - 1)
+    if not (address := os.environ.get("MASTER_ADDR")):
+        raise SettingError("the variable MASTER_ADDR must be the address of rank 0, as torchrun sets; it is empty")
     if torch.cuda.is_available():
-        local, count = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= count:
+        if local >= (count := torch.cuda.device_count()):
             fail(f"there is no GPU {local} on this machine, which has {count}: lower --nproc-per-node")
         torch.cuda.set_device(local)
-    store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+    except dist.DistError as error:
+        reason = str(error).splitlines()[0]
+        raise SettingError(f"no connection to MASTER_ADDR {address}, MASTER_PORT {port}: {reason}") from error
     attempt = agree_on_attempt(store, rank, world)
     store = dist.PrefixStore(f"attempt {attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from grading.scores import compare, report, summarise
-from infra.files import DataError, read_lines, write_atomically, write_lines
+from infra.files import DataError, is_count, is_number, read_lines, write_atomically, write_lines
 
 RECORD = dict(group=str, id=int, sample=int, labels=list, answer=str, tolerance=int | float | None, unit=str | None,
               response=str, tokens=int, finish_reason=str, correct=bool, extracted=str | None, reason=str)  # fmt: skip
@@ -17,21 +17,34 @@ def read_results(path: Path, finished: bool = False) -> tuple[dict, list[dict]]:
     lines = read_lines(path, torn=True)
     place, first = next(lines, (f"{path}, line 1", {}))
     try:
-        header = first["header"]
-        asked = sum(header["sampling"]["samples"][g] * data["problems"] for g, data in header["data"].items())
-    except (LookupError, TypeError, AttributeError) as error:
+        header, sampling = first["header"], first["header"]["sampling"]
+        sizes = {g: (data["problems"], sampling["samples"][g]) for g, data in header["data"].items() if g != "average"}
+        known = is_number(sampling["temperature"]) and all(is_count(n) and n for size in sizes.values() for n in size)
+    except (LookupError, TypeError, AttributeError):
+        known, sizes = False, {}
+    if not (known and sizes):
         text = "a header with sampling and data is needed; this is no result file of evaluate.py"
-        raise DataError(f"{place}: {text}") from error
-    records = {}
+        raise DataError(f"{place}: {text}")
+    records, asked = {}, sum(problems * samples for problems, samples in sizes.values())
     for place, record in lines:
-        wrong = [name for name, kind in RECORD.items() if name not in record or not isinstance(record[name], kind)]
-        if wrong or record["group"] not in header["data"]:
-            raise DataError(f"{place}: no answer to a problem of the header; wrong or missing: {wrong or ['group']}")
+        wrong = [name for name, kind in RECORD.items() if name not in record or not _fits(record[name], kind)]
+        if not wrong:
+            problems, samples = sizes.get(record["group"], (0, 0))
+            inside = dict(group=samples > 0, id=0 <= record["id"] < problems, sample=0 <= record["sample"] < samples)
+            wrong = [name for name, is_inside in inside.items() if not is_inside][:1]
+        if wrong:
+            raise DataError(f"{place}: no answer to a problem of the header; wrong or missing: {wrong}")
         records[record["group"], record["id"], record["sample"]] = record
-    everything = list(records.values())
-    if finished and len(complete(header, everything)) < asked:
+    if finished and len(records) < asked:
         raise DataError(f"{path} holds {len(records)} of {asked} answers: the command that made it will finish it")
-    return header, everything
+    return header, list(records.values())
+
+
+def _fits(value: object, kind: type) -> bool:
+    """Whether a value of a record has its type; labels are texts, numbers finite."""
+    if kind is list:
+        return isinstance(value, list) and all(isinstance(label, str) for label in value)
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, int | float) or is_number(value))
 
 
 def complete(header: dict, records: list[dict]) -> list[dict]:
@@ -66,7 +79,8 @@ def write_summary(path: Path, header: dict, records: list[dict]) -> str:
 
 def table(paths: list[Path]) -> str:
     """The comparison of result files to print. Raises DataError like `read_results`, and if their problems differ."""
-    results = [("/".join(path.with_suffix("").parts[-2:]), *read_results(path, finished=True)) for path in paths]
+    read = [(path, *read_results(path, finished=True)) for path in paths]
+    results = [("/".join(path.with_suffix("").parts[-2:]), header, records) for path, header, records in read]
     try:
         return compare(results)
     except ValueError as error:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -20,10 +20,10 @@ from torch import nn
 from tqdm import tqdm
 
 from infra import parallel
-from infra.files import DataError, append_line, cut_back, printable, write_atomically
+from infra.files import DataError, append_line, cut_back, printable, read_log, read_object, write_atomically
 from infra.model import pick_device
 from ops.packed import ModelError, Row
-from settings import METHODS, SettingError, Settings
+from settings import METHODS, SettingError, Settings, check
 
 LOGS = ("metrics", "evals", "samples")  # NAME.jsonl in the run folder: one JSON object per line, each with a "step"
 METRICS = (
@@ -49,9 +49,15 @@ class RunFolder:
     tracker: Callable[[int, dict], object] | None = None  # gets a step and its record of metrics or accuracies
 
     def refuse_existing(self, unless: bool) -> None:
-        """Raises SettingError on all ranks if the folder holds files, unless the run resumes."""
-        if parallel.broadcast(not unless and self.path.exists() and any(self.path.iterdir())):
+        """Raises SettingError on all ranks if the folder holds a run, unless this one resumes, or cannot be a run's."""
+        place = next(p for p in (self.path, *self.path.absolute().parents) if os.path.lexists(p))
+        files = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            raise SettingError(f"out: {place} is no folder in which files can be made: name another with --out")
+        if parallel.broadcast(bool(files) and not unless):
             raise SettingError(f"{self.path} exists: --resume continues it, --out names another folder")
+        if files - {"config.json.tmp"} and "checkpoint" not in files:  # a run before its first checkpoint
+            settings_of(read_object(self.path / "config.json"), f"{self.path}/config.json")
 
     def begin(self, s: Settings, argv: list[str], step: int) -> None:
         """Creates the folder, or cuts its logs back to `step`, and writes config.json. Raises OSError, DataError."""
@@ -63,6 +69,11 @@ class RunFolder:
         versions = {module.__name__: module.__version__ for module in (torch, transformers)}
         config = {"settings": asdict(s), "command": ["bridge.py", *argv], "versions": versions}
         write_atomically(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether evals.jsonl has the accuracies of a step; the same on all ranks."""
+        logged = read_log(self.path / "evals.jsonl") if parallel.rank() == 0 else []
+        return parallel.broadcast(any(record["step"] == step for record in logged))
 
     def log(self, name: str, step: int, record: dict) -> None:
         """Appends a record to NAME.jsonl and sends metrics and evaluations to the tracker."""
@@ -106,6 +117,19 @@ class RunFolder:
             batch = {"rollouts": rollouts or [], "demonstrations": demonstrations}
             path.write_text(json.dumps({"stats": numbers, **batch}))
         print0(f"update {name}: a loss or gradient is not finite; no parameter was changed, the batch is in {path}")
+
+
+def settings_of(config: dict, place: str) -> Settings:
+    """The settings in a config.json. Raises DataError, naming `place` and the setting, if they are no run's."""
+    try:
+        s = Settings(**config["settings"])
+        for f in fields(s):
+            if type(getattr(s, f.name)) not in ((int, float) if f.type is float else (f.type,)):
+                raise TypeError(f"{f.name!r} must be of type {f.type.__name__}")
+        check(replace(s, track=""))  # the tracker's package is not needed any more
+    except (KeyError, TypeError, SettingError) as error:
+        raise DataError(f"{place}: no settings of this version ({error})") from error
+    return s
 
 
 def all_finite(values: dict[str, float]) -> bool:
@@ -247,13 +271,16 @@ def one_line_errors(program: str, when_full: str = MEMORY_SETTINGS) -> Iterator[
 
     when_full: what to change when a GPU is out of memory.
     """
-    name = f"{program}, rank {os.environ['RANK']}" if os.environ.get("WORLD_SIZE", "1") != "1" else program
+    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
+    name = program if rank is None else f"{program}, rank {rank}"
     try:
         yield
-    except (*EXPECTED, torch.OutOfMemoryError) as error:
+        sys.stdout.flush()  # a full disk or a closed pipe shows here
+    except (*EXPECTED, torch.OutOfMemoryError, MemoryError) as error:
         notes = getattr(error, "__notes__", [])  # of Timer
         where = f" ({'; '.join(notes)})" if notes else ""
         full = f"out of GPU memory: {when_full}: " if isinstance(error, torch.OutOfMemoryError) else ""
+        full = full or "out of memory: " * isinstance(error, MemoryError)
         parallel.fail(f"{name}: {full}{error}{where}")
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; the same command continues, of bridge.py with --resume")

@@ -1,28 +1,37 @@
 """Evaluation: every number equals its definition; result files survive interruption, damage and more ranks."""
 
+import contextlib
+import io
 import itertools
 import json
+import math
 import os
 import random
+import re
+import shutil
 import socket
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from conftest import lines
+from matplotlib import figure
 
 import evaluate
 import plot
 import rewards
 from grading import scores
 from grading.scores import PAPER, interval, majority, paired_test, pass_at_k, report, summarise
+from infra import checkpoint, export
 from infra.files import DataError
 from infra.model import load, stop_tokens
 from infra.results import weights_hash, write_results
+from infra.run import RunFolder, one_line_errors
 from sampler import Sampler
-from settings import Settings
+from settings import Settings, start_program
 from tasks import arithmetic, benchmarks, named
 from tasks.benchmarks import BENCHMARKS, read_benchmark
 from tasks.task import Problem, Task, fingerprint
@@ -125,6 +134,61 @@ def test_the_interval_of_a_mean_over_benchmarks_covers_it_about_95_times_in_100(
         low, high = interval([(rng.random(60) < 0.4).astype(float), (rng.random(100) < 0.7).astype(float)], 1000)
         covered += low <= 0.55 <= high
     assert 180 <= covered <= 199
+
+
+def coverage(n, p, interval_of):
+    """The chance, summed over the binomial distribution, that the interval of x right answers among n covers p."""
+    low, high = np.array([interval_of(x) for x in range(n + 1)]).T
+    chance = np.array([math.comb(n, x) * p**x * (1 - p) ** (n - x) for x in range(n + 1)])
+    return chance[(low <= p) & (p <= high)].sum()
+
+
+def test_wilson_s_interval_covers_the_true_accuracy_where_the_bootstrap_does_not():
+    def wilson(n):
+        return lambda x: scores.wilson(x / n, n)
+
+    exact = {(30, 0.05): 0.939, (30, 0.5): 0.957, (30, 0.95): 0.939, (40, 0.05): 0.952, (500, 0.6): 0.950}
+    assert {case: round(coverage(*case, wilson(case[0])), 3) for case in exact} == exact
+    for n in (30, 40):
+        over_p = [coverage(n, p, wilson(n)) for p in np.arange(0.01, 1, 0.01)]
+        assert min(over_p) > 0.925
+        assert 0.95 < np.mean(over_p) < 0.955
+    assert coverage(30, 0.05, lambda x: interval([np.arange(30) < x], 2000)) < 0.79
+    for x in range(31):  # the interval is the set of p whose score test accepts x of 30, at 1.96 standard deviations
+        for p in scores.wilson(x / 30, 30):
+            assert abs(x / 30 - p) == pytest.approx(1.959964 * math.sqrt(p * (1 - p) / 30), abs=1e-9)
+
+
+def test_every_share_of_problems_has_wilson_s_interval_and_every_other_number_the_bootstrap_s():
+    def numbers(correct, **more):  # [n][s]
+        records = [record(problem=i, sample=j, correct=bool(c), labels=("all",), **more)
+                   for i, row in enumerate(correct) for j, c in enumerate(row)]  # fmt: skip
+        return summarise(records)
+
+    wrong, one, two = [0, *scores.wilson(0, 30)], [1 / 30, *scores.wilson(1 / 30, 30)], [1, *scores.wilson(1, 30)]
+    assert wrong[2] == pytest.approx(0.1135, abs=1e-4)
+    greedy = numbers([[i == 0] for i in range(30)], tokens=1)
+    shares = [greedy["g"][name] for name in ("accuracy", "pass@1", "majority")]
+    assert [*shares, greedy["g"]["labels"]["all"]["accuracy"], greedy["average"]["accuracy"]] == [one] * 5
+    assert greedy["g"]["cut off"] == greedy["g"]["no box"] == wrong
+    assert greedy["g"]["tokens"] == [1, 1, 1]  # no share, though all its values are 1
+    assert numbers([[1]] * 30, finish_reason="length")["g"]["cut off"] == two
+    for row in ([0, 0, 0, 0], [1, 1, 1, 1]):  # all answers alike: the bootstrap would be a point
+        assert numbers([row] * 30)["g"]["accuracy"] == (two if row[0] else wrong)
+    sampled = numbers([[1, 0, 0, 0]] * 3 + [[0] * 4] * 27)["g"]
+    assert sampled["pass@4"] == [0.1, *scores.wilson(0.1, 30)]
+    values = np.array([0.25] * 3 + [0] * 27)
+    assert sampled["accuracy"] == pytest.approx([0.025, *interval([values])], abs=2e-3)
+    assert scores.plain_mean([values > 0, values > 0])[1:] == pytest.approx(interval([values > 0] * 2))
+
+
+def test_the_p_value_is_never_zero_and_the_table_says_what_it_compares(few_draws):
+    assert paired_test([np.zeros(90)], [np.ones(90)], 99)[3] == 0.01
+    records = {name: [record(problem=i, correct=i < n) for i in range(30)] for name, n in (("a", 3), ("b", 20))}
+    tables = scores.compare([(name, {"data": 0}, of) for name, of in records.items()])
+    assert "p for these two models on these problems, not for two methods: a run is one seed" in tables
+    assert "10.0 [3.5, 25.6]" in tables
+    assert scores.P_NOTE not in scores.compare([("a", {"data": 0}, records["a"])])
 
 
 def test_the_paired_test_detects_a_small_steady_difference_and_ignores_noise(few_draws):
@@ -430,8 +494,19 @@ DAMAGE = {  # a result file and the end of the message
     f"{HEADER}\n{json.dumps(record())[:40]}\n": "line 2: not valid JSON",
     f"{HEADER}\n{json.dumps(record(tokens='5'))}\n": r"line 2: no answer .* wrong or missing: \['tokens'\]",
     f"{HEADER}\n{json.dumps(record('h'))}\n": r"line 2: no answer .* wrong or missing: \['group'\]",
-    f"{HEADER}\n\udcff\n": "line 0: is not UTF-8 text",
-}
+    f"{HEADER}\n\udcff\n": "line 2: is not UTF-8 text",
+    '{"header": {"sampling": {"samples": {"g": 1}}, "data": {"g": {"problems": 1}}}}\n': "line 1: a header with",
+    HEADER.replace('"problems": 1', '"problems": "1"') + "\n": "line 1: a header with",
+    HEADER.replace('"problems": 1', '"problems": 0') + "\n": "line 1: a header with",
+    HEADER.replace('"g"', '"average"') + "\n": "line 1: a header with",
+    '{"header": {"sampling": {"samples": {}, "temperature": 0}, "data": {}}}\n': "line 1: a header with",
+    **{f"{HEADER}\n{json.dumps(record(**odd))}\n": rf"line 2: no answer .* wrong or missing: \['{name}'\]"
+       for odd in (dict(labels=[["x"]]), dict(tokens=True), dict(tokens=10**400), dict(tolerance=float("nan")),
+                   dict(tolerance="x"), dict(unit=[]), dict(correct=1), dict(extracted=0), dict(reason=None))
+       for name in odd},
+    **{f"{HEADER}\n{json.dumps(record() | odd)}\n": rf"line 2: no answer .* wrong or missing: \['{name}'\]"
+       for odd in (dict(id=1), dict(id=-1), dict(sample=1), dict(id="0"), dict(group=["g"])) for name in odd},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("text", DAMAGE)
@@ -439,7 +514,7 @@ def test_a_damaged_result_file_ends_in_one_line_with_file_and_line(text, greedy,
     damaged = tmp_path / "a.jsonl"
     damaged.write_bytes(text.encode("utf-8", "surrogateescape"))
     for flags in (("--regrade", damaged), ("--table", greedy, damaged)):
-        with pytest.raises(SystemExit, match=rf"^evaluate\.py: \S*a\.jsonl, (after )?{DAMAGE[text]}[^\n]*$"):
+        with pytest.raises(SystemExit, match=rf"^evaluate\.py: \S*a\.jsonl, {DAMAGE[text]}[^\n]*$"):
             call(*flags)
     assert damaged.read_bytes() == text.encode("utf-8", "surrogateescape")
 
@@ -473,9 +548,17 @@ def run_folder(tmp_path):
     [
         ("{", r"not valid JSON"),
         ("[1]", "a JSON object is needed"),
-        ("\udcff", r"not valid JSON"),
+        ("\udcff", "is not UTF-8 text"),
+        ("", "not valid JSON"),
+        ("null", "a JSON object is needed"),
         ("{}", r"no settings of this version \('settings'\)"),
         ('{"settings": [1]}', "no settings of this version"),
+        ('{"settings": null}', "no settings of this version"),
+        ('{"settings": {"seed": "0"}}', r"no settings of this version \('seed' must be of type int\)"),
+        ('{"settings": {"seed": true}}', r"no settings of this version \('seed' must be of type int\)"),
+        ('{"settings": {"rl_data": null}}', r"no settings of this version \('rl_data' must be of type str\)"),
+        ('{"settings": {"lam": NaN}}', r"no settings of this version \(lam must be at least 0; got nan\)"),
+        ('{"settings": {"method": "ppo"}}', r"no settings of this version \(method must be one of"),
     ],
 )
 def test_a_damaged_config_ends_in_one_line_with_its_file(run_folder, text, message):
@@ -525,9 +608,10 @@ def test_figures_need_no_evaluation_and_ignore_a_torn_line(run_folder, tmp_path,
         with open(run_folder / name, "a") as file:
             file.write('{"step": 2, "sec')
     run_main(plot, run_folder, run_folder, "--out", tmp_path / "a.png")
-    (run_folder / "evals.jsonl").write_text("")
+    (run_folder / "evals.jsonl").write_text(EVALS.replace("n=3", "$x^{$"))
     (run_folder / "config.json").unlink()
-    run_main(plot, run_folder, "--out", tmp_path / "b.png")
+    (tmp_path / "$\\frac$").symlink_to(run_folder)
+    run_main(plot, tmp_path / "$\\frac$", "--out", tmp_path / "b.png")
     for name in ("a.png", "b.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     with pytest.raises(SystemExit, match=r"^plot\.py: Format 'xyz' is not supported"):
@@ -543,7 +627,21 @@ def test_figures_need_no_evaluation_and_ignore_a_torn_line(run_folder, tmp_path,
         ("metrics.jsonl", METRICS + '{"step": 2}\n', "line 2: lacks seconds"),
         ("metrics.jsonl", '{"seconds": {}}\n', "line 1: lacks step"),
         ("evals.jsonl", EVALS + '{"shadow": {}}\n', "line 2: lacks step, policy"),
-        ("evals.jsonl", EVALS + "\udcff\n", "after line 0: is not UTF-8 text"),
+        ("evals.jsonl", EVALS + "\udcff\n", "line 2: is not UTF-8 text"),
+        ("evals.jsonl", '{"step": 0, "policy": {"n=3": 0.5}}\n', "line 1: policy must be accuracies .* average"),
+        ("evals.jsonl", '{"step": 0, "policy": {"average": 0.5}}\n', "line 1: policy must be accuracies"),
+        ("evals.jsonl", '{"step": 0, "policy": [1]}\n', "line 1: policy must be accuracies"),
+        ("evals.jsonl", EVALS.replace("0.25", '"0.25"'), "line 1: shadow must be accuracies"),
+        ("evals.jsonl", EVALS.replace("0.5", "5"), "line 1: policy must be accuracies"),
+        *(
+            ("metrics.jsonl", METRICS + METRICS.replace('"step": 1', f'"step": {odd}'), "line 2: step must be a whole")
+            for odd in ("null", '"1"', "1.5", "[1]", "NaN", "true", "-1", "1" + "0" * 400)
+        ),
+        ("metrics.jsonl", METRICS.replace("0.1", "Infinity"), "line 1: seconds must be numbers"),
+        ("metrics.jsonl", METRICS.replace("9", "{}"), "line 1: response_tokens must be a number or null"),
+        ("metrics.jsonl", METRICS.replace("9", "1" + "0" * 400), "line 1: response_tokens must be a number or null"),
+        ("metrics.jsonl", "1" * 5000 + "\n", "line 1: not valid JSON"),
+        pytest.param("metrics.jsonl", "[" * 100_000 + "\n", "line 1: not valid JSON", id="nested"),
     ],
 )
 def test_figures_of_a_damaged_log_end_in_one_line_with_file_and_line(run_folder, name, text, message):
@@ -552,10 +650,88 @@ def test_figures_of_a_damaged_log_end_in_one_line_with_file_and_line(run_folder,
         run_main(plot, run_folder, "--out", run_folder / "a.png")
 
 
-def test_figures_of_a_log_with_other_values_end_in_one_line(run_folder):
-    (run_folder / "evals.jsonl").write_text('{"step": 0, "policy": {"n=3": 0.5}}\n')
-    with pytest.raises(SystemExit, match=r"^plot\.py: metrics\.jsonl or evals\.jsonl [^\n]*'average'[^\n]*$"):
-        run_main(plot, run_folder, "--out", run_folder / "a.png")
+def as_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def as_loop(path):
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def first_object(change):
+    """A damage that changes the first JSON object of a file, or a checkpoint's facts with a right checksum."""
+
+    def damage(path):
+        first, *rest = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        path.write_text("\n".join([json.dumps(change(json.loads(first))), *rest, ""]))
+        if path.name == "facts.json":
+            (path.parent / "checksum").write_text(str(checkpoint._checksum(path.parent)))
+
+    return damage
+
+
+TEXTS = (
+    b"",
+    b"\n",
+    b"null\n",
+    b"[1]\n",
+    b"{}\n",
+    b"\xff\xfe\n",
+    b"[" * 10**5 + b"\n",
+    b"1" * 5000 + b"\n",
+    b'{"step": NaN}\n',
+)
+DAMAGES = [
+    lambda path: path.unlink(), as_folder, as_loop, *(lambda path, text=text: path.write_bytes(text) for text in TEXTS),
+    lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    *(lambda path, more=more: path.write_bytes(path.read_bytes() + more) for more in (b"\0\n", b"[]\n")),
+    *(first_object(lambda row, odd=odd: dict.fromkeys(row, odd)) for odd in (None, [], {}, "x", -1, True, 10**400)),
+]  # fmt: skip
+
+
+def ending(reader, run) -> str:
+    """The text with which a reader of a run folder ends the program, or that it works."""
+    try:
+        reader(run)
+    except SystemExit as ended:
+        return str(ended.code)
+    return "bridge.py: works"
+
+
+def begin(run):
+    with one_line_errors("bridge.py"):
+        RunFolder(run).begin(Settings(), [], 1)
+        RunFolder(run).is_evaluated(1)
+
+
+READERS = {  # by file of the run folder
+    "config.json": (call, lambda run: run_main(export, run)),
+    "metrics.jsonl": (begin, lambda run: run_main(plot, run)),
+    "evals.jsonl": (begin, lambda run: run_main(plot, run), lambda run: run_main(export, run)),
+    "samples.jsonl": (begin,),
+    "checkpoint/step-000002/facts.json": (lambda run: run_main(export, run, "--step", 2),),
+}
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_every_reader_of_a_damaged_run_folder_works_or_ends_in_one_line(name, finished_run, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run("--steps", "2", "--save-every", "1"), run)
+    stop, saved, kept = mock.Mock(side_effect=DataError("read")), checkpoint.newest(run / "checkpoint"), run / "kept"
+    for module, reached in ((figure, "Figure"), (export, "load"), (evaluate, "find_task")):
+        monkeypatch.setattr(module, reached, stop)
+    if not name.startswith("checkpoint"):
+        monkeypatch.setattr(checkpoint, "of_step", lambda *_: saved)
+    shutil.copy(run / name, kept)
+    for damage, reader in itertools.product(DAMAGES, READERS[name]):
+        with contextlib.suppress(IsADirectoryError, FileNotFoundError):
+            (run / name).unlink()
+        shutil.rmtree(run / name, ignore_errors=True)
+        shutil.copy(kept, run / name)
+        damage(run / name)
+        assert re.fullmatch(r"[\w.]+: [^\n]+", ending(reader, run))
 
 
 # The command line
@@ -564,12 +740,47 @@ def test_figures_of_a_log_with_other_values_end_in_one_line(run_folder):
 @pytest.mark.parametrize(
     "flags",
     ["", "m --regrade x", "m --seed -1", "m --temperature 1e-300", "m --data x --benchmarks paper",
-     "m --slots 0", "m --problems -1", "m --top-p 0", "m --top-p 1.1", "m --temperature -1", "m --temperature nan"],
+     "m --slots 0", "m --out /", "m --out .", "m --out=", "m --data \0", "m --out \udcff", "--table a b\0",
+     "m --problems -1", "m --top-p 0", "m --top-p 1.1", "m --temperature -1", "m --temperature nan"],
 )  # fmt: skip
 def test_a_command_that_makes_no_sense_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
         call(*flags.split())
     assert "error: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("program", ["bridge.py", "evaluate.py", "plot.py"])
+@pytest.mark.parametrize("stream", [">&-", "2>&-", "<&- >&- 2>&-", "| true", "> /dev/null"])
+def test_the_help_needs_no_terminal_and_no_encoding(program, stream):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
+    command = ["bash", "-o", "pipefail", "-c", f"{sys.executable} {program} --help {stream}"]
+    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (finished.returncode, finished.stderr) == (0, "")
+
+
+def test_reports_are_printed_in_any_encoding_and_without_any_stream(greedy, run_folder, monkeypatch, few_draws):
+    for stream in (io.TextIOWrapper(io.BytesIO(), "ascii"), io.TextIOWrapper(io.BytesIO(), "latin-1"), None):
+        for name in ("stdout", "stderr"):
+            monkeypatch.setattr(sys, name, stream)
+        start_program()
+        call("--table", greedy, greedy)  # with a minus sign
+        run_main(plot, run_folder, "--out", run_folder / "θ.png")
+        if stream:
+            stream.flush()
+            assert b"?.png" in stream.buffer.getvalue()
+
+
+def test_a_closed_pipe_or_a_full_disk_ends_in_one_line(greedy, tmp_path, run_folder, monkeypatch):
+    for text, file in (("Broken pipe", None), ("No space left", "/dev/full")):
+        reader, writer = os.pipe()
+        os.close(reader)
+        with open(file or writer, "w") as stream, pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            for module, flags in ((evaluate, ("--regrade", greedy, "--out", tmp_path / "r.jsonl")),
+                                  (plot, (run_folder, "--out", tmp_path / "f.png"))):  # fmt: skip
+                with pytest.raises(SystemExit, match=rf"^{module.__name__}\.py: [^\n]*{text}[^\n]*$"):
+                    run_main(module, *flags)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes what is left in the buffer
 
 
 def test_the_help_names_every_benchmark():

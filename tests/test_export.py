@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bridge
 import lora
-from infra import export
+from infra import checkpoint, export
 from infra.files import atomic_folder, read_log
 from sampler import Sampler
 from settings import METHODS, Settings
@@ -163,6 +165,71 @@ def test_the_adapter_on_the_trained_theta_gives_the_logits_of_the_exported_model
         torch.testing.assert_close(scope["model"](ids).logits, merged, rtol=1e-4, atol=1e-5)
         with scope["model"].disable_adapter():
             assert not torch.allclose(scope["model"](ids).logits, merged, rtol=1e-4, atol=1e-5)
+
+
+def contents(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize("flags", [["--save-every", "1"], ["--method", "sft", "--dtype", "bfloat16", "--steps", "2"]])
+def test_a_checkpoint_exports_as_the_run_itself_does_with_and_without_the_model_of_the_run(
+    finished_run, tmp_path, flags, monkeypatch
+):
+    out = tmp_path / "run"
+    shutil.copytree(finished_run("--steps", "2", *flags), out)
+    made = contents(out / "model")
+    for gone in (None, "model", "evals.jsonl"):
+        if gone == "model":
+            shutil.rmtree(out / "model")
+        elif gone:
+            (out / gone).unlink()
+            made.pop("README.md")
+        monkeypatch.setattr(sys, "argv", ["export", str(out), "--step", "2"])
+        export.main()  # replaces what the last call wrote
+        assert contents(out / "model-step-2").items() >= made.items()
+
+
+def test_an_export_of_an_earlier_step_has_its_weights_and_names_no_accuracy_of_another(finished_run, tmp_path):
+    flags = ("--save-every", "1", "--eval-every", "9", "--eval-problems", "1")
+    two, one = tmp_path / "run", finished_run("--steps", "1", *flags)
+    shutil.copytree(finished_run("--steps", "2", *flags), two)
+    folder = export.save_checkpoint(two, 1)
+    assert contents(folder)["model.safetensors"] == contents(one / "model")["model.safetensors"]
+    assert contents(folder)["model.safetensors"] != contents(two / "model")["model.safetensors"]
+    card = contents(folder)["README.md"].decode()
+    assert "for 1 steps with `bridge`" in card
+    assert "none: step 1 was not evaluated" in card and "| before" not in card  # noqa: PT018
+
+
+def test_what_cannot_be_exported_is_named_in_one_line(finished_run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(finished_run("--steps", "2", "--save-every", "1"), out)
+
+    def refused(*flags):
+        monkeypatch.setattr(sys, "argv", ["export", *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            export.main()
+        assert "\n" not in str(stopped.value)
+        return str(stopped.value)
+
+    assert f"no checkpoint in {tmp_path}/nowhere/checkpoint; there are none" in refused(tmp_path / "nowhere")
+    assert f"no checkpoint of step 7 in {out}/checkpoint; there are 1, 2" in refused(out, "--step", 7)
+    file = out / "checkpoint" / "step-000001" / "__0_0.distcp"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert "step-000001 is damaged" in refused(out, "--step", 1)
+    for name, text, message in (
+        ("evals.jsonl", '{"step": 0}\n', "line 1: lacks policy"), ("config.json", "{}", "lacks the command"),
+        ("config.json", "[]", "config.json: a JSON object is needed"),
+    ):  # fmt: skip
+        before = (out / name).read_text()
+        (out / name).write_text(text)
+        assert message in refused(out)
+        (out / name).write_text(before)
+    facts = out / "checkpoint" / "step-000002" / "facts.json"
+    facts.write_text(facts.read_text().replace('"lora_rank": 4', '"lora_rank": 5'))
+    (facts.parent / "checksum").write_text(str(checkpoint._checksum(facts.parent)))
+    assert "its shapes differ from those in" in refused(out)
+    assert not list(out.glob("*model-step*"))
 
 
 def test_an_adapter_that_never_moved_is_reported(finished_run):

@@ -17,7 +17,7 @@ from conftest import lines, rows, tensors_in
 
 import bridge
 import infra.run
-from infra import checkpoint, parallel
+from infra import checkpoint, export, parallel
 from sampler import Sampler
 from settings import Settings
 
@@ -137,6 +137,36 @@ def test_two_ranks_draw_the_samples_of_one_and_have_its_parameters_after_three_s
     assert lines(one / "evals.jsonl") == lines(tmp_path / "two" / "evals.jsonl")
 
 
+LAUNCH = dict(WORLD_SIZE="2", RANK="0", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="29500")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("WORLD_SIZE", ["", "x", "0", "-1", "2.0", "9" * 5000]), ("RANK", [None, "", "2", "-1", "x", "9" * 5000]),
+     ("LOCAL_RANK", [None, "2", "x"]), ("MASTER_ADDR", [None, ""]), ("MASTER_PORT", [None, "x", "99999"])],
+)  # fmt: skip
+def test_a_launch_without_a_usable_variable_ends_in_one_line_that_names_it(tmp_path, monkeypatch, name, values):
+    for value in values:
+        for variable, usual in (LAUNCH | {name: value}).items():
+            monkeypatch.setenv(variable, usual) if usual is not None else monkeypatch.delenv(variable, raising=False)
+        with pytest.raises(SystemExit, match=rf"^bridge\.py(, rank \S*)?: the variable {name} must be [^\n]*$"):
+            bridge.main([*SMOKE, "--out", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_rank_beyond_a_world_of_one_and_a_port_in_use_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")  # several processes without WORLD_SIZE would all write the same folder
+    with pytest.raises(SystemExit, match=r"^bridge\.py: the variable RANK must be a number in 0\.\.0"):
+        bridge.main([*SMOKE, "--out", str(tmp_path / "run")])
+    with socket.socket() as used:
+        used.bind(("localhost", 0))
+        used.listen()
+        for name, value in (LAUNCH | dict(MASTER_PORT=str(used.getsockname()[1]))).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit, match=r"rank 0: no connection to MASTER_ADDR localhost, MASTER_PORT [^\n]*$"):
+            bridge.main([*SMOKE, "--out", str(tmp_path / "run")])
+
+
 @pytest.mark.parametrize("flags", ["--method alternating --dynamic-sampling 1", "--shadow-rollouts one_step"])
 def test_other_methods_too_are_the_same_on_two_ranks(tmp_path, flags):
     run(tmp_path / "one", 1, *flags.split())
@@ -146,6 +176,8 @@ def test_other_methods_too_are_the_same_on_two_ranks(tmp_path, flags):
 
 def test_a_run_saved_by_two_ranks_is_resumed_by_one_and_by_two_sharded_ones(tmp_path, one):
     run(tmp_path / "run", 2, "--shard", steps=1)
+    exported = export.save_checkpoint(tmp_path / "run", 1) / "model.safetensors"  # from the slices of two ranks
+    assert exported.read_bytes() == (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     assert "1 ranks" not in run(tmp_path / "run", 1, "--resume", steps=2)
     run(tmp_path / "run", 2, "--resume", "--shard", steps=3)
     assert_equal(one, tmp_path / "run", 1e-6)

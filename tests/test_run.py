@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import random
+import re
 import resource
 import shutil
 import signal
@@ -33,7 +34,7 @@ from infra import checkpoint
 from infra.files import DataError, cut_back
 from infra.run import METRICS, RunFolder
 from sampler import Sampler
-from settings import METHODS, Settings
+from settings import METHODS, Settings, parse
 from tasks import arithmetic
 
 ROOT = Path(__file__).parents[1]
@@ -197,6 +198,43 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, caps
         checkpoint.newest(tmp_path)
 
 
+@pytest.mark.parametrize("left", ["damaged", "partial", "empty", "more"])
+def test_a_checkpoint_is_saved_over_what_an_earlier_attempt_left_of_the_same_step(tmp_path, left):
+    for step in (1, 3):
+        checkpoint.save(tmp_path, step, {"step": step}, {"x": torch.zeros(3)})
+    old = tmp_path / "step-000003"
+    if left == "damaged":
+        (old / "__0_0.distcp").write_bytes(b"")
+    elif left == "more":  # a file of a second rank
+        (old / "__1_0.distcp").write_bytes((old / "__0_0.distcp").read_bytes())
+    else:
+        for file in old.iterdir():
+            if left == "empty" or file.name != "facts.json":
+                file.unlink()
+    checkpoint.save(tmp_path, 3, {"step": 3}, {"x": torch.ones(3)})
+    assert checkpoint.newest(tmp_path).facts == {"step": 3}
+    assert torch.equal(tensors_in(tmp_path)["x"], torch.ones(3))
+    assert sorted(p.name for p in old.iterdir()) == [".metadata", "__0_0.distcp", "checksum", "facts.json"]
+
+
+def test_a_fresh_checkpoint_is_kept_though_damaged_ones_of_later_steps_exist(tmp_path):
+    for step in (3, 7, 8):
+        checkpoint.save(tmp_path, step, {"step": step}, {"x": torch.full((3,), float(step))})
+    for step in (7, 8):
+        (tmp_path / f"step-{step:06d}" / "facts.json").unlink()
+    checkpoint.save(tmp_path, 4, {"step": 4}, {"x": torch.full((3,), 4.0)})  # resumed at 3
+    assert checkpoint.newest(tmp_path).facts == {"step": 4}
+    assert not (tmp_path / "step-000008").exists()  # else the next run would cut its logs at 4 and resume at 8
+    checkpoint.save(tmp_path, 1_000_000, {"step": 1_000_000}, {"x": torch.zeros(3)})
+    assert checkpoint.newest(tmp_path).facts == {"step": 1_000_000}
+
+
+def test_a_checkpoint_with_facts_of_another_step_is_damaged(tmp_path):
+    checkpoint.save(tmp_path, 1, {"step": 2}, {"x": torch.ones(2)})
+    with pytest.raises(OSError, match="damaged"):
+        checkpoint.newest(tmp_path)
+
+
 def test_a_checkpoint_that_would_call_something_is_not_opened(tmp_path, capsys):
     class Call:
         def __reduce__(self):
@@ -276,6 +314,11 @@ def refused(*flags):
         (["--temperature", "0"], "temperature must be greater than 0; got 0.0"),
         (["--aggregation", "mean"], "aggregation must be one of grpo, dapo, dr_grpo"),
         (["--steps", "0"], "steps must be at least 1"),
+        (["--alpha", "1e999"], "alpha must be a finite number"),
+        (["--alpha", "1e300"], "alpha must be below 2^63"),
+        (["--seed", str(2**63)], "seed must be below 2^63"),
+        (["--seed", "-1"], "seed must be at least 0; got -1"),
+        (["--out", ""], "out is empty: name a folder, or omit it"),
         (["--method", "rl", "--shadow-rollouts", "own"], "shadow_rollouts does nothing with method rl, only with b"),
         (["--method", "mix", "--lam", "0.9"], "lam does nothing with method mix, only with mix_lora, no_meta, b"),
         (["--method", "bridge", "--mu", "2"], "mu does nothing with method bridge, only with mix"),
@@ -305,6 +348,48 @@ def test_a_bad_setting_is_refused_by_name(tmp_path, flags, message):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "flag", ["--steps=1e3", "--seed=" + "9" * 5000, "--alpha=x", "--out=\0", "--out=\udcff", "--model=a\0", "--steps="]
+)
+def test_a_value_that_cannot_be_read_is_refused_with_its_flag(flag, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        bridge.main(["--preset", "smoke", flag])
+    assert stopped.value.code == 2
+    assert f"error: argument {flag.partition('=')[0]}: " in capsys.readouterr().err
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    s, args = parse(["--out=~/run", "--model=~/m", "--rl-data=~/a,~/b,c~", "--sft-data=~", "--reward=~/r.py:f"])
+    assert str(args.out) == "/home/me/run"
+    given = [s.model, s.rl_data, s.sft_data, s.reward]
+    assert given == ["/home/me/m", "/home/me/a,/home/me/b,c~", "/home/me", "/home/me/r.py:f"]
+    args = evaluate.parse(["~/run", "--data=~/d", "--out=~/o"])
+    assert [args.source, args.data, args.out] == ["/home/me/run", "/home/me/d", "/home/me/o"]
+
+
+def test_the_help_explains_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    printed = capsys.readouterr().out
+    assert all(f"--{name.replace('_', '-')}" in printed for name in Settings.__dataclass_fields__)
+
+
+def test_a_folder_that_cannot_be_a_run_s_is_refused_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(bridge, "set_up", None)
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "others").mkdir()
+    (tmp_path / "others" / "config.json").write_text('{"model_type": "llama"}')
+    for name, flags, message in (
+        ("file", [], r"out: .*/file is no folder"), ("file/x", [], r"out: .*/file is no folder"),
+        ("loop/x", [], r"out: .*/loop is no folder"), ("x" * 300, [], "File name too long"),
+        ("others", [], "exists: --resume continues it"), ("", ["--resume"], r"No such file .*/config\.json"),
+        ("others", ["--resume"], r"others/config\.json: no settings of this version \('settings'\)"),
+    ):  # fmt: skip
+        assert re.search(message, refused("--preset", "smoke", "--out", tmp_path / name, *flags))
+
+
 @pytest.mark.parametrize("flag", ["--lambda", "--learning-rate", "--step"])
 def test_an_unknown_flag_is_refused_by_name(flag, capsys):
     with pytest.raises(SystemExit):
@@ -320,6 +405,23 @@ def test_an_existing_run_is_not_overwritten_and_other_settings_do_not_resume_it(
     assert "lam is 0.4, the run in" in refused(*flags, "--resume", "--lam", "0.4")
     assert "is at step 2 already" in refused(*flags, "--resume", "--steps", "1")
     bridge.main([str(f) for f in (*flags, "--resume", "--tokens-per-micro-batch", "100")])
+
+
+def test_resuming_without_training_evaluates_the_step_that_it_exports(tmp_path):
+    out, flags = tmp_path / "run", ("--eval-every", "2", "--save-every", "1", "--eval-problems", "1")
+    run(out, *flags, steps=3)
+    evals = (out / "evals.jsonl").read_text().splitlines(keepends=True)
+    assert [json.loads(line)["step"] for line in evals] == [0, 2, 3]
+    (out / "evals.jsonl").write_text("".join(evals[:2]))  # as if the run were stopped at step 3 of more
+    shutil.rmtree(out / "model")
+    run(out, *flags, "--resume", steps=3)
+    assert (out / "evals.jsonl").read_text() == "".join(evals)
+    card = (out / "model" / "README.md").read_text()
+    assert "for 3 steps" in card and "| bridge, step 3 |" in card  # noqa: PT018
+    (out / "evals.jsonl").write_text("")
+    run(out, *flags, "--resume", steps=3)
+    assert (out / "evals.jsonl").read_text() == evals[2]
+    assert "| before |" not in (out / "model" / "README.md").read_text()
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_five_in_a_row_end_the_run(tmp_path, monkeypatch):
