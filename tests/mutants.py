@@ -24,6 +24,7 @@ TESTS = {  # start of a path -> tests that concern it; they run first to last un
     "ops/": ["test_sampler.py", "test_kernels.py"],
     "infra/model.py": ["test_logprob.py"],
     "infra/memory.py": ["test_memory.py"],
+    "infra/export.py": ["test_export.py"],
     "infra/": ["test_parallel.py", "test_run.py"],
     "bridge.py": ["test_update.py", "test_loop.py"],
     "rollout.py": ["test_loop.py", "test_update.py"],
