@@ -64,10 +64,10 @@ def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
                 yield f"{path}, line {number}", json_object(line, f"{path}, line {number}")
 
 
-def json_object(text: bytes, place: str) -> dict:
+def json_object(text: str | bytes, place: str) -> dict:
     """The JSON object in a text. Raises DataError, naming the place."""
     try:
-        row = json.loads(text.decode())
+        row = json.loads(text if isinstance(text, str) else text.decode())
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: is not UTF-8 text") from error
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or an integer of thousands of digits
