@@ -189,7 +189,7 @@ _TOKEN = re.compile(
     r" *(?:(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
     r"|\\?(?P<word>sqrt|pi|infinity|infty|inf|" + "|".join(sorted(FUNCTIONS, key=len, reverse=True)) + r")(?![A-Za-z])"
     r"|(?P<symbol>(?:\\(?:angle|triangle) *(?:[A-Z] *(?:_ *(?:\{[^{}]*\}|\w))? *){1,4}"  # ∠ABC is one symbol
-    r"|\\(?:dot|ddot|hat|bar|vec|tilde|overline|widehat) *(?:\{[^{}]*\}|[A-Za-z]|\\[a-z]+)"
+    r"|\\(?:dot|ddot|hat|bar|vec|overrightarrow|tilde|overline|widehat) *(?:\{[^{}]*\}|[A-Za-z]|\\[a-z]+)"
     r"|\\text *\{ *[A-Za-z] *\}|[A-Z]{4,}|[A-Za-z]|\\(?:hbar|ell|alpha|beta|gamma|delta|epsilon|zeta|eta|"
     r"theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|"
     r"Upsilon|Phi|Psi|Omega)(?![A-Za-z]))"

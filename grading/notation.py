@@ -83,7 +83,7 @@ UNITS = {word: unit for unit, words in {  # spelling -> unit
     "N": "newton newtons", "J": "joule joules", "K": "kelvin", "Hz": "hz hertz", "V": "volt volts", "W": "watt watts",
     "Pa": "pascal pascals", "mol": "mole moles", "pc": "parsec parsecs", "arcsec": "arcseconds", "mi/h": "mph",
 }.items() for word in (unit, *words.split())}  # fmt: skip
-NAMES = "|".join(w for w in UNITS if len(w) > 2 or w in "mm cm km in ft yd mi kg lb oz hr ml mL Hz")  # not in \text
+NAMES = "|".join(word for word in UNITS if len(word) > 1 and word not in ("Pa", "pc", "°C", "°F"))  # also without \text
 POWER = r"(?: ?\^ ?(?:\{ ?-?[0-9] ?\}|-?[0-9]))?"
 SI = r"(?:[kMGTdcmnpfμ]?(?:eV|mol|Hz|Pa|cal|pc|bar|ohm|[msgAKNJWCVFTHLlB]))"  # with a prefix
 _UNIT_REWRITES = [(re.compile(pattern), new) for pattern, new in (
@@ -100,16 +100,15 @@ CHANGES = re.compile(  # words that change the value of the number before them
     r"million|billion|trillion|dozen)s?|lakh|crore|minimum|maximum|more|fewer|less)\b"
 )
 _TITLE_WORDS = re.compile(  # words that an answer may leave out before "="
-    "(?:(?:a|age|all|amount|an|answer|arc|area|average|balance|base|capacity|change|circumference|correct|cost|count|days?|"
-    "degree|density|depth|diameter|difference|dimension|distance|earnings|energy|expected|expectation|final|for|force|"
-    "fraction|frequency|greatest|height|hours?|hypotenuse|in|integer|interest|is|largest|least|length|mass|max|maximum|"
-    "mean|measure|median|min|minimum|minutes|mode|money|number|of|outcomes|people|percent|percentage|perimeter|period|"
-    "population|power|pressure|price|probability|product|profit|quotient|radius|range|rate|ratio|remainder|result|revenue|"
-    "salary|savings|score|side|slope|smallest|solution|speed|students|sum|surface|tax|temperature|term|the|time|total|"
-    "value|variance|velocity|volume|ways|weight|width|work|years?) *)+"
+    r"(?:(?:an?|the|of|for|in|is|final|total|correct|answer|result|solution|value|amount|number|ways|sum|difference|product|"
+    r"quotient|remainder|ratio|rate|fraction|percent|percentage|probability|expected|expectation|average|mean|median|mode|"
+    r"range|variance|max|maximum|min|minimum|largest|smallest|greatest|least|length|width|height|depth|side|base|hypotenuse|"
+    r"radius|diameter|circumference|perimeter|area|surface|volume|capacity|slope|degree|distance|speed|velocity|time|period|"
+    r"frequency|hours?|days?|years?|age|mass|weight|density|force|energy|power|pressure|temperature|population|people|"
+    r"students|cost|price|profit|revenue|salary|savings|earnings|interest|money|change|tax|score)\b *)+"
 )
 _NO_POINTS = re.compile(
-    "NO[TNR]?|NAY|OR|AND|BUT|IF|ANY|ALL|NONE|NOPE|NULL|VOID|LESS|MORE|OVER|THAN|HALF|FAKE|FAIL|LIE|BAD"
+    "N(?:OT?|ON?E?|OR|AY|OPE|ULL)|OR|AND|BUT|IF|ANY|ALL|VOID|LESS|MORE|OVER|THAN|HALF|FAKE|FAIL|LIE|BAD"
 )
 
 

@@ -15,14 +15,19 @@ _LETTER = re.compile(rf"(?:arc)?(?:sin|cos|tan|cot|sec|csc)|exp|ln|log|[A-Za-z]{
 _DEFINED = re.compile(rf"({SYMBOL}'*) *\( *([a-z]) *\) *=")
 _F = rf"{SYMBOL}'* *\( *[a-z] *\)"
 _QUOTIENT = re.compile(rf"(?:{_F} *= *)?(?:\\frac *\{{ *{_F} *\}} *\{{ *{_F} *\}}|{_F} */ *{_F}) *=")
-_YES = re.compile(r"(?:\\text *\{ *)?[Yy]es *(?:[,.:;] *\}?|\} *[,.:;]?)")
+_LEFT = re.compile(  # what may stand before an answer: yes, "Answer:", or a name that no expression has
+    r"(?:\\text *\{ *)?(?:[Yy]es|(?:Final )?[Aa]nswer) *(?:[,.:;] *\}?|\} *[,.:;]?)"
+    rf"|(?:{SYMBOL} *\^ *(?:\{{ *\* *\}}|\*)|[fgh] *(?:'+|\^ *\{{ *-1 *\}}) *\([^()=]*\)"
+    r"|(?:\\mathbb *\{ *[EP] *\}|[EP]|\\text *\{ *(?:Var|Cov|Pr) *\}) *[(\[][^()\[\]]*[)\]]) *="
+)
 _KIND = r"(?: +(?:an?|is|are|any|arbitrary|real|complex|positive|non-?zero|integers?|constants?|numbers?))"
 _SIDE = r"(?:[^\\=,;A-Za-z≠<>≤≥∈]|\\[A-Za-z]+|[A-Za-z](?![A-Za-z]))+"  # without words
 _CONDITION = re.compile(  # x^2 for x > 0; πk, k ∈ Z; C e^x, where C is a constant
-    r"(?P<answer>.*?[^,;( ]) *(?:[,;(]|\b(?:for|where|when|if|with)\b) *(?:(?:for|where|when|if|with|and|all|any) +)*"
+    r"(?P<answer>.*?[^,;( ])(?:[,; ]+(?P<open>\()|(?: *[,;]| +(?=(?:for|where|when|if|with)\b)))"
+    r" *(?:(?:for|where|when|if|with|and|all|any) +)*"
     rf"(?:(?P<integer>[a-z]) *∈ *\\(?:mathbb)? *\{{? *Z\b *\}}?|{SYMBOL} *∈ *\(-\\infty ,\\infty *\)"
     rf"|{_SIDE}(?:[≠<>≤≥∈]{_SIDE}){{1,2}}"
-    rf"|{SYMBOL}(?:(?: *,| and) +{SYMBOL})*{_KIND}{{2,}}) *\)?"
+    rf"|{SYMBOL}(?:(?: *,| and) +{SYMBOL})*{_KIND}{{2,}})(?(open) *\))"
 )
 
 
@@ -30,7 +35,7 @@ def readings(answer: str, gold: str, definite: bool) -> Iterator[str]:
     """Other readings of a normalised answer. definite: whether a condition or another name would change the gold."""
     if len(answer) > MAX_LENGTH:
         return
-    if (match := _YES.match(answer)) and match.end() < len(answer):
+    if (match := _LEFT.match(answer)) and not ("=" in match[0] and "=" in gold):
         yield answer[match.end() :]
     if definite:
         if match := _BARE.fullmatch(answer):
@@ -50,7 +55,8 @@ def readings(answer: str, gold: str, definite: bool) -> Iterator[str]:
         yield _renamed(answer, dict(zip(mine, theirs, strict=True)))
     sides = (letters(text.rpartition("=")[2]) & names for text, names in ((answer, mine), (gold, theirs)))
     mine, theirs = ([n for n in sorted(names) if re.fullmatch("[cCkKABD](?:_[0-9])?", n)] for names in sides)
-    if shared and 0 < len(mine) == len(theirs) <= 3 and any(n[0] in "cC" for n in mine + theirs):
+    constants = 0 < len(mine) == len(theirs) <= 3 and re.search("[cC]", "".join(mine + theirs)) and "," not in answer
+    if constants and shared & {"x", "y", "z", "t", "r", "s", "\\theta"}:
         for names in itertools.permutations(theirs):  # C e^x for c e^x
             yield _renamed(answer, dict(zip(mine, names, strict=True)))
 

@@ -263,10 +263,10 @@ def test_one_budget_and_no_clock_bounds_the_work_of_a_verdict(monkeypatch):
 
 
 def test_a_verdict_does_not_depend_on_what_was_graded_before():
-    text = r"\sqrt{x+1}," * 30 + "2"
+    text = r"\sqrt{x+1}," * 10 + "2"
     answers._read.cache_clear()
     for _ in range(2):
-        assert [compare(a, text)[0] for a in (text, r"2, " + r"\sqrt{1+x}," * 30, text + "+x")] == [True, True, False]
+        assert [compare(a, text)[0] for a in (text, r"2, " + r"\sqrt{1+x}," * 10, text + "+x")] == [True, True, False]
 
 
 def test_numbers_and_nesting_beyond_the_limits_are_refused():
