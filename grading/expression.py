@@ -51,7 +51,7 @@ class TooComplex(ValueError):
 class Work:
     """The units of work left, and more integers at which letters have a value. `with` makes it the current one."""
 
-    def __init__(self, left: int = BUDGET, steps: tuple[int, ...] = ()):
+    def __init__(self, left: float = BUDGET, steps: tuple[int, ...] = ()):
         self.left, self.steps, self.letters = left, steps, set()  # letters: those read so far
 
     def spend(self, units: int) -> None:
@@ -60,19 +60,14 @@ class Work:
             raise TooComplex("too many operations")
 
     def __enter__(self):
-        self.token = _WORK.set(self)
+        self.token = WORK.set(self)
         return self
 
     def __exit__(self, *error):
-        _WORK.reset(self.token)
+        WORK.reset(self.token)
 
 
-_WORK: ContextVar[Work | None] = ContextVar("work", default=None)
-
-
-def work() -> Work:
-    """The current budget, else a new one."""
-    return _WORK.get() or Work()
+WORK = ContextVar("work", default=Work(math.inf))  # noqa: B039  (outside `with` nothing bounds the work)
 
 
 @dataclass(frozen=True)
@@ -95,14 +90,12 @@ class Scalar:
 
     @functools.cached_property
     def points(self) -> tuple:
-        """`values`, or the rational number as one mpmath number."""
-        return self.values or (_approximate(self.exact.numerator) / _approximate(self.exact.denominator),)
-
-
-def _approximate(n: int):
-    """An integer as mpmath's number, from its first 400 bits."""
-    shift = max(0, n.bit_length() - 400)  # mpmath takes 0.3 ms to strip the zero bits of 2^9999
-    return mp.ldexp(mp.mpf(n >> shift), shift) if shift else mp.mpf(n)
+        """`values`, or the rational number as one mpmath number, from its first 400 bits."""
+        if self.values:
+            return self.values
+        n, d = self.exact.as_integer_ratio()
+        i, k = (max(0, x.bit_length() - 400) for x in (n, d))  # mpmath takes 0.3 ms to strip the zero bits of 2^9999
+        return (mp.ldexp(mp.mpf(n >> i) / (d >> k), i - k),)
 
 
 def number(value: Fraction | int, flags: frozenset = frozenset()) -> Scalar:
@@ -136,7 +129,7 @@ def _pairs(a: Scalar, b: Scalar) -> list[tuple]:
     indices += () if steps and "real" not in a.flags | b.flags else RATIONAL
     indices += NEGATIVE if "absolute" in a.flags | b.flags else ()
     x, y = (s.points * count if s.constant else s.points for s in (a, b))
-    work().spend(len(indices))
+    WORK.get().spend(len(indices))
     return [(x[i], y[i]) for i in indices if x[i] is not None or y[i] is not None]
 
 
@@ -166,7 +159,7 @@ def proportional(a: Scalar, b: Scalar, positive: bool = False, scales: tuple[Sca
     order = INTEGER + RATIONAL  # of _pairs
     if not 0 < len(scales) < 8 or len(ratios) != len(order):
         return False
-    work().spend(20 * len(scales))
+    WORK.get().spend(20 * len(scales))
     logs = [[float(mp.log(s.points[i] / s.points[order[0]])) for i in order] for s in scales]
     logs += [[-x for x in row] for row in logs] + [[0.0] * len(order)]
     targets = [complex(mp.log(r / ratios[0])) for r in ratios]  # complex where a ratio has another sign
@@ -239,7 +232,7 @@ class Parser:
 
     def __init__(self, text: str = ""):
         self.tokens, self.i, self.depth = [*tokenize(text), ("end", "")], 0, 0
-        self.work = work()
+        self.work = WORK.get()
         self.in_bars = self.in_angle = False  # inside |…|, inside the argument of a trigonometric function
 
     @property

@@ -14,10 +14,10 @@ _BARE = re.compile(
 _LETTER = re.compile(rf"(?:arc)?(?:sin|cos|tan|cot|sec|csc)|exp|ln|log|[A-Za-z]{{4,}}|(?P<name>{SYMBOL})")
 _DEFINED = re.compile(rf"({SYMBOL}'*) *\( *([a-z]) *\) *=")
 _F = rf"{SYMBOL}'* *\( *[a-z] *\)"
-_QUOTIENT = re.compile(rf"(?:{_F} *= *)?(?:\\frac *\{{ *{_F} *\}} *\{{ *{_F} *\}}|{_F} */ *{_F}) *=")
 _LEFT = re.compile(  # what may stand before an answer: yes, "Answer:", or a name that no expression has
     r"(?:\\text *\{ *)?(?:[Yy]es|(?:Final )?[Aa]nswer) *(?:[,.:;] *\}?|\} *[,.:;]?)"
-    rf"|(?:{SYMBOL} *\^ *(?:\{{ *\* *\}}|\*)|[fgh] *(?:'+|\^ *\{{ *-1 *\}}) *\([^()=]*\)"
+    rf"|(?:(?:{_F} *= *)?(?:\\frac *\{{ *{_F} *\}} *\{{ *{_F} *\}}|{_F} */ *{_F})"
+    rf"|{SYMBOL} *\^ *(?:\{{ *\* *\}}|\*)|[fgh] *(?:'+|\^ *\{{ *-1 *\}}) *\([^()=]*\)"
     r"|(?:\\mathbb *\{ *[EP] *\}|[EP]|\\text *\{ *(?:Var|Cov|Pr) *\}) *[(\[][^()\[\]]*[)\]]) *="
 )
 _KIND = r"(?: +(?:an?|is|are|any|arbitrary|real|complex|positive|non-?zero|integers?|constants?|numbers?))"
@@ -44,8 +44,6 @@ def readings(answer: str, gold: str, definite: bool) -> Iterator[str]:
     if match := _CONDITION.fullmatch(re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", answer).strip()):
         yield (answer := match["answer"])
     integers = {match["integer"]} - {None} if match else set()
-    if match := _QUOTIENT.match(answer):
-        yield answer[match.end() :]
     a, g = _DEFINED.match(answer), _DEFINED.match(gold)
     mine, theirs = letters(answer), letters(gold)
     if a and g and a[1] == g[1] and g[2] not in mine:  # f(t) = t^2 for f(x) = x^2

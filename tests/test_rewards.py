@@ -256,10 +256,9 @@ def test_one_budget_and_no_clock_bounds_the_work_of_a_verdict(monkeypatch):
                 is_correct(boxed(response), gold)
                 most = max(most, sum(spent))
     assert expression.BUDGET < most < 5 * expression.BUDGET  # the units of a reading count again in the total
-    parser = expression.Parser("+".join(["x"] * 199))
-    with pytest.raises(TooComplex):
-        parser.closed("end")
-    assert -100 < parser.work.left < 0
+    with expression.Work() as work, pytest.raises(TooComplex):
+        parse("+".join(["x"] * 199))
+    assert -100 < work.left < 0
 
 
 def test_a_verdict_does_not_depend_on_what_was_graded_before():
