@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 from grading.notation import NAMES, POWER, SI, SYMBOL
 
-MAX_LENGTH = 200  # characters of an answer that has other readings
+MAX_LENGTH = 150  # characters of an answer that has other readings
 _SI = rf"(?:[kM]?\\Omega|[MLR] *_ *\{{? *\\odot *\}}?|(?:\\mu *)?(?:{SI}|{NAMES})(?![A-Za-z]){POWER})"
 _BARE = re.compile(
-    rf"(.*[0-9)}}]) +(?=.*(?:[/\\-]|[a-z][A-Z]))({_SI}(?: *[*/]? *{_SI})*)"
+    rf"(.*[0-9)}}]) +(?=.*(?:[/\\-]|[a-z][A-Z]))({_SI}(?: *(?:[*/] *)?{_SI})*)"
 )  # 1.55 eV, 3 m/s, but not 3 m
 _LETTER = re.compile(rf"(?:arc)?(?:sin|cos|tan|cot|sec|csc)|exp|ln|log|[A-Za-z]{{4,}}|(?P<name>{SYMBOL})")
 _DEFINED = re.compile(rf"({SYMBOL}'*) *\( *([a-z]) *\) *=")
@@ -21,7 +21,7 @@ _LEFT = re.compile(  # what may stand before an answer: yes, "Answer:", or a nam
     r"|(?:\\mathbb *\{ *[EP] *\}|[EP]|\\text *\{ *(?:Var|Cov|Pr) *\}) *[(\[][^()\[\]]*[)\]]) *="
 )
 _KIND = r"(?: +(?:an?|is|are|any|arbitrary|real|complex|positive|non-?zero|integers?|constants?|numbers?))"
-_SIDE = r"(?:[^\\=,;A-Za-z≠<>≤≥∈]|\\[A-Za-z]+|[A-Za-z](?![A-Za-z]))+"  # without words
+_SIDE = r"(?:[^\\=,;A-Za-z≠<>≤≥∈]|\\?[A-Za-z](?![A-Za-z])|\\[A-Za-z]{2,}(?![A-Za-z]))+"  # without words
 _CONDITION = re.compile(  # x^2 for x > 0; πk, k ∈ Z; C e^x, where C is a constant
     r"(?P<answer>.*?[^,;( ])(?:[,; ]+(?P<open>\()|(?: *[,;]| +(?=(?:for|where|when|if|with)\b)))"
     r" *(?:(?:for|where|when|if|with|and|all|any) +)*"

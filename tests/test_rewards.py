@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import time
 from fractions import Fraction
 from pathlib import Path
 
@@ -259,6 +260,29 @@ def test_one_budget_and_no_clock_bounds_the_work_of_a_verdict(monkeypatch):
     with expression.Work() as work, pytest.raises(TooComplex):
         parse("+".join(["x"] * 199))
     assert -100 < work.left < 0
+
+
+def test_repetitions_do_not_make_another_reading_slow():
+    atoms = [
+        r"\theta_",
+        r"\dot x",
+        "m^-1 ",
+        "m/s ",
+        "for ",
+        "x and ",
+        "x>",
+        r"\frac{f(x)}",
+        "(x>0) ",
+        ", (",
+        "Yes, ",
+        "5 eV ",
+    ]
+    for atom in atoms:
+        for start in ("", "x^2, ", "5 ", "x for "):
+            before = time.process_time()
+            for gold in ("5", "x^2+C"):
+                assert not is_correct(boxed(start + atom * ((140 - len(start)) // len(atom)) + "=5"), gold).correct
+            assert time.process_time() - before < 0.2, (start, atom)
 
 
 def test_a_verdict_does_not_depend_on_what_was_graded_before():
