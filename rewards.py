@@ -130,10 +130,11 @@ def extract(response: str) -> str | None:
         elif match[0] == "}" and open_braces:
             start, content, is_box = open_braces.pop()
             if is_box:
-                boxes = [b for b in boxes[-MAX_ITEMS:] if b[0] < start]  # drops the boxes inside this one
+                while boxes and boxes[-1][0] > start:  # drops the boxes inside this one
+                    boxes.pop()
                 boxes.append((start, content, match.start(), match.end()))
     unfinished = max((start for start, _, is_box in open_braces if is_box), default=-1)
-    boxes = [(text[a:b].strip(), start, end) for start, a, b, end in boxes if text[a:b].strip()]
+    boxes = [(text[a:b].strip(), start, end) for start, a, b, end in boxes[-MAX_ITEMS - 1 :] if text[a:b].strip()]
     if not boxes or unfinished > boxes[-1][1]:
         return None
     glued = [boxes.pop()]

@@ -12,7 +12,7 @@ _BARE = re.compile(
     rf"(.*[0-9)}}]) +(?=.*(?:[/\\-]|[a-z][A-Z]))({_SI}(?: *(?:[*/] *)?{_SI})*)"
 )  # 1.55 eV, 3 m/s, but not 3 m
 _LETTER = re.compile(rf"(?:arc)?(?:sin|cos|tan|cot|sec|csc)|exp|ln|log|[A-Za-z]{{4,}}|(?P<name>{SYMBOL})")
-_DEFINED = re.compile(rf"({SYMBOL}'*) *\( *([a-z]) *\) *=")
+_DEFINED = re.compile(rf"({SYMBOL}'*) *\( *([a-z]|\\[a-z]+) *\) *=")
 _F = rf"{SYMBOL}'* *\( *[a-z] *\)"
 _LEFT = re.compile(  # what may stand before an answer: yes, "Answer:", or a name that no expression has
     r"(?:\\text *\{ *)?(?:[Yy]es|(?:Final )?[Aa]nswer) *(?:[,.:;] *\}?|\} *[,.:;]?)"
@@ -65,4 +65,8 @@ def letters(text: str) -> set[str]:
 
 
 def _renamed(text: str, names: dict[str, str]) -> str:
-    return _LETTER.sub(lambda m: names.get(re.sub("[{ }]", "", m[0]), m[0]) if m["name"] else m[0], text)
+    def new(match: re.Match) -> str:
+        name = names.get(re.sub("[{ }]", "", match[0]), match[0]) if match["name"] else match[0]
+        return " " * text[match.start() - 1 : match.start()].isalpha() + name  # \sin x, not \sinx
+
+    return _LETTER.sub(new, text)

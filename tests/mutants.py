@@ -115,7 +115,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("ops/sample.py", "right=True", "right=False"),
     ("rewards.py", "if not boxes or unfinished > boxes[-1][1]:", "if not boxes:"),
     ("rewards.py", "(text if text.strip() else thought)", "response"),
-    ("rewards.py", " in boxes if text[a:b].strip()]", " in boxes]"),
+    ("rewards.py", "[-MAX_ITEMS - 1 :] if text[a:b].strip()]", "[-MAX_ITEMS - 1 :]]"),
     ("rewards.py", "extracted[:MAX_ANSWER], reason", "extracted, reason"),
     ("rewards.py", "compare(extracted, answer, tolerance or 0.0, unit or \"\")", "compare(extracted, answer)"),
     ("rewards.py", "if not is_gold(answer):", "if False:"),
