@@ -263,7 +263,7 @@ def test_one_budget_and_no_clock_bounds_the_work_of_a_verdict(monkeypatch):
 
 
 def test_repetitions_do_not_make_another_reading_slow():
-    atoms = [
+    for atom in (
         r"\theta_",
         r"\dot x",
         "m^-1 ",
@@ -275,13 +275,11 @@ def test_repetitions_do_not_make_another_reading_slow():
         "(x>0) ",
         ", (",
         "Yes, ",
-        "5 eV ",
-    ]
-    for atom in atoms:
+    ):
         for start in ("", "x^2, ", "5 ", "x for "):
             before = time.process_time()
             for gold in ("5", "x^2+C"):
-                assert not is_correct(boxed(start + atom * ((140 - len(start)) // len(atom)) + "=5"), gold).correct
+                assert not is_correct(boxed(start + atom * ((140 - len(start)) // len(atom)) + "=6"), gold).correct
             assert time.process_time() - before < 0.2, (start, atom)
 
 
