@@ -4,6 +4,7 @@ RL reinforces every response that is_correct accepts. It accepts no list of cand
 for a gold that it cannot read. No text raises an error, runs as code, or takes long. Every form of a value counts:
 factored or expanded, fraction or exact decimal. The exceptions are:
 - a plain number must be evaluated: 2+2, 5!, √16 and x+1=3 restate the task; a fraction, a power and a·10ⁿ do not;
+- a sine, logarithm or the like is evaluated, too, unless the gold has one;
 - a rounded decimal differs from its fraction, unless a tolerance is given; 132_5 is neither 132_7 nor 42;
 - brackets and order matter in tuples and intervals: [1,4) is not (1,4), and (1,500) is not 1500;
 - two stated units must agree; 7 % is 7 % or 0.07, while 0.07 and 700 are not 7.
@@ -24,9 +25,9 @@ from types import ModuleType
 from grading.answers import MAX_ANSWER, MAX_ITEMS, compare, read
 from settings import SettingError
 
-VERSION = "2"  # of the grader, recorded with every result; increase it whenever a verdict may change
+VERSION = "3"  # of the grader, recorded with every result; increase it whenever a verdict may change
 MAX_RESPONSE = 50_000  # only this many last characters are searched for a box
-_BOX = re.compile(r"(?s)\\(?:boxed|fbox)(?: *\{| +(?P<bare>[-+]?[0-9.][^\s{}$\\]*|[A-Za-z](?![A-Za-z])))|\\.|[{}]")
+_BOX = re.compile(r"(?s)\\(?:boxed|fbox)(?: *\{| +(?P<bare>[-+]?[0-9.][^\s{}$\\]*|[A-Za-z](?![A-Za-z])))|\\[{}\\]|[{}]")
 _BETWEEN = re.compile(r"(?:[\s$,;.]|\\[,;: ]|\\q?quad|\\\(|\\\)|and|or|\\text *\{ *(?:and|or) *\})*")
 
 
@@ -190,10 +191,11 @@ def extract(response: str) -> str | None:
         elif match[0] == "}" and open_braces:
             start, content, is_box = open_braces.pop()
             if is_box:
-                boxes = [b for b in boxes[-MAX_ITEMS:] if b[0] < start]  # drops the boxes inside this one
+                while boxes and boxes[-1][0] > start:  # drops the boxes inside this one
+                    boxes.pop()
                 boxes.append((start, content, match.start(), match.end()))
     unfinished = max((start for start, _, is_box in open_braces if is_box), default=-1)
-    boxes = [(text[a:b].strip(), start, end) for start, a, b, end in boxes if text[a:b].strip()]
+    boxes = [(text[a:b].strip(), start, end) for start, a, b, end in boxes[-MAX_ITEMS - 1 :] if text[a:b].strip()]
     if not boxes or unfinished > boxes[-1][1]:
         return None
     glued = [boxes.pop()]

@@ -6,14 +6,19 @@ operand  = set {"∪" set} | number {":" number} | matrix | tuple | numeral in a
 """
 
 import functools
+import itertools
 import operator
 import re
 from dataclasses import dataclass
+from fractions import Fraction
 
-from grading.expression import Scalar, TooComplex, Unreadable, apply, letter, number, parse, proportional, same
-from grading.notation import UNITS, canonical_unit, normalise
+from grading import expression
+from grading.expression import Scalar, TooComplex, Unreadable, Work, apply, letter, number, parse, proportional, same
+from grading.notation import CHANGES, NAMES, POWER, SPELLED, canonical_unit, may_omit, normalise
+from grading.readings import readings
 
 MAX_ANSWER = 1_000  # characters; a longer answer is refused, the longest gold of the benchmarks has 210
+MAX_UNIT = 200  # characters of a number and its unit
 MAX_ITEMS, MAX_NESTING = 40, 30  # of a list, a tuple or a matrix; of its brackets
 
 
@@ -27,7 +32,7 @@ class Quantity:
 
 @dataclass(frozen=True)
 class Collection:
-    """kind: "list" (in any order), "union", "ratio", "matrix", "row", or the two brackets of a tuple or interval."""
+    """kind: "list" (in any order), "sequence", "union", "ratio", "matrix", "row", or the brackets of a tuple."""
 
     kind: str
     items: tuple
@@ -41,6 +46,7 @@ class Relation:
     sign: str
     left: "Quantity | Collection"
     right: "Quantity | Collection"
+    scales: frozenset = frozenset()  # letters by which an equation may be multiplied
 
 
 Value = Quantity | Collection | Relation | str  # str: compared as text, like words, a time of day, or "132_5" in a base
@@ -48,20 +54,10 @@ Value = Quantity | Collection | Relation | str  # str: compared as text, like wo
 _MINUS_INFINITY, _INFINITY = Quantity(parse("-\\infty")), Quantity(parse("\\infty"))
 _HUNDREDTH = parse("0.01")
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
-_SPELLED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
-_NAMES = "|".join(word for word in UNITS if len(word) > 1)
-_POWER = r"(?: ?\^ ?(?:\{ ?-?[0-9] ?\}|-?[0-9]))?"
-# \text{…}, a listed unit or a longer word, with an optional power
-_WORD = rf"(?:\\text *\{{(?:[^{{}}0-9^]|\^ ?-?[0-9])*\}}|(?<![A-Za-z\\])(?:{_NAMES}|[a-z]{{4,}}))(?![A-Za-z]){_POWER}"
+_WORD = rf"(?:\\text *\{{(?:[^{{}}0-9^]|\^ ?-?[0-9])*\}}|(?<![A-Za-z\\])(?:{NAMES}|[a-z]{{4,}}))(?![A-Za-z]){POWER}"
 _DEGREE = r"°(?: ?(?:[CF]|\\text *\{[CF]\}))?"
-_UNIT = re.compile(rf"(?P<value>.*[0-9)}}!ia-z]) *(?P<unit>%|{_DEGREE}|\\\$|[€£]|¢|{_WORD}(?: *(?:[*/] *)?{_WORD})*)")
-_CHANGES = re.compile(  # words that change the value of the number before them
-    rf"\b(?:{'|'.join(_SPELLED)}|\w+teen|\w+ty|not|no|or|and|mod|modulo|to|if|when|where|for|with|is|isn|are|but|than|"
-    r"half|halves|[ap]\.m|quarters?|\w+ths?|thirds?|squared|cubed|factorial|times|maybe|perhaps|plus|minus|negative|"
-    r"below|above|at|of|about|wrong|incorrect|false|except|unless|over|choose|tens|scores?|pairs?|(?:hundred|thousand|"
-    r"million|billion|trillion|dozen)s?|lakh|crore|minimum|maximum|more|fewer|less)\b"
-)
-
+_UNIT = re.compile(rf"(?P<value>.*?[0-9)}}!ia-z]) *(?P<unit>%|{_DEGREE}|\\\$|[€£]|¢|{_WORD}(?: *(?:[*/] *)?{_WORD})*)")
+_SQUARED = re.compile(rf"\b({NAMES}) (?:squared|cubed)\b")  # seconds squared
 _BRACKET = r"\\begin|\\end|\\[lr]floor|\\[lr]ceil|\\.|[()\[\]{}]"
 _NESTING = dict.fromkeys(["(", "[", "{", "\\{", "\\begin", "\\lfloor", "\\lceil"], 1)
 _NESTING |= dict.fromkeys([")", "]", "}", "\\}", "\\end", "\\rfloor", "\\rceil"], -1)
@@ -71,8 +67,10 @@ _TITLE = re.compile(r" *(?:\\text *\{)?[\[|]?([A-Z]{2,}|[A-Za-z ]{4,}|P *\([^()=
 _CAPITALS = re.compile(r" *[\[|]?([A-Z]{2,})[\]|]? *")
 _MATRIX_KIND = r"\{ *(?P<kind>[pb]matrix|matrix|array) *\}(?: *\{[lcr| ]*\})?"
 _MATRIX = re.compile(rf"(?P<factor>[^&]*?) *\\begin *{_MATRIX_KIND}(?P<body>.*)\\end *\{{ *(?P=kind) *\}}")
-_NUMERAL = re.compile(r"\(?(-?(?=[A-F]*[0-9])[0-9A-F]+)\)? *_ *(?:\{ *\(?([0-9]{1,2}|[a-z]+)\)? *\}|([0-9]{1,2}))")
-_PUNCTURED = re.compile(r"\(-\\infty ,\\infty *\) *\\setminus *\\\{(.*)\\\}")  # all real numbers but one
+_NUMERAL = re.compile(
+    r"\(?(-?(?=[A-F]*[0-9])[0-9A-F]+(?:\.[0-9A-F]+)?)\)? *_ *(?:\{ *\(?([0-9]{1,2}|[a-z]+)\)? *\}|([0-9]{1,2}))"
+)
+_PUNCTURED = re.compile(r"\(-\\infty ,\\infty *\) *(?:\\setminus|-) *\\\{(.*)\\\}")  # all real numbers but some
 _WORDS = re.compile(r"(?=.*(?:[A-Za-z]{2}|[AaPp]\.[Mm]))[A-Za-z0-9][A-Za-z0-9 ,.'’:;()/%&+!?\"-]*")
 
 
@@ -107,8 +105,12 @@ def _list(text: str) -> Value:
     parts, separators = _split(text, _LIST)
     items = []
     for part in parts:
-        two = ("±" in part or "∓" in part) and not part.strip().startswith("\\{")
+        two = ("±" in part or "∓" in part) and "\\{" not in part
         items += [_item(part.replace("±", a).replace("∓", b)) for a, b in ("+-", "-+")] if two else [_item(part)]
+    if "…" in items and len(items) > 2:
+        return Collection("sequence", tuple(items))
+    if "…" in items:
+        raise Unreadable("a number that goes on")
     if len(items) == 1:
         return items[0]
     if set(separators) == {"or"}:
@@ -141,29 +143,31 @@ def _item(text: str) -> Value:
 
 
 def _name(side: Value) -> str:
-    """The name of a symbol, of f(x) or of a tuple of symbols, else "". An answer may omit it to the left of "="."""
+    """The name of a symbol, of f(x), of a tuple or of a ratio of symbols, else "". An answer may omit it before "="."""
     if isinstance(side, Collection):
-        return "".join(map(_name, side.items)) if side.kind == "()" and all(map(_name, side.items)) else ""
+        return ":".join(map(_name, side.items)) if side.kind in ("()", "ratio") and all(map(_name, side.items)) else ""
     return side.value.name if isinstance(side, Quantity) else ""
 
 
 def _equation(sides: list, signs: list[str]) -> Value:
     """Returns name = value, the value of a chain like 10/4 = 5/2, or an equation between expressions."""
+    symbols = set() if _name(sides[0]) else expression.WORK.get().letters  # a solved equation is not multiplied
+    scales = frozenset(s for s in symbols if re.match("[A-SU-Wa-dghklm]", s) and not {s + "'", s + "''"} & symbols)
     if len(sides) == 2 and _name(sides[1]) and not _name(sides[0]):
         sides = sides[::-1]
     name, links = (sides[:1], sides[1:]) if _name(sides[0]) else ([], sides)
     if name and len(links) == 1:
-        return Relation("=", name[0], links[0])
+        return Relation("=", name[0], links[0], scales)
     if not all(isinstance(link, Quantity) for link in links):
         raise Unreadable("a chain of other things than numbers")
     signs = signs[len(name) :]
     if len(links) == 2 and not name and not (links[0].value.constant and links[1].value.constant):
-        return Relation("=", *links)
+        return Relation("=", *links, scales)
     for a, b, sign in zip(links, links[1:], signs, strict=False):
         if not matches(b, a, 1e-2 if sign == "≈" else 0.0):
             raise Unreadable("the links of the chain disagree")
     value = links[signs.index("≈")] if "≈" in signs else links[-1]
-    return Relation("=", name[0], value) if name else value
+    return Relation("=", name[0], value, scales) if name else value
 
 
 def _inequality(sides: list, signs: list[str]) -> Value:
@@ -176,6 +180,8 @@ def _inequality(sides: list, signs: list[str]) -> Value:
     lower, upper = {"<": "(", "≤": "["}, {"<": ")", "≤": "]"}  # the bracket for the interval's end
     if len(signs) == 2 and names[1] and set(signs) <= {"<", "≤"}:  # 2 < x ≤ 5
         return Collection(lower[signs[0]] + upper[signs[1]], (sides[0], sides[2]), names[1])
+    if len(signs) == 2 and set(signs) <= {"<", "≤"} and not constant[1]:  # 2 < |z| ≤ 5
+        return Collection("list", tuple(map(Relation, signs, sides, sides[1:])))
     if len(signs) > 1 or signs[0] not in "<≤≠":
         raise Unreadable("relations that do not chain")
     (left, right), (sign,) = sides, signs
@@ -196,8 +202,14 @@ def _operand(text: str) -> Value:
         return _list(text[1:-1])
     if re.fullmatch("[0-9]{1,2}:[0-5][0-9]", text):  # a time of day
         return text
+    if text == "\\ldots":
+        return "…"
     if match := _PUNCTURED.fullmatch(text):
-        return _inequality([Quantity(letter("x")), _quantity(match[1])], ["≠"])
+        points = _operand(rf"\{{{match[1]}\}}").items
+        if not all(isinstance(p, Quantity) and p.value.constant for p in points):
+            raise Unreadable("a set of other things than numbers")
+        ends = [_MINUS_INFINITY, *sorted(points, key=lambda p: p.value.points[0].real), _INFINITY]
+        return Collection("union", tuple(Collection("()", pair) for pair in itertools.pairwise(ends)))
     parts, separators = _split(text, _UNION)
     if separators:
         return _union([_operand(part) for part in parts])
@@ -221,8 +233,9 @@ def _operand(text: str) -> Value:
             return _item(parts[0])
     if match := _NUMERAL.fullmatch(text):
         digits, base = match[1], match[2] or match[3]
-        base = str(_SPELLED.index(base)) if base in _SPELLED else base
-        if not base.isdigit() or not 2 <= int(base) <= 16 or any(int(d, 16) >= int(base) for d in digits[1:]):
+        base = str(SPELLED.index(base)) if base in SPELLED else base
+        largest = max(int(d, 16) for d in digits if d.isalnum())
+        if not base.isdigit() or not max(1, largest) < int(base) <= 16:
             raise Unreadable("digits that the base does not have")
         return f"{digits}_{base}"
     return _quantity(text)
@@ -242,17 +255,17 @@ def _matrix(factor: str, kind: str, body: str) -> Collection:
 
 def _quantity(text: str) -> Quantity:
     r"""A scalar with its unit: 5.4 \text{ cents}, \$18.90, 62.5%, 36°, 3 \text{ million dollars}."""
-    if _plain(text) in _SPELLED:
-        return Quantity(number(_SPELLED.index(_plain(text))))
+    if _plain(text) in SPELLED:
+        return Quantity(number(SPELLED.index(_plain(text))))
     unit, scale = "", None
     if match := re.fullmatch(r"(-?) *(\\\$|[€£]) *(.+)", text):
         text, unit = match[1] + match[3], canonical_unit(match[2])
-    match = _UNIT.fullmatch(text)
+    match = _UNIT.fullmatch(text) if len(text) <= MAX_UNIT else None
     if match and not (match["unit"][0] == "°" and re.search("sin|cos|tan|cot|sec|csc", text)):
         words = re.sub(r"\\text|[{}]", " ", match["unit"]).split()
         scale = _SCALES.get(words[0].lower()) if words else None
         unit_words = " ".join(words[1:] if scale else words)
-        if _CHANGES.search(unit_words.lower()):
+        if CHANGES.search(_SQUARED.sub(r"\1", unit_words.lower())):
             raise Unreadable(f"words after a number: {unit_words}")
         text, unit = match["value"], unit or canonical_unit(unit_words)
     value = parse(text)
@@ -272,19 +285,23 @@ def read(text: str) -> tuple[Value | None, str]:
     if len(text) > MAX_ANSWER:
         return None, "too_long"
     try:
-        return _read(text)
-    except (TooComplex, RecursionError):  # RecursionError: hundreds of brackets, or a deep stack of the caller
+        return _read(normalise(text), ())[:2]
+    except RecursionError:  # hundreds of brackets, or a deep stack of the caller
         return None, "too_complex"
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(text: str) -> tuple[Value | None, str]:
-    text = normalise(text)
-    try:
-        return _list(text), ""
-    except Unreadable:
-        words = _plain(text)
-        return (words, "") if words else (None, "unparseable")
+def _read(text: str, steps: tuple[int, ...], limit: int = expression.BUDGET) -> tuple[Value | None, str, int]:
+    """`read` for a normalised text, within `limit` units of work, and the units used. For `steps` see `Work`."""
+    with Work(limit, steps) as work:
+        try:
+            value, reason = _list(text), ""
+        except Unreadable:
+            value = _plain(text) or None
+            reason = "" if value else "unparseable"
+        except TooComplex:
+            value, reason = None, "too_complex"
+    return value, reason, limit - work.left
 
 
 def compare(answer: str, gold: str, tolerance: float = 0.0, unit: str = "") -> tuple[bool, str]:
@@ -296,16 +313,46 @@ def compare(answer: str, gold: str, tolerance: float = 0.0, unit: str = "") -> t
     gold_value, _ = read(gold)
     if gold_value is None:
         return False, "bad_gold"
-    value, reason = read(answer)
-    if value is None:
+    reason = read(answer)[1]
+    if reason.startswith("too_"):
         return False, reason
     try:
-        correct = _compare_letters(answer, gold)
-        if correct is None:
-            correct = matches(value, gold_value, tolerance, canonical_unit(normalise(unit)))
-    except (Unreadable, TooComplex):  # the comparison computes too, with ∞ or with huge numbers
+        answer, gold, unit = normalise(answer), normalise(gold), canonical_unit(normalise(unit)) if unit else ""
+        with Work(2 * expression.BUDGET) as budget:  # for all readings and comparisons of this answer
+            correct = answer == gold or _compare_letters(answer, gold)
+            if correct is None:
+                texts = itertools.chain([answer], readings(answer, gold, _is_definite(gold_value)))
+                correct = any(_earns(text, gold, tolerance, unit, budget) for text in texts)
+    except (Unreadable, TooComplex, RecursionError):  # the comparison computes too, with ∞ or with huge numbers
         correct = False
-    return correct, "equal" if correct else "different"
+    return correct, "equal" if correct else reason or "different"
+
+
+def _earns(answer: str, gold: str, tolerance: float, unit: str, budget: Work) -> bool:
+    """Whether an answer as it stands equals a gold. Steps are compared at many integers, also near their numbers."""
+    stepped = [()]
+    if all("\\lfloor" in text or "\\lceil" in text for text in (answer, gold)):
+        numbers = sorted({int(n) for n in re.findall("[0-9]{1,6}", answer + " " + gold)}, reverse=True)[:6]
+        near = {abs(m - n) + k for m, n in itertools.product(numbers, [0, *numbers]) for k in (-1, 0, 1)}
+        stepped.append(tuple(sorted({*range(3, 50), *sorted(n for n in near if n > 2)[:40]})))
+    for steps in stepped:
+        values = []
+        for text in (answer, gold):
+            value, _, used = _read(text, steps, *[budget.left] * (budget.left < expression.BUDGET))
+            budget.spend(used)
+            values.append(value)
+        if None in values or not matches(*values, tolerance, unit):
+            return False
+    return True
+
+
+def _is_definite(gold: Value) -> bool:
+    """Whether a condition or another name would change a gold: a number, an interval or an inequality."""
+    if isinstance(gold, Collection):
+        return gold.kind != "list" or all(map(_is_definite, gold.items))
+    if isinstance(gold, Relation):
+        return gold.sign != "=" or _is_definite(gold.right)
+    return isinstance(gold, str) or gold.value.constant
 
 
 def equivalent(answer: str, gold: str) -> bool:
@@ -314,13 +361,17 @@ def equivalent(answer: str, gold: str) -> bool:
 
 
 def _compare_letters(answer: str, gold: str) -> bool | None:
-    """The verdict if the gold is a choice like (C) or both are single words; None otherwise."""
+    """The verdict if the gold is a choice like (C) or both are single words and no products; None otherwise."""
     answer, gold = (re.sub(r"\\text *\{([^{}]*)\}", r"\1", normalise(t)).strip("{} ") for t in (answer, gold))
     if re.fullmatch(r"\(?[A-J]\)?", gold):
-        choice = re.match(r"\(?([A-J])[).:](?!.*\b(?:[A-J]|or|not)\b)", answer)  # (C), also with the option's text
-        return choice[1] == gold.strip("()") if choice else None
+        option = r"(?!.*\b(?:[A-J]|or|and|but|not)\b)(?:[A-Za-z0-9$.]|-[0-9]|\\[a-z])[^,;&=+]*"  # (C), or (C) Plane
+        choice = re.fullmatch(rf"\(?([A-J])(?:[).:]*|[).:]+ +{option})", answer)
+        return bool(choice) and choice[1] == gold.strip("()")
+    if re.search(r"[\\0-9]", gold):
+        return None
     answer, gold = _plain(answer), _plain(gold)
-    return answer == gold if answer.isalpha() and gold.isalpha() else None
+    words = answer.isalpha() and gold.isalpha() and not re.fullmatch("[a-df-hj-np-tvx-z]{2,3}", gold)
+    return answer == gold if words else None
 
 
 def matches(answer: Value, gold: Value, tolerance: float = 0.0, unit: str = "") -> bool:
@@ -330,7 +381,11 @@ def matches(answer: Value, gold: Value, tolerance: float = 0.0, unit: str = "") 
     if isinstance(answer, Quantity):
         gold = _unwrapped(gold)
     if isinstance(answer, Relation) and answer.sign == "=" and _name(answer.left) and not isinstance(gold, Relation):
-        return matches(answer.right, gold, tolerance, unit)  # x = 5 for 5
+        left, right = ((s.items if isinstance(s, Collection) else ()) for s in (answer.left, answer.right))
+        if left and len(left) == len(right) and isinstance(gold, Collection) and gold.kind == "list":  # (a,b) = (1,2)
+            named = tuple(Relation("=", *pair) for pair in zip(left, right, strict=True))
+            return matches(Collection("list", named), gold, tolerance, unit)
+        return may_omit(_name(answer.left)) and matches(answer.right, gold, tolerance, unit)  # x = 5 for 5
     if isinstance(gold, Relation):
         return _matches_relation(answer, gold, tolerance, unit)
     if isinstance(answer, Quantity) and isinstance(gold, Quantity):
@@ -339,7 +394,8 @@ def matches(answer: Value, gold: Value, tolerance: float = 0.0, unit: str = "") 
         return _matches_collection(answer, gold, tolerance, unit)
     if isinstance(answer, Quantity) and isinstance(gold, str) and answer.value.exact is not None:
         digits, _, base = gold.partition("_")  # an answer may omit the base
-        return bool(base) and digits.isdigit() and not answer.value.flags and answer.value.exact == int(digits)
+        decimal = base and re.fullmatch("[0-9.]+", digits) and not answer.value.flags
+        return bool(decimal) and answer.value.exact == Fraction(digits)
     return answer == gold
 
 
@@ -351,6 +407,8 @@ def _unwrapped(value: Value) -> Value:
 
 def _matches_collection(answer: Collection, gold: Collection, tolerance: float, unit: str) -> bool:
     same_name = not answer.name or not gold.name or answer.name == gold.name
+    if gold.kind == "list" and answer.kind in ("()", "[]") and len(answer.items) == len(gold.items):
+        return _matches_in_order(answer, gold, tolerance, unit)
     if answer.kind != gold.kind or len(answer.items) != len(gold.items) or not same_name:
         return False
     pairs = list(zip(answer.items, gold.items, strict=True))
@@ -359,10 +417,12 @@ def _matches_collection(answer: Collection, gold: Collection, tolerance: float, 
         product = functools.partial(apply, operator.mul)
         crossed = all(same(product(p.value, g.value), product(q.value, a.value)) for p, q in pairs)
         zeros = all(same(p.value, zero) == same(q.value, zero) for p, q in pairs)
-        return zeros and crossed
-    names = {_name(item.left) for item in gold.items if isinstance(item, Relation)}
-    unnamed = len(names) == len(gold.items) and not any(isinstance(item, Relation) for item in answer.items)
-    if gold.kind not in ("list", "union") or unnamed:  # unnamed: 9, 4 for AB = 9, CD = 4
+        return zeros and crossed and all(_worked_out(p.value, q.value) for p, q in pairs)
+    named, gold_named = (_item_names(c) for c in (answer, gold))
+    if named and not any(isinstance(item, Relation) for item in gold.items) and named != sorted(named):
+        return False  # y = 1, x = 2 for 1, 2
+    unnamed = gold_named and not any(isinstance(item, Relation) for item in answer.items)
+    if gold.kind not in ("list", "union") or unnamed or (named and not gold_named):  # 9, 4 for AB = 9, CD = 4
         return all(matches(p, q, tolerance, unit) for p, q in pairs)
     unmatched = list(answer.items)
     for item in gold.items:
@@ -373,10 +433,34 @@ def _matches_collection(answer: Collection, gold: Collection, tolerance: float, 
     return True
 
 
+def _item_names(collection: Collection) -> list[str]:
+    """The names of items x = 1, y = 2; [] if they are not distinct."""
+    names = [_name(item.left).strip("\\") for item in collection.items if isinstance(item, Relation)]
+    return names if len(set(names) - {""}) == len(collection.items) > 1 else []
+
+
+def _matches_in_order(answer: Collection, gold: Collection, tolerance: float, unit: str) -> bool:
+    """Whether the tuple (1,2,3) equals the list 1, 2, 3. A pair in ascending order may be an interval."""
+    if len(gold.items) == 2 and not _item_names(gold):
+        ends = [i.value.points[0].real for i in answer.items if isinstance(i, Quantity) and i.value.constant]
+        if len(ends) < 2 or ends[0] < ends[1]:
+            return False
+    return all(matches(p, q, tolerance, unit) for p, q in zip(answer.items, gold.items, strict=True))
+
+
+def _worked_out(answer: Scalar, gold: Scalar) -> bool:
+    """Whether an answer has no sine, logarithm or the like, unless the gold has one."""
+    return "function" not in answer.flags or bool(gold.flags & {"function", "exponential"})
+
+
 def _matches_quantity(answer: Quantity, gold: Quantity, tolerance: float, unit: str) -> bool:
     gold_unit = gold.unit or unit
-    units = {answer.unit, gold_unit} - {""}
-    if len(units) == 2 and len({u.startswith("?") for u in units}) == 1:  # two known units, or two unknown words
+    expression.WORK.get().spend(1)
+    special, general = sorted((answer.unit, gold_unit), key=lambda u: u.startswith("unit"))  # cm^2, unit^2
+    stands_for = "*" not in special and general == "unit" + "".join(special.partition("^")[1:])
+    if special and general and special != general and not stands_for:
+        return False
+    if not _worked_out(answer.value, gold.value):
         return False
     exact = gold.value.exact is not None and (answer.value.exact is not None or not tolerance)
     if exact and "unevaluated" in answer.value.flags - gold.value.flags:
@@ -403,4 +487,5 @@ def _matches_relation(answer: Value, gold: Relation, tolerance: float, unit: str
     if not all(isinstance(side, Quantity) for side in sides) or (name and gold.right.value.constant):
         return False  # x + 1 = 3 is not solved for x
     a, b = (apply(operator.sub, relation.right.value, relation.left.value) for relation in (answer, gold))
-    return proportional(a, b, positive=gold.sign in "<≤")
+    scales = tuple(letter(name) for name in sorted(gold.scales))
+    return _worked_out(a, b) and proportional(a, b, gold.sign in "<≤", scales)

@@ -1,9 +1,10 @@
 r"""The value of one expression in TeX or plain text.
 
 A recursive-descent parser computes while it reads: rational numbers exactly, other numbers to 50 digits. A letter has
-fixed values at six sample points. Two expressions are equal when they agree at every point where one of them is
-defined. The text is untrusted: there is no `eval`, `sympify` or `parse_latex`, and limits on tokens, depth, digits and
-the cost of all operations bound the work. A sum, integral or limit is not in the grammar: it restates the task.
+fixed values at six sample points, and at more integers where ⌊ ⌋ or ⌈ ⌉ is compared. Two expressions are equal when
+they agree at every point where one of them is defined. The text is untrusted: there is no `eval`, `sympify` or
+`parse_latex`, and limits on tokens, depth, digits and the cost of all operations bound the work. A sum, integral or
+limit is not in the grammar: it restates the task.
 
     sum      = ["-"] product {("+" | "-") product}
     product  = power {["*" | "/" | "÷"] power}                  adjacent factors multiply
@@ -13,9 +14,12 @@ the cost of all operations bound the work. A sum, integral or limit is not in th
 
 import functools
 import hashlib
+import itertools
 import math
 import operator
+import random
 import re
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
@@ -23,7 +27,7 @@ import mpmath  # sympy's numeric engine
 
 MAX_TOKENS, MAX_DEPTH = 400, 30
 MAX_BITS = 20_000  # numerator and denominator of an exact number; 1000! has 8,530
-BUDGET, BUDGET_PER_CHARACTER = 200, 8  # units of work for one expression; a unit takes about 3 µs
+BUDGET = 1_200  # units of work to read one answer, of about 4 µs each; the golds of the benchmarks take up to 1,000
 
 mp = mpmath.mp.clone()  # a separate context: the precision of mpmath.mp stays as it is
 mp.dps = 50
@@ -32,7 +36,8 @@ TINY = mp.mpf(10) ** -45
 
 POINTS = 6  # sample points: two positive rationals, three integers, a negative rational
 RATIONAL, INTEGER, NEGATIVE = (0, 1), (2, 3, 4), (5,)
-UNEVALUATED, ROUNDED, ABSOLUTE = (frozenset([flag]) for flag in ("unevaluated", "rounded", "absolute"))
+_FLAGS = ("unevaluated", "rounded", "absolute", "function", "exponential", "real")
+UNEVALUATED, ROUNDED, ABSOLUTE, FUNCTION, EXPONENTIAL, REAL = (frozenset([flag]) for flag in _FLAGS)
 
 
 class Unreadable(ValueError):
@@ -43,50 +48,88 @@ class TooComplex(ValueError):
     """The text has more tokens, levels, digits or operations than the limits allow."""
 
 
+class Work:
+    """The units of work left, and more integers at which letters have a value. `with` makes it the current one."""
+
+    def __init__(self, left: float = BUDGET, steps: tuple[int, ...] = ()):
+        self.left, self.steps, self.letters = left, steps, set()  # letters: those read so far
+
+    def spend(self, units: int) -> None:
+        self.left -= units
+        if self.left < 0:
+            raise TooComplex("too many operations")
+
+    def __enter__(self):
+        self.token = WORK.set(self)
+        return self
+
+    def __exit__(self, *error):
+        WORK.reset(self.token)
+
+
+WORK = ContextVar("work", default=Work(math.inf))  # noqa: B039  (outside `with` nothing bounds the work)
+
+
 @dataclass(frozen=True)
 class Scalar:
     """The value of an expression. Letters stand for positive numbers, so √x² equals x, unless |…| is applied.
 
     flags: "unevaluated" (an operation is still to be done: 2+2, 5!, √16), "rounded" (⌊ ⌋ or ⌈ ⌉ of letters: two of
-    these are compared at the integers only), "absolute" (|…|: the negative point counts too), "infinite" (∞).
+    these are compared at the integers only, unless a letter like x is "real"), "absolute" (|…|: the negative point
+    counts too), "function" (sin, log, …), "exponential" (e^…, or letters in an exponent), "infinite" (∞).
     """
 
     exact: Fraction | None  # None for an irrational or complex constant and for an expression in letters
-    points: tuple  # one value for a constant, else POINTS values; None where undefined
+    values: tuple = ()  # one value for a constant, else POINTS values and more; None where undefined; () if exact
     name: str = ""  # the symbol, if the expression is a single symbol
     flags: frozenset = frozenset()
 
     @property
     def constant(self) -> bool:
-        return len(self.points) == 1
+        return len(self.values) < 2
+
+    @functools.cached_property
+    def points(self) -> tuple:
+        """`values`, or the rational number as one mpmath number, from its first 400 bits."""
+        if self.values:
+            return self.values
+        n, d = self.exact.as_integer_ratio()
+        i, k = (max(0, x.bit_length() - 400) for x in (n, d))  # mpmath takes 0.3 ms to strip the zero bits of 2^9999
+        return (mp.ldexp(mp.mpf(n >> i) / (d >> k), i - k),)
 
 
 def number(value: Fraction | int, flags: frozenset = frozenset()) -> Scalar:
     """A rational constant."""
-    value = Fraction(value)
-    return Scalar(value, (mp.mpf(value.numerator) / value.denominator,), flags=flags)
+    return Scalar(Fraction(value), flags=flags)
 
 
 @functools.lru_cache(maxsize=1024)
-def letter(name: str) -> Scalar:
-    """A symbol. A hash of the name determines its values."""
+def letter(name: str, steps: tuple[int, ...] = ()) -> Scalar:
+    """A symbol. A hash of the name determines its values, and the order in which it takes those of `steps`."""
     h = hashlib.sha256(name.encode("utf-8", "replace")).digest()
     rational = [mp.mpf(1000 + 256 * h[2 * i] + h[2 * i + 1]) / 7919 for i in range(3)]  # 0.13 … 8.4
-    return Scalar(None, (*rational[:2], *(mp.mpf(3 + b % 23) for b in h[6:9]), -rational[2]), name)
+    more = map(mp.mpf, random.Random(h).sample(steps, len(steps)))
+    points = (*rational[:2], *(mp.mpf(3 + b % 23) for b in h[6:9]), -rational[2], *more)
+    return Scalar(None, points, name, REAL if name[:1] in tuple("rtuvwxyz\\") else frozenset())
 
 
 def close(x, y) -> bool:
     """Whether two mpmath numbers agree to 35 digits."""
-    return abs(x - y) <= max(EPSILON * max(abs(x), abs(y)), TINY)
+    difference = x - y
+    return not difference or abs(difference) <= max(EPSILON * max(abs(x), abs(y)), TINY)
 
 
 def _pairs(a: Scalar, b: Scalar) -> list[tuple]:
     """The values of a and b at the sample points that count for them; None where one of the two is undefined."""
     if a.constant and b.constant:
         return [(a.points[0], b.points[0])]
-    indices = INTEGER if "rounded" in a.flags & b.flags else RATIONAL + INTEGER
+    steps = "rounded" in a.flags & b.flags
+    count = max(len(a.points), len(b.points)) if steps else POINTS
+    indices = INTEGER + tuple(range(POINTS, count))
+    indices += () if steps and "real" not in a.flags | b.flags else RATIONAL
     indices += NEGATIVE if "absolute" in a.flags | b.flags else ()
-    x, y = (s.points * POINTS if s.constant else s.points for s in (a, b))
+    x, y = (s.points * count if s.constant else s.points for s in (a, b))
+    WORK.get().spend(len(indices))
     return [(x[i], y[i]) for i in indices if x[i] is not None or y[i] is not None]
 
 
@@ -97,16 +140,31 @@ def same(a: Scalar, b: Scalar, tolerance: float = 0.0) -> bool:
     if a.exact is not None and b.exact is not None:
         return a.exact == b.exact
     pairs = _pairs(a, b)
-    return bool(pairs) and all(None not in pair and close(*pair) for pair in pairs)
+    return bool(pairs) and all(x is not None and y is not None and close(x, y) for x, y in pairs)
 
 
-def proportional(a: Scalar, b: Scalar, positive: bool = False) -> bool:
-    """Whether a = c·b at all points, with one c ≠ 0 (c > 0 if `positive`). Then a = 0 and b = 0 are equivalent."""
+def proportional(a: Scalar, b: Scalar, positive: bool = False, scales: tuple[Scalar, ...] = ()) -> bool:
+    """Whether a = c·b at all points, with one c ≠ 0 (c > 0 if `positive`). Then a = 0 and b = 0 are equivalent.
+
+    c may have two of the letters `scales` as factors or divisors.
+    """
     pairs = _pairs(a, b)
     if len(pairs) < 2 or any(None in p or (abs(p[0]) < EPSILON) != (abs(p[1]) < EPSILON) for p in pairs):
         return False
     ratios = [x / y for x, y in pairs if abs(y) >= EPSILON]
-    return bool(ratios) and all(close(r, ratios[0]) for r in ratios) and not (positive and mp.re(ratios[0]) < 0)
+    if not ratios or (positive and mp.re(ratios[0]) < 0):
+        return False
+    if all(close(r, ratios[0]) for r in ratios):
+        return True
+    order = INTEGER + RATIONAL  # of _pairs
+    if not 0 < len(scales) < 8 or len(ratios) != len(order):
+        return False
+    WORK.get().spend(20 * len(scales))
+    logs = [[float(mp.log(s.points[i] / s.points[order[0]])) for i in order] for s in scales]
+    logs += [[-x for x in row] for row in logs] + [[0.0] * len(order)]
+    targets = [complex(mp.log(r / ratios[0])) for r in ratios]  # complex where a ratio has another sign
+    pairs = itertools.combinations_with_replacement(logs, 2)
+    return any(all(abs(x + y - t) < 1e-12 for x, y, t in zip(*pair, targets, strict=True)) for pair in pairs)
 
 
 CONSTANTS = {"pi": Scalar(None, (+mp.pi,)), "e": Scalar(None, (+mp.e,)), "i": Scalar(None, (mp.mpc(0, 1),))}
@@ -118,19 +176,23 @@ TRIGONOMETRIC = {"sin", "cos", "tan", "cot", "sec", "csc"}
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 ROUND = {"lfloor": lambda x: mp.floor(mp.mpf(x) + EPSILON), "lceil": lambda x: mp.ceil(mp.mpf(x) - EPSILON)}
 _RATIONAL_OPERATIONS = (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, abs)
-_CHEAP = (*_RATIONAL_OPERATIONS, mp.sqrt, mp.log, mp.log10)
+_WEIGHTS = dict.fromkeys(_RATIONAL_OPERATIONS, 1) | dict.fromkeys((mp.sqrt, mp.log, mp.log10, *ROUND.values()), 3)
+_OTHER_WEIGHT = 6  # units of work at one point for a sine and the like
 _TOKEN = re.compile(
     r" *(?:(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
     r"|\\?(?P<word>sqrt|pi|infinity|infty|inf|" + "|".join(sorted(FUNCTIONS, key=len, reverse=True)) + r")(?![A-Za-z])"
     r"|(?P<symbol>(?:\\(?:angle|triangle) *(?:[A-Z] *(?:_ *(?:\{[^{}]*\}|\w))? *){1,4}"  # ∠ABC is one symbol
-    r"|\\(?:dot|ddot|hat|bar|vec|tilde|overline|widehat) *(?:\{[^{}]*\}|[A-Za-z]|\\[a-z]+)"
+    r"|\\(?:dot|ddot|hat|bar|vec|overrightarrow|tilde|overline|widehat) *(?:\{[^{}]*\}|[A-Za-z]|\\[a-z]+)"
     r"|\\text *\{ *[A-Za-z] *\}|[A-Z]{4,}|[A-Za-z]|\\(?:hbar|ell|alpha|beta|gamma|delta|epsilon|zeta|eta|"
     r"theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|"
     r"Upsilon|Phi|Psi|Omega)(?![A-Za-z]))"
     r"(?: *_ *(?:\{[^{}]*\}|[A-Za-z0-9]|\\[a-z]+)| *')*)"
     r"|\\(?P<command>[A-Za-z]+)|(?P<sign>[-+*/÷^_!|()\[\]{}°]))"
 )
-_ARGUMENT = re.compile(r" *\( *(?:(?P<letter>[A-Za-z]|\\[a-z]+)|(?P<number>[0-9]+)) *\)")
+_ARGUMENT = re.compile(
+    r" *\( *(?:(?P<letter>[A-Za-z]|\\[a-z]+)|(?P<number>[0-9]+)|(?:[A-Za-z0-9.-]+|\\[a-z]+)"
+    r"(?: *, *(?:[A-Za-z0-9.-]+|\\[a-z]+))+) *\)"
+)
 _LONG_WORD = re.compile(r"(?=[A-Z]*[a-z])[A-Za-z]{4}")
 
 
@@ -150,9 +212,15 @@ def tokenize(text: str) -> list[tuple[str, str]]:
             if _LONG_WORD.match(text, match.start(kind)):
                 raise Unreadable("a word")
             value = re.sub(r"\\text|[{} ]", "", value)
+            value = value.replace("'", "") + "'" * value.count("'")
             argument = _ARGUMENT.match(text, i)  # f(x) and I(0) are symbols; x(x+1), n(n) and a(2) are products
-            if argument and (argument["letter"] or value in "fghFGHIPVQuvy") and argument["letter"] != value:
-                value, i = value + argument[0].replace(" ", ""), argument.end()
+            if (
+                argument
+                and (argument["number"] in (None, "0") or value in "fghFGHIPVQuvy")
+                and argument["letter"] != value
+            ):
+                shown = "" if value[-1] == "'" and argument["letter"] else argument[0].replace(" ", "")  # x'(t) is x'
+                value, i = value + ("_0" if shown == "(0)" else shown), argument.end()  # I(0) is I_0
         elif kind == "sign" or value in ("rfloor", "rceil"):
             kind = value
         tokens.append((kind, value))
@@ -164,7 +232,7 @@ class Parser:
 
     def __init__(self, text: str = ""):
         self.tokens, self.i, self.depth = [*tokenize(text), ("end", "")], 0, 0
-        self.work, self.budget = 0, BUDGET + BUDGET_PER_CHARACTER * len(text)
+        self.work = WORK.get()
         self.in_bars = self.in_angle = False  # inside |…|, inside the argument of a trigonometric function
 
     @property
@@ -250,7 +318,7 @@ class Parser:
 
     def primary(self) -> Scalar:
         self.depth += 1
-        self.spend(1)
+        self.work.spend(1)
         if self.depth > MAX_DEPTH:
             raise TooComplex("too deeply nested")
         kind, text = self.next()
@@ -260,11 +328,13 @@ class Parser:
                 raise TooComplex("too many digits")
             value = self.rational(Fraction(text), frozenset())
         elif kind == "symbol":
-            value = CONSTANTS[text] if text in ("e", "i") else letter(text)
+            value = CONSTANTS[text] if text in ("e", "i") else letter(text, self.work.steps)
+            self.work.letters.add(text)
         elif kind in CLOSING:
             value = self.closed(CLOSING[kind])
         elif kind == "|":
-            value = self.apply(abs, self.closed("|", in_bars=True), flags=ABSOLUTE)
+            value = self.closed("|", in_bars=True)
+            value = self.apply(abs, value, flags=UNEVALUATED | FUNCTION if value.constant else ABSOLUTE)
         elif text in ("pi", "infty"):
             value = CONSTANTS[text]
         elif text == "frac":
@@ -302,7 +372,7 @@ class Parser:
         while not bracketed and (self.kind == "symbol" or self.tokens[self.i][1] in ("pi", "frac", "sqrt")):
             value = self.times(value, self.power())
         self.in_angle = before
-        value = self.apply(f, value)
+        value = self.apply(f, value, flags=EXPONENTIAL if name == "exp" else FUNCTION)
         if base:
             value = self.apply(operator.truediv, value, self.apply(mp.log, base))
         return self.raised(value, power) if power else value
@@ -315,23 +385,20 @@ class Parser:
         if f in _RATIONAL_OPERATIONS and all(a.exact is not None for a in args):
             return self.rational(f(*(a.exact for a in args)), flags)
         count = max(len(a.points) for a in args)
-        self.spend(count * (1 if f in _CHEAP else 15 if f in (_factorial, _binomial) else 6))
+        weight = _WEIGHTS.get(f, _OTHER_WEIGHT)
+        self.work.spend(2 + count * weight)
         columns = zip(*(a.points * count if a.constant else a.points for a in args), strict=True)
-        points = tuple(None if None in column else _at_point(f, column) for column in columns)
+        points = tuple(_at_point(f, column, weight >= _OTHER_WEIGHT) for column in columns)
+        self.work.spend(sum(2 * weight for p in points if isinstance(p, mp.mpc)))
         if all(p is None for p in points):
             raise Unreadable("undefined")
         return Scalar(None, points, flags=flags)
 
-    def spend(self, work: int) -> None:
-        self.work += work
-        if self.work > self.budget:
-            raise TooComplex("too many operations")
-
     def rational(self, value: Fraction, flags: frozenset) -> Scalar:
-        bits = value.numerator.bit_length() + value.denominator.bit_length()
-        if bits > MAX_BITS:
+        bits, below = value.numerator.bit_length(), value.denominator.bit_length()
+        if bits + below > MAX_BITS:
             raise TooComplex("too many digits")
-        self.spend(1 + (bits // 1000) ** 2 // 4)
+        self.work.spend(2 + bits // 2000 + bits * below // 10**6)  # the greatest common divisor
         return number(value, flags)
 
     def raised(self, a: Scalar, b: Scalar) -> Scalar:
@@ -339,7 +406,9 @@ class Parser:
             if abs(b.exact) * max(a.exact.numerator.bit_length(), a.exact.denominator.bit_length()) > MAX_BITS:
                 raise TooComplex("too many digits")
             return self.rational(a.exact**b.exact, a.flags | b.flags)
-        return self.apply(_power, a, b, flags=UNEVALUATED)
+        flags = UNEVALUATED | (EXPONENTIAL if a == CONSTANTS["e"] or not b.constant else frozenset())
+        turns = b.constant and abs(mp.im(b.points[0])) > 2.001 * mp.pi  # e^{11πi/2} is not worked out
+        return self.apply(_power, a, b, flags=flags | FUNCTION if turns else flags)
 
     def root(self, a: Scalar, degree: Scalar) -> Scalar:
         """The root of a; an odd root of a negative rational is the real one, so ∛-8 is -2."""
@@ -358,21 +427,22 @@ class Parser:
             raise Unreadable("not a natural number")
         if args[0].exact > limit:
             raise TooComplex("too many digits")
-        self.spend(int(args[0].exact) // 10 if exact is math.comb else 0)
+        self.work.spend(int(args[0].exact) // 10 if exact is math.comb else 0)
         flags = UNEVALUATED.union(*(a.flags for a in args))
         return self.rational(Fraction(exact(*(int(a.exact) for a in args))), flags)
 
 
-def _at_point(f, arguments: tuple):
-    """f(*arguments), or None where it is undefined or too large."""
-    if f not in _CHEAP and mp.mag(arguments[-1]) > 50:
-        return None
+def _at_point(f, arguments: tuple, costly: bool):
+    """f(*arguments), or None where an argument is None, or the value is undefined or too large."""
     try:
+        if costly and mp.mag(arguments[-1]) > 50:
+            return None
         value = f(*arguments)
-    except (ZeroDivisionError, ValueError, OverflowError, TypeError):  # TypeError: comparison of complex numbers
+    except (ZeroDivisionError, ValueError, OverflowError, TypeError):  # TypeError: None, or an order of complex numbers
         return None
-    parts = (value.real, value.imag)  # each must have an ordinary size: log(1 + 10^{-10^8} i) would take long
-    return value if mp.isfinite(value) and all(p == 0 or abs(mp.mag(p)) < MAX_BITS for p in parts) else None
+    parts = (value._mpf_,) if isinstance(value, mp.mpf) else value._mpc_
+    # each must have an ordinary size: log(1 + 10^{-10^8} i) would take long; ∞ has no digits, and an exponent
+    return value if all(abs(e + bits) < MAX_BITS if digits else not e for _, digits, e, bits in parts) else None
 
 
 def _power(x, y):
@@ -393,8 +463,11 @@ def _binomial(n, k):
     return mp.gamma(n + 1) * mp.rgamma(k + 1) * mp.rgamma(n - k + 1)
 
 
+_WEIGHTS |= {_factorial: 15, _binomial: 40}
+
+
 def apply(f, *args: Scalar) -> Scalar:
-    """f of parsed values, within the budget of one expression. Raises Unreadable or TooComplex."""
+    """f of parsed values, within the current budget. Raises Unreadable or TooComplex."""
     return Parser().apply(f, *args)
 
 

@@ -12,7 +12,8 @@ _SIGNS = {  # Unicode look-alikes
     **dict.fromkeys("−–—‐‑﹣", "-"), **dict.fromkeys("×·⋅∙∗", "*"), **dict.fromkeys("⁄∕", "/"), "∶": ":", "∣": "|",
     **dict.fromkeys("′’", "'"), **dict.fromkeys("⟨〈", "("), **dict.fromkeys("⟩〉", ")"), "⩽": "≤", "⩾": "≥", "º": "°",
     "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "∅": r"\{\}", "ℝ": r"\R ", "∠": r"\angle ",
-    "⌊": r"\lfloor ", "⌋": r"\rfloor ", "⌈": r"\lceil ", "⌉": r"\rceil ",
+    "Å": " angstrom ", "\u212b": " angstrom ", "\u00b5": r"\mu ", "…": r"\ldots ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
+    "⌈": r"\lceil ", "⌉": r"\rceil ",
 }  # fmt: skip
 for _letter in "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ":
     _name = unicodedata.name(_letter).split()[-1]
@@ -27,13 +28,18 @@ _COMMANDS = {command: sign for commands, sign in (  # TeX command -> its normal 
     ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("circ degree degrees", "°"), ("prime", "'"),
     ("leqslant leq le", "≤"), ("geqslant geq ge", "≥"), ("lt", "<"), ("gt", ">"), ("neq ne", "≠"), ("in", "∈"),
     ("approx simeq", "≈"), ("cup", "∪"), ("pm", "±"), ("mp", "∓"), ("times cdot ast", "*"), ("div", "÷"),
-    ("vert lvert rvert mid", "|"), ("langle", "("), ("rangle", ")"), ("lbrace", r"\{"), ("rbrace", r"\}"),
+    ("vert lvert rvert mid", "|"), ("AA", " angstrom "), ("dots cdots dotsc", r"\ldots "), ("backslash", r"\setminus "),
+    ("langle", "("), ("rangle", ")"), ("lbrace", r"\{"), ("rbrace", r"\}"),
     ("colon", ":"), ("emptyset varnothing", r"\{\}"), ("R", r"(-\infty ,\infty )"), ("varepsilon", r"\epsilon "),
     ("varphi", r"\phi "), ("vartheta", r"\theta "), ("varrho", r"\rho "), ("varsigma", r"\sigma "),
     ("textbf textrm textit textnormal textsf texttt mbox operatorname emph mathrm mathsf mathtt mathnormal", r"\text"),
 ) for command in commands.split()}  # fmt: skip
 _COMMAND = re.compile(rf"\\({'|'.join(sorted(_COMMANDS, key=len, reverse=True))})(?![A-Za-z])")
+SYMBOL = r"(?:[A-Za-z]|\\[a-z]+)(?: *_ *(?:\{[^{}]*\}|[A-Za-z0-9]))?"
+_OF_SYMBOL = rf" *(?:\{{ *({SYMBOL}) *\}}|({SYMBOL}))"
+_TH, _SQUARE = r"(?:st|nd|rd|th)", r" *\^ *\{? *2 *\}?"
 _REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"(?s)^\s*\$?(\*\*|__|\*|`)([^*`]*[^*`\\])\1\$?\s*$", r"\2"),  # Markdown
     (r"\\(?:mathbf|boldsymbol|bm|mathcal|mathit) *\{ *([A-Za-z]) *\}", r"\1 "),
     (r"\\(?:text)?color *\{[^{}]*\}|\bm *(?=\\angle)", ""),
     (r"\\phantom *(?:\{[^{}]*\}|[^{}\\ ])|\\hspace\{[^{}]*\}|np\.|(?<=\\\\)\[[-0-9. a-z]*\]", ""),  # \\[4pt] ends a row
@@ -45,6 +51,13 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in (
 _REWRITES_AFTER = [(re.compile(pattern), new) for pattern, new in (
     (r"\\text\*? *\{(?! *[A-Za-z] *\})((?:[^{}A-Za-z]|\b(?:and|or|[A-Z])\b)*)\}", r" \1 "),  # \text{ and }, \text{(C)}
     *[(r"(\\text *\{[^{}]*)\^ *\{ *(-?[0-9]) *\}", r"\1^\2")] * 3, (r"^ *\\text *\{([^{}]*[0-9][^{}]*)\} *$", r"\1"),
+    (rf"(?<=[0-9])(?: *\^)? *\{{ *(?:\\text *\{{ *{_TH} *\}}|{_TH}) *\}}", ""),  # 12^{th}, 12th, 12\text{th grade}
+    (rf"(?<=[0-9])(?: *\^)?( *\\text *\{{) *{_TH}\b", r"\1"), (rf"(?<=[0-9]){_TH}(?= *$| *\\text| +[a-z]{{3}})", ""),
+    (r"\\frac *\{ *(\\text *\{[^{}]*\}) *\} *\{ *(\\text *\{[^{}]*\}(?: *\^ *[0-9])?) *\}", r"\1 / \2"),
+    (r"\\mu *\\text *\{", r"\\text{μ"), (rf"\\dot{_OF_SYMBOL}", r"\1\2'"), (rf"\\ddot{_OF_SYMBOL}", r"\1\2''"),
+    (rf"\\frac *\{{ *d *({SYMBOL}) *\}} *\{{ *d *{SYMBOL} *\}}", r"\1' "),  # dy/dt, also of the second order
+    (rf"\\frac *\{{ *d{_SQUARE} *({SYMBOL}) *\}} *\{{ *d *{SYMBOL}{_SQUARE} *\}}", r"\1'' "),
+    (r"([A-Za-z]) *(\^ *(?:\{[^{}]*\}|[0-9a-z])) *(_ *(?:\{[^{}]*\}|[0-9A-Za-z]))", r"\1\3\2"),  # v^2_0
     (r"\\text\*? *\{ *(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp) *\}", r"\\\1 "),
     (r"(?<![0-9])(?<![0-9] )\\text *\{ *([A-Z]{2,}) *\}", r"\1 "),
     (r"\\text *\{ *([0-9A-F]+) *\}(?= *_)", r"\1"), (r"_ *\{ *\\text *\{([^{}]*)\} *\}", r"_{\1}"),
@@ -56,23 +69,54 @@ _REWRITES_AFTER = [(re.compile(pattern), new) for pattern, new in (
 )]  # fmt: skip
 _DIGITS_IN_THREES = r"(?:(?:,[0-9]{3})+(?![0-9]|,[0-9])|(?: [0-9]{3})+(?! ?[0-9]))"
 _THOUSANDS = re.compile(r"(?<![0-9.,])(?<![0-9.,] )[0-9]{1,3}" + _DIGITS_IN_THREES)
-_REPEATING = re.compile(r"([0-9]*)\.([0-9]*) *\\overline *\{ *([0-9]{1,50}) *\}")
+_REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*) *\\overline *\{ *([0-9]{1,50}) *\}")
 _FRACTION = r"(?:\\frac *(?:\{ *([0-9]+) *\}|([0-9])) *(?:\{ *([0-9]+) *\}|([0-9]))| ([0-9]+)/([0-9]+))"
 _MIXED = re.compile(r"\\[A-Za-z]+ *[0-9]*|(?<![0-9.^_])([0-9]{1,50}) *" + _FRACTION)  # \sqrt2\frac12 is a product
 UNITS = {word: unit for unit, words in {  # spelling -> unit
-    "$": "dollar dollars usd", "cent": "cent cents ¢", "%": "percent", "°": "degree degrees deg", "rad": "radians",
-    "mm": "mm millimeters", "cm": "cm centimeter centimeters", "m": "m meter meters", "km": "km kilometer kilometers",
-    "in": "in inch inches", "ft": "ft foot feet", "yd": "yd yards", "mi": "mi mile miles", "mi/h": "mph",
-    "g": "g gram grams", "kg": "kg kilogram kilograms", "lb": "lb lbs pound pounds", "oz": "oz ounce ounces",
-    "s": "s sec second seconds", "min": "min minute minutes", "h": "h hr hour hours", "day": "day days",
-    "week": "week weeks", "month": "month months", "year": "year years", "L": "l liter liters", "mL": "ml milliliters",
-    "N": "newton newtons", "J": "joule joules", "K": "kelvin", "Hz": "hz", "V": "volts", "W": "watts",
-}.items() for word in words.split()}  # fmt: skip
+    "$": "dollar dollars usd", "cent": "cents ¢", "€": "euro euros", "£": "", "%": "percent", "rad": "radian radians",
+    "°": "degree degrees deg", "°C": "celsius", "°F": "fahrenheit", "unit": "units", "angstrom": "angstroms",
+    "mm": "millimeter millimeters", "cm": "centimeter centimeters", "m": "meter meters metre metres",
+    "km": "kilometer kilometers", "in": "inch inches", "ft": "foot feet", "yd": "yard yards", "mi": "mile miles",
+    "g": "gram grams", "kg": "kilogram kilograms", "lb": "lbs pound pounds", "oz": "ounce ounces", "erg": "ergs",
+    "s": "sec secs second seconds", "min": "mins minute minutes", "h": "hr hrs hour hours", "day": "days",
+    "week": "weeks", "month": "months", "year": "years yr yrs", "L": "l liter liters", "mL": "ml milliliters",
+    "N": "newton newtons", "J": "joule joules", "K": "kelvin", "Hz": "hz hertz", "V": "volt volts", "W": "watt watts",
+    "Pa": "pascal pascals", "mol": "mole moles", "pc": "parsec parsecs", "arcsec": "arcseconds", "mi/h": "mph",
+}.items() for word in (unit, *words.split())}  # fmt: skip
+NAMES = "|".join(word for word in UNITS if len(word) > 1 and word not in ("Pa", "pc", "°C", "°F"))  # also without \text
+POWER = r"(?: ?\^ ?(?:\{ ?-?[0-9] ?\}|-?[0-9]))?"
+SI = r"(?:[kMGTdcmnpfμ]?(?:eV|mol|Hz|Pa|cal|pc|bar|ohm|[msgAKNJWCVFTHLlB]))"  # with a prefix
+_UNIT_REWRITES = [(re.compile(pattern), new) for pattern, new in (
+    (r"\\mu *", "μ"), (r"\\Omega", "ohm"), (r"\\text|\\(?=\$)|[{}()~*]|\bU\.?S\.?(?= )", " "), (r"\bper\b", "/"),
+    (r"(?i)(?:°|\bdegrees?) *(c|f)(?:elsius|ahrenheit)?\b", r"°\1"), (r"\bmph\b", "mi/h"),
+    (r"(?i)\bsq(?:uare|\.)? +([a-z]+)|\b([a-z]+) squared", r"\1\2^2"),
+    (r"(?i)\bcu(?:bic|\.)? +([a-z]+)|\b([a-z]+) cubed", r"\1\2^3"), (" +", " "),
+)]  # fmt: skip
+SPELLED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+CHANGES = re.compile(  # words that change the value of the number before them
+    rf"\b(?:{'|'.join(SPELLED)}|\w+teen|\w+ty|not|no|or|and|mod|modulo|to|if|when|where|for|with|is|isn|are|but|than|"
+    r"half|halves|[ap]\.m|quarters?|\w+ths?|thirds?|squared|cubed|factorial|times|maybe|perhaps|plus|minus|negative|"
+    r"below|above|at|of|about|wrong|incorrect|false|except|unless|over|choose|tens|scores?|pairs?|(?:hundred|thousand|"
+    r"million|billion|trillion|dozen)s?|lakh|crore|minimum|maximum|more|fewer|less)\b"
+)
+_TITLE_WORDS = re.compile(  # words that an answer may leave out before "="
+    r"(?:(?:an?|the|of|for|in|is|final|total|correct|answer|result|solution|value|amount|number|ways|sum|difference|product|"
+    r"quotient|remainder|ratio|rate|fraction|percent|percentage|probability|expected|expectation|average|mean|median|mode|"
+    r"range|variance|max|maximum|min|minimum|largest|smallest|greatest|least|length|width|height|depth|side|base|hypotenuse|"
+    r"radius|diameter|circumference|perimeter|area|surface|volume|capacity|slope|degree|distance|speed|velocity|time|period|"
+    r"frequency|hours?|days?|years?|age|mass|weight|density|force|energy|power|pressure|temperature|population|people|"
+    r"students|cost|price|profit|revenue|salary|savings|earnings|interest|money|change|tax|score)\b *)+"
+)
+_NO_POINTS = re.compile(
+    "N(?:OT?|ON?E?|OR|AY|OPE|ULL)|OR|AND|BUT|IF|ANY|ALL|VOID|LESS|MORE|OVER|THAN|HALF|FAKE|FAIL|LIE|BAD"
+)
 
 
 @functools.lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
     """The normal spelling of an answer: plain signs, single spaces, few TeX commands, no final full stop."""
+    if text.isdigit() and text.isascii():
+        return text
     if not text.isascii():
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
         text = re.sub("(?<=[0-9])(?=[½¼¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", " ", text)  # 3½ is not 31/2
@@ -103,11 +147,24 @@ def _fraction_of_period(match: re.Match) -> str:
     return rf"\frac{{{numerator}}}{{{(10 ** len(period) - 1) * 10 ** len(fixed)}}}"
 
 
+@functools.lru_cache(maxsize=4096)
 def canonical_unit(text: str) -> str:
     """The name of a unit: "cm^2" for "square cm" and "centimeters^{2}", "?apple" for the unknown word "apples"."""
-    text = re.sub(r"\\text|[{}() ]|\\(?=\$)", " ", text).strip().lower()
-    text = re.sub(r"\bsq(?:uare)? +([a-z]+)", r"\1^2", re.sub(r"\bcu(?:bic)? +([a-z]+)", r"\1^3", text))
-    parts = re.findall(r"[a-z]+|[^a-z ]", re.sub(r"\bper\b", "/", text))
-    if all(part in UNITS or not part.isalpha() for part in parts):
-        return "".join(UNITS.get(part, part) for part in parts)
-    return "" if "unit" in text else "?" + text.rstrip("s.")
+    for pattern, new in _UNIT_REWRITES:
+        text = pattern.sub(new, text)
+    powers, sign = {}, 1
+    for word, power, slash in re.findall(r"([^\W\d_]+|[°%$€£¢][CFcf]?)(?: ?\^ ?(-?[0-9]))?|(/)", text):
+        if slash:
+            sign = -1
+            continue
+        unit = UNITS.get(word) or (word if re.fullmatch(SI, word) else UNITS.get(word.lower() if word[1:] else ""))
+        if not unit:
+            return "?" + text.strip().lower().rstrip("s.")
+        powers[unit] = powers.get(unit, 0) + sign * int(power or 1)
+    return "*".join(unit if power == 1 else f"{unit}^{power}" for unit, power in sorted(powers.items()) if power)
+
+
+def may_omit(name: str) -> bool:
+    """Whether a name before "=" may be left out: of a symbol, of points like AB, or words like "total area"."""
+    points = name.isupper() and len(name) < 5 and not _NO_POINTS.fullmatch(name)
+    return points or not re.fullmatch("[A-Za-z ]{2,}", name) or bool(_TITLE_WORDS.fullmatch(name.lower()))

@@ -3,7 +3,7 @@
 The authors worked from the benchmarks and from a list of known mistakes of graders. They wrote three sets. Before any
 change to the grader, it agreed on 106 of 110, 99 of 100 and 118 of 120 cases: 323 of 330. The third set came after
 attacks on the grader and their fixes. The misses concerned row spacing and a factor before a matrix, words as text in
-an equation, 0.15 % for 0.15, and \\phantom. All but one are fixed: an equation multiplied by letters is still refused.
+an equation, 0.15 % for 0.15, \\phantom, and an equation multiplied by letters.
 """
 
 # fmt: off
@@ -348,7 +348,5 @@ CASES = [
     (r"5x - 7y + 11z + 4 = 0", r"The equation of the plane is \[\boxed{5x - 7y + 11z - 4 = 0}\]", False, "sign of the constant"),
     (r"", r"The answer is $\boxed{0}$.", False, "empty gold"),
     (r"371", r"Adding up all the cases, the final answer is $371$.", False, "no box"),
-]
-STILL_REFUSED = [
     (r"\frac{d^{2} v_{o}}{d t^{2}}+\frac{v_{o}}{L C}=\frac{v_{i}}{L C}", r"The governing equation is: $\boxed{LC \frac{d^2 v_o}{dt^2} + v_o = v_i}$", True, "equation multiplied by LC"),
 ]

@@ -1,0 +1,72 @@
+"""Other readings of an answer that fails as it stands: without its condition, with other names for constants."""
+
+import itertools
+import re
+from collections.abc import Iterator
+
+from grading.notation import NAMES, POWER, SI, SYMBOL
+
+MAX_LENGTH = 150  # characters of an answer that has other readings
+_SI = rf"(?:[kM]?\\Omega|[MLR] *_ *\{{? *\\odot *\}}?|(?:\\mu *)?(?:{SI}|{NAMES})(?![A-Za-z]){POWER})"
+_BARE = re.compile(
+    rf"(.*[0-9)}}]) +(?=.*(?:[/\\-]|[a-z][A-Z]))({_SI}(?: *(?:[*/] *)?{_SI})*)"
+)  # 1.55 eV, 3 m/s, but not 3 m
+_LETTER = re.compile(rf"(?:arc)?(?:sin|cos|tan|cot|sec|csc)|exp|ln|log|[A-Za-z]{{4,}}|(?P<name>{SYMBOL})")
+_DEFINED = re.compile(rf"({SYMBOL}'*) *\( *([a-z]|\\[a-z]+) *\) *=")
+_F = rf"{SYMBOL}'* *\( *[a-z] *\)"
+_LEFT = re.compile(  # what may stand before an answer: yes, "Answer:", or a name that no expression has
+    r"(?:\\text *\{ *)?(?:[Yy]es|(?:Final )?[Aa]nswer) *(?:[,.:;] *\}?|\} *[,.:;]?)"
+    rf"|(?:(?:{_F} *= *)?(?:\\frac *\{{ *{_F} *\}} *\{{ *{_F} *\}}|{_F} */ *{_F})"
+    rf"|{SYMBOL} *\^ *(?:\{{ *\* *\}}|\*)|[fgh] *(?:'+|\^ *\{{ *-1 *\}}) *\([^()=]*\)"
+    r"|(?:\\mathbb *\{ *[EP] *\}|[EP]|\\text *\{ *(?:Var|Cov|Pr) *\}) *[(\[][^()\[\]]*[)\]]) *="
+)
+_KIND = r"(?: +(?:an?|is|are|any|arbitrary|real|complex|positive|non-?zero|integers?|constants?|numbers?))"
+_SIDE = r"(?:[^\\=,;A-Za-z≠<>≤≥∈]|\\?[A-Za-z](?![A-Za-z])|\\[A-Za-z]{2,}(?![A-Za-z]))+"  # without words
+_CONDITION = re.compile(  # x^2 for x > 0; πk, k ∈ Z; C e^x, where C is a constant
+    r"(?P<answer>.*?[^,;( ])(?:[,; ]+(?P<open>\()|(?: *[,;]| +(?=(?:for|where|when|if|with)\b)))"
+    r" *(?:(?:for|where|when|if|with|and|all|any) +)*"
+    rf"(?:(?P<integer>[a-z]) *∈ *\\(?:mathbb)? *\{{? *Z\b *\}}?|{SYMBOL} *∈ *\(-\\infty ,\\infty *\)"
+    rf"|{_SIDE}(?:[≠<>≤≥∈]{_SIDE}){{1,2}}"
+    rf"|{SYMBOL}(?:(?: *,| and) +{SYMBOL})*{_KIND}{{2,}})(?(open) *\))"
+)
+
+
+def readings(answer: str, gold: str, definite: bool) -> Iterator[str]:
+    """Other readings of a normalised answer. definite: whether a condition or another name would change the gold."""
+    if len(answer) > MAX_LENGTH:
+        return
+    if (match := _LEFT.match(answer)) and not ("=" in match[0] and "=" in gold):
+        yield answer[match.end() :]
+    if definite:
+        if match := _BARE.fullmatch(answer):
+            yield rf"{match[1]} \text{{{re.sub('[{}]', '', match[2])}}}"
+        return
+    if match := _CONDITION.fullmatch(re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", answer).strip()):
+        yield (answer := match["answer"])
+    integers = {match["integer"]} - {None} if match else set()
+    a, g = _DEFINED.match(answer), _DEFINED.match(gold)
+    mine, theirs = letters(answer), letters(gold)
+    if a and g and a[1] == g[1] and g[2] not in mine:  # f(t) = t^2 for f(x) = x^2
+        yield _renamed(answer, {a[2]: g[2]})
+    shared, mine, theirs = mine & theirs, mine - theirs, theirs - mine
+    if integers and mine == integers and len(theirs) == 1 and theirs <= {"k", "m", "n"}:  # πn, n ∈ Z, for πk
+        yield _renamed(answer, dict(zip(mine, theirs, strict=True)))
+    sides = (letters(text.rpartition("=")[2]) & names for text, names in ((answer, mine), (gold, theirs)))
+    mine, theirs = ([n for n in sorted(names) if re.fullmatch("[cCkKABD](?:_[0-9])?", n)] for names in sides)
+    constants = 0 < len(mine) == len(theirs) <= 3 and re.search("[cC]", "".join(mine + theirs)) and "," not in answer
+    if constants and shared & {"x", "y", "z", "t", "r", "s", "\\theta"}:
+        for names in itertools.permutations(theirs):  # C e^x for c e^x
+            yield _renamed(answer, dict(zip(mine, names, strict=True)))
+
+
+def letters(text: str) -> set[str]:
+    """The letters of a normalised text, with their indices."""
+    return {re.sub("[{ }]", "", match[0]) for match in _LETTER.finditer(text) if match["name"]}
+
+
+def _renamed(text: str, names: dict[str, str]) -> str:
+    def new(match: re.Match) -> str:
+        name = names.get(re.sub("[{ }]", "", match[0]), match[0]) if match["name"] else match[0]
+        return " " * text[match.start() - 1 : match.start()].isalpha() + name  # \sin x, not \sinx
+
+    return _LETTER.sub(new, text)
