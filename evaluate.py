@@ -94,7 +94,7 @@ from sampler import Sampler
 from tasks import arithmetic
 from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, read_benchmark
 from tasks.named import load_task
-from tasks.prompts import encode_text, end_of_turn, prompt_text
+from tasks.prompts import encode_prompt, end_of_turn, prompt_text
 from tasks.sources import read_problems
 from tasks.task import Problem, Task, check_evaluation, fingerprint
 
@@ -109,7 +109,7 @@ def answer(
     share = slice(parallel.rank(), None, parallel.world_size())
     problems, keys = problems[share], keys[share]
     texts = [prompt_text(tokenizer, p.question, task.instruction, task.template) for p in problems]
-    encoded = [encode_text(tokenizer, text, task.template) for text in texts]
+    encoded = [encode_prompt(tokenizer, p.question, task.instruction, task.template) for p in problems]
     completions = []
     if problems:  # a rank has none if there are fewer problems than ranks
         with tqdm(total=sampling.samples * len(problems), leave=False, disable=parallel.rank() > 0) as bar:

@@ -83,6 +83,17 @@ class Samples:
         self.position[remaining:n], self.active[remaining:n] = 0, 0
 
 
+def sample_known(sample: Callable, unknown: Tensor, logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0):
+    """sample(logits [n, V], …) without `unknown` ids; log-probs of the whole distribution, like the trainer's."""
+    if not len(unknown):
+        return sample(logits, u, temperature, top_p)
+    excluded = (logits[:, unknown] / (temperature or 1.0)).logsumexp(-1)  # [n]
+    logits[:, unknown] = float("-inf")
+    token, logp = sample(logits, u, temperature, top_p)
+    z = logits.gather(1, token[:, None])[:, 0] / (temperature or 1.0)
+    return token, z - torch.logaddexp(z - logp, excluded)
+
+
 class Sampler:
     """Owns a merged copy of the policy's weights and generates with it."""
 
@@ -92,6 +103,8 @@ class Sampler:
         self.model = self.decoder.model
         self.stop, self.slots = stop, slots
         self.graphs = self.model.device.type == "cuda"
+        unknown = self.model.generation_config.suppress_tokens or []  # see infra.model.load
+        self.unknown = torch.tensor(unknown, device=self.model.device).long()
         self.is_stop = torch.isin(torch.arange(len(self.decoder.lm_head)), torch.tensor(stop)).to(self.model.device)
 
     def refresh(self, policy: nn.Module) -> None:
@@ -120,7 +133,8 @@ class Sampler:
         def append_token(slots: slice, logits: Tensor) -> None:
             """Samples the next token of n slots from logits [n, V]."""
             sample_index, token, num_generated, position, active = (x[slots] for x in b.slots)  # views
-            sampled, logp = sample_tokens(logits, b.u[sample_index, num_generated], temperature, top_p)
+            options = logits, b.u[sample_index, num_generated], temperature, top_p
+            sampled, logp = sample_known(sample_tokens, self.unknown, *options)
             b.ids[sample_index, num_generated], b.logps[sample_index, num_generated] = sampled, logp
             b.logp_sum += logp.sum()
             token.copy_(sampled)
@@ -241,7 +255,8 @@ def generate_naive(
     for t in range(max_new_tokens):
         hidden = hidden_states(sampler.model, pack([prompt + ids], sampler.model.device))  # [T, H]
         logits = project(hidden[-1:], sampler.decoder.lm_head)
-        token, logp = sample_tokens_torch(logits, u[t : t + 1].to(logits.device), temperature)
+        options = logits, u[t : t + 1].to(logits.device), temperature
+        token, logp = sample_known(sample_tokens_torch, sampler.unknown, *options)
         ids.append(int(token))
         logps.append(float(logp))
         if ids[-1] in sampler.stop:

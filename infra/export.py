@@ -81,6 +81,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readm
             raise FloatingPointError(f"{name} holds a value that is not finite: {folder} is not written")
     bos, pad = model.generation_config.bos_token_id, tokenizer.pad_token_id
     pad = pad if pad is not None and pad < model.config.vocab_size else None  # without an embedding it is of no use
+    model.config.tie_word_embeddings = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=stop, pad_token_id=pad)
     with atomic_folder(folder) as scratch:
         model.save_pretrained(scratch)

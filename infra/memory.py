@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from infra.model import repository_of
+from infra.model import read_config, reading, repository_of
 from settings import METHODS, SettingError, Settings
 
 GiB = 2**30
@@ -47,19 +47,15 @@ PUBLISHED = {  # these fields of the paper's models, from their config.json: no 
 
 
 def config_of(model: str) -> PretrainedConfig:
-    """The config of a published model, a folder or a hub name, NAME or NAME@REVISION. Raises SettingError."""
-    name, revision = repository_of(model)
-    if name in PUBLISHED:
+    """The config of a published model, a folder or a hub name, NAME or NAME@REVISION. Raises ModelError."""
+    if (name := repository_of(model)[0]) in PUBLISHED:
         return AutoConfig.for_model(**dict(zip(FIELDS, PUBLISHED[name], strict=True)))
-    try:
-        return AutoConfig.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
-        raise SettingError(f"model {model!r}: no config found; give a folder that has one as --model") from error
+    return read_config(model)
 
 
 def shapes(config: PretrainedConfig) -> Shapes:
-    """Counts a model without allocating it. Raises SettingError if it is not built like Llama, Qwen2 or Qwen3."""
-    try:
+    """Counts a model without allocating it. Raises ModelError if it is not built like Llama, Qwen2 or Qwen3."""
+    with reading(f"model of type {config.model_type!r} is not built like Llama, Qwen2 or Qwen3"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         layers, c, attention = model.model.layers, model.config, model.model.layers[0].self_attn
@@ -72,8 +68,6 @@ def shapes(config: PretrainedConfig) -> Shapes:
             model.get_output_embeddings().weight is model.get_input_embeddings().weight,
             linears, sum(out * into for _, out, into in linears),
         )  # fmt: skip
-    except (AttributeError, ValueError) as error:
-        raise SettingError(f"model of type {config.model_type!r} is not built like Llama, Qwen2 or Qwen3") from error
 
 
 def state(s: Settings, m: Shapes, world: int) -> tuple[Parts, Parts]:

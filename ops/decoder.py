@@ -6,7 +6,8 @@ layer has ten. Weights with the same input form one matrix (Q, K, V; gate and up
     RMSNorm  →  QKV matmul  →  rope_and_store  →  attend (two kernels)  →  output matmul + residual
     RMSNorm  →  gate-up matmul  →  swiglu  →  down matmul + residual
 
-It serves models built like Llama, Qwen2 and Qwen3, and compares its logits with transformers' when it is made.
+It serves models built like Llama, Qwen2 and Qwen3, and compares its logits with transformers' when it is made: of each
+layer with random weights in fp32, near and far from the first position, and of the whole model in its own dtype.
 
 Shapes: T tokens fed, n sequences; S slots of the cache, L positions each; h query heads, h_kv key-value heads,
 d head size; H hidden, I intermediate size.
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 from ops.decode import attend, attention_mask, rope_and_store, swiglu
 from ops.head import project, use_kernels
 from ops.packed import ModelError, causal_attention, pack, refuse_other_attention
+
+TOKENS, WORDS = 24, 32  # length and vocabulary of the sequences that the decoder is compared on
 
 
 @dataclass
@@ -78,34 +81,53 @@ class Decoder:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device):
         """Raises ModelError if the model is not built like Llama, Qwen2 or Qwen3, or its logits differ."""
-        self.model = share_storage_copy(model).requires_grad_(False).eval()
-        for p in self.model.parameters():  # parameters only: the rotation frequencies, a buffer, stay fp32
-            p.data = p.data.to(device, dtype, copy=True)
-        self.model.to(device).set_attn_implementation("packed")
-        c = model.config
-        self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
-        self.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        c, kind = model.config, f"{type(model).__name__} is not built like Llama, Qwen2 or Qwen3"
+        for limit in ("clip_qkv", "final_logit_softcapping", "attn_logit_softcapping"):
+            if getattr(c, limit, None):  # it bounds numbers that random weights may not reach
+                raise ModelError(f"{kind}: {limit} is {getattr(c, limit)}")
+        single = share_storage_copy(model).requires_grad_(False).eval()
         try:
-            self.layers = [_layer(layer) for layer in self.model.model.layers]
-            self.eps = self.model.model.norm.variance_epsilon
-            rope = self.model.model.rotary_emb.rope_type
-        except AttributeError as error:
-            raise ModelError(f"{type(model).__name__} is not built like Llama, Qwen2 or Qwen3: {error}") from error
-        if rope in ("dynamic", "longrope"):
-            raise ModelError(f"rope type {rope!r}: its rotations depend on the sequence length, decoder.py's do not")
-        self._compare_with_transformers()
+            self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
+            self.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+            self.eps, rope = model.model.norm.variance_epsilon, model.model.rotary_emb.rope_type
+            if rope in ("dynamic", "longrope"):
+                raise ModelError(f"rope type {rope!r}: its rotations depend on the length of the sequence")
+            layers = list(single.model.layers)
+            while layers:  # one after the other, so that the memory of one is enough
+                single.model.layers = nn.ModuleList([layers.pop()])
+                _randomise(single, device)
+                self._arrange(single)
+                for first in (0, max(c.max_position_embeddings - TOKENS, 0)):
+                    self._compare_with_transformers(2e-5, first)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
+            raise ModelError(f"{kind}: {error}") from error
+        copied = share_storage_copy(model).requires_grad_(False).eval()
+        for p in copied.parameters():  # parameters only: the rotation frequencies, a buffer, stay fp32
+            p.data = p.data.to(device, dtype, copy=True)
+        self._arrange(copied.to(device))
+        self._compare_with_transformers(1e-3 if dtype == torch.float32 else 0.1)
+
+    def _arrange(self, model: nn.Module) -> None:
+        """Makes `model` the decoder's own: its weights are fused."""
+        self.model = model
+        model.set_attn_implementation("packed")
+        self.layers = [_layer(layer) for layer in model.model.layers]
 
     @property
     def lm_head(self) -> Tensor:  # [V, H]
         return self.model.get_output_embeddings().weight
 
-    def new_cache(self, slots: int, length: int) -> Cache:
-        """An empty cache. Raises ModelError if the model's attention would not see all of `length` positions."""
-        for layer in self.model.model.layers:
-            refuse_other_attention(length, sliding_window=getattr(layer.self_attn, "sliding_window", None))
+    def new_cache(self, slots: int, length: int, first: int = 0) -> Cache:
+        """An empty cache of `length` positions from `first` on. Raises ModelError if attention would not see all."""
+        c, windows = self.model.config, [getattr(x.self_attn, "sliding_window", None) for x in self.model.model.layers]
+        if "sliding_attention" in (getattr(c, "layer_types", None) or ["sliding_attention"]):
+            windows.append(getattr(c, "sliding_window", None))  # Mistral's layers do not know it
+        refuse_other_attention(length, sliding_window=min((w for w in windows if w is not None), default=None))
         device, shape = self.model.device, (len(self.layers), 2, slots, length, self.kv_heads, self.head_dim)
         kv = torch.zeros(shape, dtype=self.model.dtype, device=device)
-        fp32, positions = torch.empty(0, device=device), torch.arange(length, device=device)[None]
+        fp32, positions = torch.empty(0, device=device), torch.arange(first, first + length, device=device)[None]
         cos, sin = (x[0, :, None].contiguous() for x in self.model.model.rotary_emb(fp32, positions))  # [L, 1, d]
         sin[..., : self.head_dim // 2] *= -1
         return Cache(kv, cos, sin)
@@ -150,19 +172,35 @@ class Decoder:
         return F.rms_norm(x, x.shape[1:], self.model.model.norm.weight, self.eps)
 
     @torch.inference_mode()
-    def _compare_with_transformers(self) -> None:
-        """Raises ModelError unless prefill and decode give the logits of transformers' own modules."""
-        device, V = self.model.device, self.model.config.vocab_size
-        ids = [(7 * i + 1) % V for i in range(9)]
+    def _compare_with_transformers(self, tolerance: float, first: int = 0) -> None:
+        """Raises ModelError unless prefill and decode give the logits of transformers' own modules from `first` on."""
+        device, V = self.model.device, len(self.lm_head)
+        ids = [(7 * i + 1) % V for i in range(TOKENS)]
         packed = pack([ids], device)
-        expected = self.model(input_ids=packed.ids, **packed.options).logits[0, -2:].float()  # after the last two
-        cache, slot = self.new_cache(1, len(ids)), torch.zeros(1, dtype=torch.long, device=device)
-        prefilled = self.prefill(cache, [ids[:-1]], slot)
-        logits = torch.cat([prefilled, self.decode(cache, slot + ids[-1], slot + len(ids) - 1)])
-        error = ((logits - expected).norm() / expected.norm()).item()
-        if not error < (1e-3 if self.model.dtype == torch.float32 else 0.1):
+        options = packed.options | dict(position_ids=packed.positions + first)
+        expected = self.model(input_ids=packed.ids, **options).logits[0, -3:].float()  # after the last three
+        cache, slot = self.new_cache(1, TOKENS, first), torch.zeros(1, dtype=torch.long, device=device)
+        logits = [self.prefill(cache, [ids[:-2]], slot)]
+        logits += [self.decode(cache, slot + ids[i], slot + i) for i in (TOKENS - 2, TOKENS - 1)]
+        error = ((torch.cat(logits) - expected).norm() / expected.norm()).item()
+        if not error < tolerance:
             cause = f"{type(self.model).__name__} computes something that Llama, Qwen2 and Qwen3 do not"
-            raise ModelError(f"decoder.py's logits differ from transformers' by {error:.0%}: {cause}")
+            raise ModelError(f"decoder.py's logits differ from transformers' by {error:.2g}: {cause}")
+
+
+def _randomise(model: nn.Module, device: torch.device) -> None:
+    """Gives a model fp32 weights of its own, with which every part of it matters, and a vocabulary of WORDS."""
+    words = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
+    model.get_input_embeddings().padding_idx = None  # of the whole vocabulary
+    generator = torch.Generator(device).manual_seed(0)
+    for p in model.parameters():
+        shape = (WORDS, p.shape[1]) if p in words else p.shape
+        p.data = torch.empty(shape, device=device).uniform_(-1, 1, generator=generator)  # a variance of 1/3
+        if p.dim() == 1:
+            p.data += 1  # norms
+        elif p not in words:
+            p.data *= 2.5 / p.shape[1] ** 0.5  # outputs and attention's logits have deviations above 1
+    model.to(device)
 
 
 def _layer(layer: nn.Module) -> Layer:

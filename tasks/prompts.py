@@ -1,7 +1,12 @@
 """A question as token ids: by the model's chat template, or by one that --template names."""
 
-import jinja2
+import re
+from datetime import datetime
+from functools import lru_cache, partial
 
+from transformers.utils.chat_template_utils import _compile_jinja_template
+
+from infra.model import bounded, reading
 from ops.packed import ModelError
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -12,6 +17,9 @@ TEMPLATES = {  # SimpleRL's, which the paper uses; the question is inserted and 
 }
 ADVICE = f"choose one with --template, {' or '.join(TEMPLATES)}"
 PROBE = "PROBE"  # text of a message that no template contains
+TODAY = datetime(2024, 7, 26)  # in every template that prints a date: Llama-3.2's own where there is no clock
+CUT = "\ufdd0"  # no character of any text, by Unicode
+THOUGHT = re.compile("think|thought|reason|answer|solution", re.IGNORECASE)  # in a tag that a response may contain
 
 
 def prompt_text(tokenizer, question: str, instruction: str, template: str = "") -> str:
@@ -20,41 +28,100 @@ def prompt_text(tokenizer, question: str, instruction: str, template: str = "") 
         if template not in TEMPLATES:
             raise ModelError(f"template: there is no {template!r}; choose from {', '.join(TEMPLATES)}")
         return TEMPLATES[template].replace("{question}", question)
-    text = _chat(tokenizer, [{"role": "user", "content": question + instruction}], add_generation_prompt=True)
+    text = _chat(tokenizer, question + instruction, prompted=True)
+    if _chat(tokenizer, "?", prompted=True) == _chat(tokenizer, "?"):  # no generation prompt: take an answer's header
+        before, probe, _ = _chat(tokenizer, question + instruction, PROBE).rpartition(PROBE)
+        text = before if probe and before.rstrip() != text.rstrip() else text
     if question.strip() not in text:
         raise ModelError(f"the model's chat template drops or changes the question {question[:40]!r}: {ADVICE}")
     return text
 
 
 def encode_prompt(tokenizer, question: str, instruction: str, template: str = "") -> list[int]:
-    """The token ids of `prompt_text`, for SFT, RL and evaluation alike. Raises ModelError for an unusable template."""
-    return encode_text(tokenizer, prompt_text(tokenizer, question, instruction, template), template)
+    """The token ids of `prompt_text`, for SFT, RL and evaluation alike. Raises ModelError for an unusable template.
 
-
-def encode_text(tokenizer, text: str, template: str = "") -> list[int]:
-    """The token ids of a prompt. A chat template contains the BOS, for TEMPLATES the tokenizer adds it."""
-    ids = tokenizer.encode(text, add_special_tokens=bool(template))
+    A chat template contains the BOS; in front of TEMPLATES the tokenizer puts it.
+    """
+    text = prompt_text(tokenizer, _cut(tokenizer, question, template), instruction, template)
+    ids = (_before_text(tokenizer) if template else []) + _encode(tokenizer, text)
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ModelError(f"the prompt begins with {tokenizer.bos_token!r} twice: remove one from the chat template")
     return ids
 
 
+def encode_response(tokenizer, response: str, prompt: str, template: str, end: int) -> list[int]:
+    """The token ids of a response, with exactly one `end` as the last.
+
+    A tag that opens a thought is dropped if the prompt's text ends in the same one.
+    """
+    ends = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens([tokenizer.eos_token_id, end])))
+    response = re.sub(rf"(({ends})\s*)+\Z", "", response)
+    opened = re.search(r"([<\[][^<>\[\]\s]+[>\]])(\s*)$", prompt)
+    if opened and THOUGHT.search(opened[1]) and response.lstrip().startswith(opened[1]):
+        response = response.lstrip().removeprefix(opened[1]).removeprefix(opened[2])
+    return [*_encode(tokenizer, _cut(tokenizer, response, template)), end]
+
+
 def end_of_turn(tokenizer, template: str = "") -> int | None:
-    """The first special token behind an assistant's message, such as <|im_end|> for Qwen; None if only EOS ends it."""
+    """The first added token behind an assistant's message, such as <|im_end|> for Qwen; None if only EOS ends it."""
     if template:
         return tokenizer.get_vocab().get("<|im_end|>") if template == "qwen-boxed" else None
-    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PROBE}]
-    _, probe, after = _chat(tokenizer, messages).rpartition(PROBE)
+    _, probe, after = _chat(tokenizer, "?", PROBE).rpartition(PROBE)
     if not probe:
         raise ModelError(f"the model's chat template drops the assistant's message: {ADVICE}")
-    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special} | {tokenizer.eos_token_id}
-    return next((i for i in tokenizer.encode(after, add_special_tokens=False) if i in special), None)
+    ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    return next((i for i in _encode(tokenizer, after) if i in ends or i == tokenizer.eos_token_id), None)
 
 
-def _chat(tokenizer, messages: list[dict], **options) -> str:
+def _before_text(tokenizer) -> list[int]:
+    """What the tokenizer puts before a text, such as a BOS; what it puts behind one, such as an EOS, ends no prompt."""
+    whole, bare = (tokenizer.encode("1", add_special_tokens=special) for special in (True, False))
+    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+
+
+def _cut(tokenizer, text: str, template: str) -> str:
+    """A data row's text with a CUT in each control token, which makes ordinary tokens of it in `_encode`."""
+    written = TEMPLATES.get(template) or _chat(tokenizer, "?", PROBE) + _chat(tokenizer, "?", prompted=True)
+    return _control_tokens(tokenizer, written).sub(f"\\g<0>{CUT}", text)
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(tokenizer, written: str) -> re.Pattern:
+    """Matches the first letter of a control token: a special token, or an added tag that the template has `written`.
+
+    Tags of thoughts are none, since responses consist of them. A token of one letter cannot be cut.
+    """
+    ids, added = {*_encode(tokenizer, written), tokenizer.eos_token_id}, tokenizer.added_tokens_decoder.items()
+    control = [token.content for i, token in added if token.special or (i in ids and token.content[0] in "<[")]
+    control = [re.escape(c) for c in control if len(c) > 1 and not THOUGHT.search(c)]
+    return re.compile(f"(?={'|'.join(control) or '(?!)'}).", re.DOTALL)
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+    """The token ids of a text, piece by piece between CUTs."""
+    first, *pieces = text.split(CUT)
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    ids, newline = encode(first), encode("\n") if pieces else []
+    for piece in pieces:  # behind a newline, since some tokenizers put a space before a text
+        after = encode("\n" + piece)
+        ids += after[len(newline) :] if after[: len(newline)] == newline else encode(piece)
+    return ids
+
+
+def _chat(tokenizer, question: str, answer: str = "", prompted: bool = False) -> str:
+    """The chat template's text of a question, with its answer or the generation prompt. Raises ModelError."""
     if not tokenizer.chat_template:
         raise ModelError(f"the model has no chat template: {ADVICE}")
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except jinja2.TemplateError as error:
-        raise ModelError(f"the model's chat template fails ({error}): {ADVICE}") from error
+    with reading(f"model {tokenizer.name_or_path!r}: its chat template fails", ADVICE):
+        return _render(tokenizer, tokenizer.get_chat_template(), question, answer, prompted)
+
+
+@lru_cache(maxsize=64)
+def _render(tokenizer, chat_template: str, question: str, answer: str, prompted: bool) -> str:
+    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}][: 2 if answer else 1]
+    with bounded():
+        _compile_jinja_template(chat_template).globals["strftime_now"] = TODAY.strftime
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted)
+    if len(text) > 10**6 + 2 * len(question):
+        raise ValueError(f"its text has {len(text):,} letters")
+    return text

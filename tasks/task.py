@@ -9,7 +9,7 @@ import numpy as np
 import rewards
 from infra.files import DataError
 from ops.packed import Row
-from tasks.prompts import INSTRUCTION, encode_prompt, end_of_turn
+from tasks.prompts import INSTRUCTION, encode_prompt, encode_response, end_of_turn, prompt_text
 
 NGRAM = 13  # consecutive words that a training question may not share with an evaluation question
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can contain it, UTF-8 and tokenizers cannot encode it
@@ -68,11 +68,10 @@ def note_dropped(notes: list[str], setting: str, rows: list, kept: list, reason:
 
 def encode_demonstration(tokenizer, row: Demonstration, instruction: str, template: str, end: int | None) -> Row:
     """(prompt ids, response ids); the response ends with exactly one `end`, the end of turn; None: EOS."""
+    prompt = row.question, instruction, template
     end = tokenizer.eos_token_id if end is None else end
-    response = tokenizer.encode(row.response, add_special_tokens=False)
-    while response and response[-1] in (tokenizer.eos_token_id, end):
-        response.pop()
-    return encode_prompt(tokenizer, row.question, instruction, template), [*response, end]
+    response = encode_response(tokenizer, row.response, prompt_text(tokenizer, *prompt), template, end)
+    return encode_prompt(tokenizer, *prompt), response
 
 
 def decontaminate(task: Task) -> None:

@@ -16,6 +16,7 @@ import bridge
 import lora
 from infra import checkpoint, export
 from infra.files import atomic_folder, read_log
+from infra.model import load
 from sampler import Sampler
 from settings import METHODS, Settings
 from tasks import arithmetic
@@ -66,6 +67,20 @@ def test_the_files_have_standard_names_and_tied_weights_once_and_name_no_attenti
     assert config["tie_word_embeddings"] == tied
     assert all("packed" not in path.read_text() for path in (tmp_path / "model").glob("*.json"))
     assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == arithmetic.CHAT_TEMPLATE
+
+
+def test_a_model_whose_flag_says_tied_while_its_heads_differ_is_exported_as_what_it_is(tmp_path):
+    original, tokenizer = tiny_model(tied=False), arithmetic.make_tokenizer()
+    original.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    model, _ = load(str(tmp_path / "base"), torch.device("cpu"))
+    export.save_model(tmp_path / "model", Sampler(model, [0]).model, tokenizer, [0], "")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["tie_word_embeddings"] is False
+    ids, exported_model = torch.tensor([[1, 5, 3, 9]]), AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    original.set_attn_implementation("sdpa")
+    assert torch.equal(exported_model(ids).logits, original(ids).logits)
 
 
 def test_generation_stops_at_every_stop_token_and_inherits_no_sampling_settings(tmp_path):

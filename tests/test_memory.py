@@ -17,6 +17,7 @@ from infra import memory
 from infra.model import checkpoint_layers
 from logprob import response_hidden
 from ops import head
+from ops.packed import ModelError
 from settings import METHODS, PRESETS, SettingError, Settings, check
 
 QWEN, LLAMA, QWEN3 = memory.PUBLISHED
@@ -43,7 +44,7 @@ def test_the_three_models_have_their_published_sizes_without_a_network(name):
 
 
 def test_config_of_reads_a_folder_and_refuses_one_without_config(tmp_path):
-    with pytest.raises(SettingError, match="no config found"):
+    with pytest.raises(ModelError, match="no config found"):
         memory.config_of(str(tmp_path))
     tiny_model().config.save_pretrained(tmp_path)
     assert memory.shapes(memory.config_of(str(tmp_path))) == memory.shapes(tiny_model().config)
@@ -54,7 +55,8 @@ def test_config_of_passes_the_revision_on(monkeypatch):
     monkeypatch.setattr(memory.AutoConfig, "from_pretrained", lambda name, **options: calls.append((name, options)))
     memory.config_of("owner/name@abc")
     memory.config_of("owner/name")
-    assert calls == [("owner/name", {"revision": "abc"}), ("owner/name", {"revision": None})]
+    assert [(name, options["revision"]) for name, options in calls] == [("owner/name", "abc"), ("owner/name", None)]
+    assert not any(options["trust_remote_code"] for _, options in calls), "and nobody is asked"
 
 
 def test_the_stated_constants_equal_those_of_head_and_sampler():

@@ -240,13 +240,61 @@ def test_weights_with_the_same_input_stay_one_matrix_when_refreshed():
     ("phi3", dict(pad_token_id=0), "is not built like Llama, Qwen2 or Qwen3"),
     ("gemma", {}, "is not built like Llama, Qwen2 or Qwen3"),
     ("llama", dict(rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4)), "rope type 'dynamic'"),
+    ("llama", dict(hidden_act="gelu"), "differ from transformers' by"),
+    ("smollm3", dict(pad_token_id=0), "differ from transformers' by"),  # its fourth layer has no rotation
+    ("smollm3", dict(pad_token_id=0, no_rope_layers=[1, 1, 0, 1]), "differ from transformers' by"),
+    ("helium", dict(head_dim=8, pad_token_id=0), "differ from transformers' by"),
+    ("granite", dict(residual_multiplier=1.001), "differ from transformers' by"),
+    ("granite", dict(embedding_multiplier=0.999), "differ from transformers' by"),
+    ("granite", dict(logits_scaling=1.001), "differ from transformers' by"),
+    ("ministral3", dict(head_dim=8, pad_token_id=0, max_position_embeddings=2**18), "differ"),  # scaled from 16,384 on
+    ("cohere", dict(pad_token_id=0), "is not built like"),
+    ("olmo2", dict(pad_token_id=0), "is not built like"),
+    ("gemma2", dict(pad_token_id=0), "final_logit_softcapping is 30"),
+    ("llama", dict(clip_qkv=8.0), "clip_qkv is 8"),
+    ("llama", dict(rope_parameters=dict(rope_type="linear", factor=2.0, rope_theta=1e4, partial_rotary_factor=0.5)),
+     "is not built like"),
 ])  # fmt: skip
-def test_a_model_that_the_decoder_would_compute_wrongly_is_refused(family, options, why):
-    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes, **options)).eval()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_the_decoder_would_compute_wrongly_is_refused_in_every_dtype(family, options, why, dtype):
     with pytest.raises(ModelError, match=why):
-        Sampler(model, STOP)
+        Sampler(near_llama(family, **options), STOP, dtype=dtype)
+
+
+def near_llama(family, **options):
+    """A tiny model with the weights of its initialisation: of these the logits hardly depend on attention."""
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=4,
+                 num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)  # fmt: skip
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes | options)).eval()
+
+
+@pytest.mark.parametrize(("family", "options"), [
+    ("smollm3", dict(pad_token_id=0, no_rope_layers=[1, 1, 1, 1])), ("granite", {}), ("mistral", {}),
+    ("granite", dict(attention_multiplier=0.3)), ("llama", dict(head_dim=16, attention_bias=True)),
+    ("qwen2", dict(pad_token_id=36)),
+    ("llama", dict(rope_parameters=dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=16,
+                                        rope_theta=1e4))),
+    ("llama", dict(rope_parameters=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+                                        original_max_position_embeddings=32, rope_theta=1e4))),
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_of_another_name_that_computes_the_same_is_accepted(family, options, dtype):
+    model = near_llama(family, **options)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    sampler = Sampler(model, STOP, dtype=dtype)
+    sampled = dict(sampler.model.named_parameters())
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        assert torch.equal(sampled[name], p.to(dtype))
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+def test_a_window_is_refused_only_where_a_sequence_is_longer(family):
+    window = dict(use_sliding_window=True, max_window_layers=2) if family == "qwen2" else {}
+    sampler = Sampler(near_llama(family, sliding_window=30, **window), STOP)
+    sampler.generate([[1, 2, 3]], [(0,)], 1, 27, 1.0)
+    with pytest.raises(ModelError, match="a window of 30 tokens for sequences of 31"):
+        sampler.generate([[1, 2, 3]], [(0,)], 1, 28, 1.0)
 
 
 def test_attention_with_a_window_shorter_than_the_cache_is_refused_before_sampling():
