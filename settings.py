@@ -254,9 +254,6 @@ def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
         flag = "--" + f.name.replace("_", "-")
         parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **action)
     args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if str(value) != str(value).encode(errors="ignore").decode():  # Python reads other bytes as surrogates
-            raise SettingError(f"{name} must be text in UTF-8; got {value!r}")
     given = {name: value for name, value in vars(args).items() if name in defaults}
     if (args.gpu or args.gpus != 1) and not args.dry_run:
         raise SettingError("gpu and gpus describe the machine of a --dry-run; a run uses the machine it is started on")

@@ -1,7 +1,6 @@
 """Loading a transformers model: fp32 weights, packed attention, refusals of what this project would compute wrongly."""
 
 import hashlib
-import resource
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from infra.files import json_object
 from ops.packed import ModelError
 
 SECONDS, BYTES = 2.0, 2**29  # CPU time and memory to read a config or to render a prompt; 10 ms are usual
+STATM = Path("/proc/self/statm")  # its first number is this process's size in pages
 SIZES = dict(hidden_size=2**17, intermediate_size=2**20, num_hidden_layers=1000, num_attention_heads=4096,
              num_key_value_heads=4096, head_dim=4096, vocab_size=2**24, max_position_embeddings=2**31)  # fmt: skip
 
@@ -39,16 +39,20 @@ def reading(subject: str, advice: str = "") -> Iterator[None]:
 
 @contextmanager
 def bounded() -> Iterator[None]:
-    """Stops a block of the main thread after SECONDS of CPU time (TimeoutError) and at BYTES more (MemoryError)."""
-    if threading.current_thread() is not threading.main_thread():
+    """Stops a block after SECONDS of CPU time (TimeoutError) and at BYTES more (MemoryError).
+
+    Linux counts both, and only the main thread receives signals; elsewhere the block runs unbounded.
+    """
+    if not STATM.exists() or threading.current_thread() is not threading.main_thread():
         yield
         return
+    import resource  # no module of Windows
 
     def stop(number, frame) -> None:
         raise TimeoutError(f"it takes more than {SECONDS:g} seconds")
 
     (soft, hard), handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGPROF, stop)
-    most = BYTES + resource.getpagesize() * int(Path("/proc/self/statm").read_text().split()[0])
+    most = BYTES + resource.getpagesize() * int(STATM.read_text().split()[0])
     try:
         resource.setrlimit(resource.RLIMIT_AS, (most if soft < 0 else min(soft, most), hard))
         signal.setitimer(signal.ITIMER_PROF, SECONDS)

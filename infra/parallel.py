@@ -44,16 +44,17 @@ def start(timeout: timedelta = timedelta(hours=1)) -> bool:
     """
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
     world = variable("WORLD_SIZE", 1, 10**6, "1")
-    variable("RANK", 0, world - 1, "0" if world == 1 else "")
-    if world == 1 or dist.is_initialized():
-        return restarted
-    local, port = variable("LOCAL_RANK", 0, world - 1), variable("MASTER_PORT", 0, 2**16 - 1)
-    if not (address := os.environ.get("MASTER_ADDR")):
-        raise SettingError("the variable MASTER_ADDR must be the address of rank 0, as torchrun sets; it is empty")
-    if torch.cuda.is_available():
+    local = variable("LOCAL_RANK", 0, world - 1, "0" if world == 1 else "")
+    if world > 1 and torch.cuda.is_available():
         if local >= (count := torch.cuda.device_count()):
             fail(f"there is no GPU {local} on this machine, which has {count}: lower --nproc-per-node")
         torch.cuda.set_device(local)
+    variable("RANK", 0, world - 1, "0" if world == 1 else "")
+    if world == 1 or dist.is_initialized():
+        return restarted
+    port = variable("MASTER_PORT", 0, 2**16 - 1)
+    if not (address := os.environ.get("MASTER_ADDR")):
+        raise SettingError("the variable MASTER_ADDR must be the address of rank 0, as torchrun sets; it is empty")
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
     except dist.DistError as error:

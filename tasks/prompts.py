@@ -28,10 +28,10 @@ def prompt_text(tokenizer, question: str, instruction: str, template: str = "") 
         if template not in TEMPLATES:
             raise ModelError(f"template: there is no {template!r}; choose from {', '.join(TEMPLATES)}")
         return TEMPLATES[template].replace("{question}", question)
-    text = _chat(tokenizer, question + instruction, prompted=True)
-    if _chat(tokenizer, "?", prompted=True) == _chat(tokenizer, "?"):  # no generation prompt: take an answer's header
-        before, probe, _ = _chat(tokenizer, question + instruction, PROBE).rpartition(PROBE)
-        text = before if probe and before.rstrip() != text.rstrip() else text
+    if _frame(tokenizer, repr(tokenizer.chat_template))[1]:
+        text = _chat(tokenizer, question + instruction, PROBE).rpartition(PROBE)[0]
+    else:
+        text = _chat(tokenizer, question + instruction, prompted=True)
     if question.strip() not in text:
         raise ModelError(f"the model's chat template drops or changes the question {question[:40]!r}: {ADVICE}")
     return text
@@ -81,8 +81,16 @@ def _before_text(tokenizer) -> list[int]:
 
 def _cut(tokenizer, text: str, template: str) -> str:
     """A data row's text with a CUT in each control token, which makes ordinary tokens of it in `_encode`."""
-    written = TEMPLATES.get(template) or _chat(tokenizer, "?", PROBE) + _chat(tokenizer, "?", prompted=True)
+    written = TEMPLATES.get(template) or _frame(tokenizer, repr(tokenizer.chat_template))[0]
     return _control_tokens(tokenizer, written).sub(f"\\g<0>{CUT}", text)
+
+
+@lru_cache(maxsize=8)
+def _frame(tokenizer, chat_template: str) -> tuple[str, bool]:
+    """(what the chat template writes around messages, whether it has no generation prompt but a header of answers)."""
+    prompted, bare, answered = _chat(tokenizer, "?", prompted=True), _chat(tokenizer, "?"), _chat(tokenizer, "?", PROBE)
+    before, probe, _ = answered.rpartition(PROBE)
+    return answered + prompted, prompted == bare and probe != "" and before.rstrip() != bare.rstrip()
 
 
 @lru_cache(maxsize=8)

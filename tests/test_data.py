@@ -776,24 +776,24 @@ def test_a_tolerance_that_is_not_finite_is_none(tmp_path):
 # What is printed and written
 
 
-HOSTILE = "\x1b[2J\r\b\x07\x9b\u202e\u2066\u2028\ud800\x00"
+CONTROLS = "\x1b[2J\r\b\x07\x9b\u202e\u2066\u2028\ud800\x00"
 ESCAPED = "\\x1b[2J\\r\\x08\\x07\\x9b\\u202e\\u2066\\u2028\\ud800\\x00"
 
 
 def test_text_that_could_rewrite_a_terminal_is_printed_with_escapes(capsys, monkeypatch):
-    assert printable(f"θ π̂ é 中 🙂\n\t{HOSTILE}") == f"θ π̂ é 中 🙂\n\t{ESCAPED}"
-    print0(HOSTILE)
-    monkeypatch.setattr(evaluate.results, "table", lambda paths: HOSTILE)
+    assert printable(f"θ π̂ é 中 🙂\n\t{CONTROLS}") == f"θ π̂ é 中 🙂\n\t{ESCAPED}"
+    print0(CONTROLS)
+    monkeypatch.setattr(evaluate.results, "table", lambda paths: CONTROLS)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--table", "x"])
     evaluate.main()
     assert capsys.readouterr().out == f"{ESCAPED}\n{ESCAPED}\n"
     with pytest.raises(SystemExit) as ended, one_line_errors("bridge.py"):
-        raise DataError(f"a\n{HOSTILE}")
+        raise DataError(f"a\n{CONTROLS}")
     assert ended.value.code == f"bridge.py: a\\n{ESCAPED}"
 
 
 def test_names_of_fields_and_of_stop_tokens_are_printed_with_escapes(tmp_path, monkeypatch):
-    path = write(tmp_path / "a.jsonl", [{HOSTILE: "q"}])
+    path = write(tmp_path / "a.jsonl", [{CONTROLS: "q"}])
     with pytest.raises(SystemExit) as ended:
         bridge.main(
             ["--model", "arithmetic-smoke", "--method", "rl", "--rl-data", path, "--out", str(tmp_path / "run")]
@@ -803,15 +803,15 @@ def test_names_of_fields_and_of_stop_tokens_are_printed_with_escapes(tmp_path, m
 
 
 def test_a_model_card_holds_escapes_instead_of_text_that_utf8_cannot_encode(tmp_path):
-    export.save_model(tmp_path / "model", tiny_model(), arithmetic.make_tokenizer(), [0], HOSTILE)
+    export.save_model(tmp_path / "model", tiny_model(), arithmetic.make_tokenizer(), [0], CONTROLS)
     assert (tmp_path / "model" / "README.md").read_text(encoding="utf-8") == ESCAPED
 
 
-@pytest.mark.parametrize("flag", ["--out", "--model", "--rl-data", "--reward", "--lora-targets", "--task"])
-def test_a_setting_that_utf8_cannot_encode_is_refused_by_name(flag):
-    name = flag[2:].replace("-", "_")
-    with pytest.raises(settings.SettingError, match=rf"^{name} must be text in UTF-8; got 'a\\udcff'$"):
+@pytest.mark.parametrize("flag", ["--out", "--model", "--rl-data", "--reward", "--task"])
+def test_a_path_that_utf8_cannot_encode_is_refused_by_name(flag, capsys):
+    with pytest.raises(SystemExit, match="2"):
         settings.parse([flag, "a\udcff"])  # Python reads the byte ff so
+    assert f"argument {flag}: 'a\\udcff' is no name of a file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("field", ["question", "answer", "solution"])
