@@ -40,13 +40,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    add(
-        "source",
-        nargs="?",
-        type=expand,
-        metavar="RUN_OR_MODEL",
-        help="run folder of bridge.py, model folder or hub name",
-    )
+    add("source", nargs="?", type=expand, metavar="RUN_OR_MODEL", help="a folder of a run or a model, or a hub name")
     add("--benchmarks", default="", help=f"paper (the first five) or a list of {NAMES}")
     add("--benchmark-dir", type=expand, default="benchmarks", help="folder of NAME.jsonl, else the hub's")
     add("--data", type=expand, default="", help="problems to evaluate on, .jsonl with question and answer")
@@ -67,6 +61,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         parser.error(f"--out {args.out!r} names no file")
     if sum(map(bool, (args.source, args.regrade, args.table))) != 1:
         parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
+    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
+    read = {"table"} if args.table else {"regrade", "out"} if args.regrade else given
+    if idle := sorted(given - read):
+        mode, flag = "--table" if args.table else "--regrade", idle[0].replace("_", "-")
+        parser.error(f"--{flag} does nothing with {mode}: omit it")
     if min(args.samples, args.problems, args.max_new_tokens, args.seed) < 0 or args.slots < 1:
         parser.error("--samples, --problems, --max-new-tokens and --seed cannot be negative, --slots not below 1")
     temperature, top_p = args.temperature or 0, 1 if args.top_p is None else args.top_p
@@ -205,6 +204,8 @@ def run(args: argparse.Namespace) -> None:
     if sampling.temperature == 0:
         if args.samples > 1:
             raise DataError(f"--samples {args.samples} greedy answers would be the same: set --temperature too")
+        if args.seed or args.top_p is not None:
+            raise DataError("--seed and --top-p do nothing at temperature 0, which is greedy: set --temperature too")
         sampling = replace(sampling, samples=1)
     limit, positions = sampling.max_new_tokens, model.config.max_position_embeddings
     check_evaluation(task.evaluation, tokenizer, task.instruction, limit, positions, task.template)

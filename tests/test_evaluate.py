@@ -330,6 +330,9 @@ def test_flags_reach_the_sampler_and_the_header(model, greedy, tmp_path):
     assert one_token == first != seed_0 != seed_1
     with pytest.raises(SystemExit, match="--samples 4 greedy answers would be the same: set --temperature too"):
         answers("--samples", 4)
+    for idle in ("--seed", "--top-p"):
+        with pytest.raises(SystemExit, match="--seed and --top-p do nothing at temperature 0"):
+            answers(idle, 1)
     assert answers("--protocol", "sampled", "--temperature", 0)[0]["sampling"]["samples"]["n=3"] == 1
 
 
@@ -741,6 +744,7 @@ def test_every_reader_of_a_damaged_run_folder_works_or_ends_in_one_line(name, fi
     "flags",
     ["", "m --regrade x", "m --seed -1", "m --temperature 1e-300", "m --data x --benchmarks paper",
      "m --slots 0", "m --out /", "m --out .", "m --out=", "m --data \0", "m --out \udcff", "--table a b\0",
+     "--table a b --samples 4", "--table a b --out c", "--regrade a --seed 3", "--regrade a --protocol sampled",
      "m --problems -1", "m --top-p 0", "m --top-p 1.1", "m --temperature -1", "m --temperature nan"],
 )  # fmt: skip
 def test_a_command_that_makes_no_sense_is_refused(flags, capsys):

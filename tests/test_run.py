@@ -110,8 +110,7 @@ def test_the_exported_model_is_the_merged_policy(finished_run):
     "flags",
     [
         ["--shadow-rollouts", "own", "--kl-coef", "0.01"],
-        ["--dynamic-sampling", "2", "--updates-per-rollout", "2", "--shadow-ratio-cap", "0"],
-        ["--shadow-rollouts", "one_step"],
+        ["--dynamic-sampling", "2", "--updates-per-rollout", "2", "--shadow-rollouts", "one_step"],
         ["--method", "sft_rl", "--sft-steps", "2"],
         ["--method", "alternating", "--aggregation", "dr_grpo", "--overlong-mask"],
     ],
