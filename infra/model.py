@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
-from infra.files import json_object
+from infra.files import json_object, printable
 from ops.packed import ModelError
 
 SECONDS, BYTES = 2.0, 2**29  # CPU time and memory to read a config or to render a prompt; 10 ms are usual
@@ -33,8 +33,7 @@ def reading(subject: str, advice: str = "") -> Iterator[None]:
     except BaseException as error:  # a panic of tokenizers is no Exception
         words = str(error).split()
         cause = " ".join(words if len(words) > 1 else [type(error).__name__, *words])[:300]
-        shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in cause)  # no control sequences on a terminal
-        raise ModelError(f"{subject} ({shown}){advice and ': '}{advice}") from error
+        raise ModelError(f"{subject} ({printable(cause, kept='')}){advice and ': '}{advice}") from error
 
 
 @contextmanager
