@@ -184,7 +184,7 @@ def bilevel_gradients(
             if rollouts.old_logp is None:  # π_old is the policy before its first update on these rollouts
                 rollouts.old_logp = tokens["logp"]
             g_w = take_gradients(m.w)  # ∇_w L_RL(θ,w)
-            g_rl = g_w if METHODS[s.method].w_takes_rl else g_rl
+            g_rl = g_w if METHODS[s.method].w_takes_rl else g_rl  # no_meta: w takes SFT alone
             stats |= rl_statistics(tokens, rollouts)
         if m.shadow is not None:
             with timer("shadow"):
