@@ -67,7 +67,7 @@ def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
 def json_object(text: str | bytes, place: str) -> dict:
     """The JSON object in a text. Raises DataError, naming the place."""
     try:
-        row = json.loads(text if isinstance(text, str) else text.decode())
+        row = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"))  # Windows begins files with a BOM
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: is not UTF-8 text") from error
     except (ValueError, RecursionError) as error:  # ValueError: no JSON, or an integer of thousands of digits

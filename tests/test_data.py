@@ -807,6 +807,11 @@ def test_a_model_card_holds_escapes_instead_of_text_that_utf8_cannot_encode(tmp_
     assert (tmp_path / "model" / "README.md").read_text(encoding="utf-8") == ESCAPED
 
 
+def test_a_file_of_json_lines_may_begin_with_a_byte_order_mark(tmp_path):
+    problems, _ = read(tmp_path / "windows.jsonl", '\ufeff{"question": "1+1", "answer": "2"}\r\n')
+    assert [(p.question, p.answer) for p in problems] == [("1+1", "2")]
+
+
 @pytest.mark.parametrize("flag", ["--out", "--model", "--rl-data", "--reward", "--task"])
 def test_a_path_that_utf8_cannot_encode_is_refused_by_name(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
