@@ -107,17 +107,17 @@ def answer(
     """
     share = slice(parallel.rank(), None, parallel.world_size())
     problems, keys = problems[share], keys[share]
-    texts = [prompt_text(tokenizer, p.question, task.instruction, task.template) for p in problems]
-    encoded = [encode_prompt(tokenizer, p.question, task.instruction, task.template) for p in problems]
+    asked = [(tokenizer, p.question, task.instruction, task.template) for p in problems]
+    prompts = [(prompt_text(*a), encode_prompt(*a)) for a in asked]  # side by side, so that each is rendered once
     completions = []
     if problems:  # a rank has none if there are fewer problems than ranks
         with tqdm(total=sampling.samples * len(problems), leave=False, disable=parallel.rank() > 0) as bar:
             completions = sampler.generate(
-                encoded, keys, sampling.samples, sampling.max_new_tokens, sampling.temperature, sampling.top_p,
-                progress=bar.update,
+                [ids for _, ids in prompts], keys, sampling.samples, sampling.max_new_tokens, sampling.temperature,
+                sampling.top_p, progress=bar.update,
             )  # fmt: skip
     records = []
-    for problem, key, text, samples in zip(problems, keys, texts, completions, strict=True):
+    for problem, key, (text, _), samples in zip(problems, keys, prompts, completions, strict=True):
         for i, completion in enumerate(samples):
             record = dict(
                 group=problem.group, id=key[-1], labels=problem.labels, sample=i, question=problem.question,

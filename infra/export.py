@@ -17,11 +17,9 @@ import lora
 from grading.scores import table
 from infra import checkpoint
 from infra.files import DataError, atomic_folder, printable, read_log, read_object
-from infra.model import load, repository_of, stop_tokens
+from infra.model import MODELS, load, repository_of, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
 from settings import METHODS, Settings, expand, start_program
-
-MODELS = Path(__file__).parents[1] / "models"  # the built-in base models, see tasks/arithmetic.py
 
 
 def facts_of(env) -> dict:

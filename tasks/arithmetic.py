@@ -23,7 +23,7 @@ from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
 from infra.files import DataError, atomic_folder
-from infra.model import pick_device
+from infra.model import MODELS, pick_device
 from logprob import response_logprobs
 from ops.packed import Row
 from tasks.prompts import encode_prompt
@@ -109,7 +109,6 @@ class Recipe:  # size and training of a base model
 
 
 RECIPES = {"arithmetic-laptop": Recipe(), "arithmetic-smoke": Recipe(hidden=32, layers=2, mlp=64, steps=200, batch=32)}
-MODELS = Path(__file__).parents[1] / "models"
 
 
 def config(recipe: Recipe, tokenizer) -> Qwen2Config:
