@@ -10,8 +10,8 @@ training gets than RL alone. One iteration k, every gradient taken at iterate k 
     5   θ̂ ← θ̂ + α ∇_θ̂ J_RL(θ̂,w)                                                                         (9)
     6   w ← w + β[(1−λ)∇_w J_SFT + λ(∇_w J_RL(θ,w) − ∇_w J_RL(θ̂,w))]                                     (8)
 
-The code minimises L = −J. The other methods (--method) are the same loop with other weights, see `updates`. Several
-ranks share the work; rollouts, gradients and statistics are those of the whole batch on every rank (infra/parallel.py).
+The code minimises L = −J. The other methods (--method) are the same loop with other weights, see `updates`. Ranks share
+the work; every rank has rollouts, gradients and statistics of the whole batch (infra/parallel.py).
 
 Shapes: P prompts, G samples of each, N = P·G sequences, T response tokens of all of them, end to end.
 """
@@ -108,23 +108,28 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
 def rl_pass(
     model: nn.Module, rollouts: Rollouts, reference: nn.Module | None, s: Settings, ratio_cap: float | None = None
 ) -> dict[str, Tensor]:
-    """Adds this rank's part of ∇L_RL to .grad. Returns logp, entropy, ratio, limited (0 or 1) and kl, each [T].
+    """Adds this rank's part of ∇L_RL to .grad. Returns logp, entropy, ratio, limited, kl and trained, each [T].
 
-    Every rank gets the results of all tokens. Without `rollouts.old_logp` the model's own log-probs are π_old.
+    Only the rows of `Rollouts.distinct` are run. Every rank gets the results of all tokens, 0 of those that are not
+    run. Without `rollouts.old_logp` the model's own log-probs are π_old.
     """
-    dtype = getattr(torch, s.dtype)
-    tokens = rollouts.weight.new_zeros(5, len(rollouts.weight))
-    for rows, t in parallel.batches(rollouts.rows, s):
-        with torch.no_grad():
-            ref_logp = None if reference is None else response_logprobs(reference, rows, s.temperature, dtype)[0]
-        logp, entropy = response_logprobs(model, rows, s.temperature, dtype)  # [t]
-        old_logp = logp.detach() if rollouts.old_logp is None else rollouts.old_logp[t]
-        advantage, weight, clip = rollouts.advantage[t], rollouts.weight[t], (s.clip_low, s.clip_high)
-        loss, terms = grpo.grpo_loss(logp, old_logp, advantage, weight, clip, ratio_cap, ref_logp, s.kl_coef)
-        loss.backward()
-        tokens[:, t] = torch.stack([logp.detach(), entropy.detach(), *terms.values()])
+    dtype, clip = getattr(torch, s.dtype), (s.clip_low, s.clip_high)
+    trained, scored, weight, source = rollouts.distinct(s.kl_coef > 0)
+    tokens = weight.new_zeros(6, len(weight))
+    for train, chosen in ((True, trained), (False, scored)):
+        for rows, t in rollouts.batches(chosen, s):
+            with torch.no_grad():
+                ref_logp = None if reference is None else response_logprobs(reference, rows, s.temperature, dtype)[0]
+            with torch.set_grad_enabled(train):
+                logp, entropy = response_logprobs(model, rows, s.temperature, dtype)  # [t]
+            old_logp = logp.detach() if rollouts.old_logp is None else rollouts.old_logp[t]
+            advantage = rollouts.advantage[t]
+            loss, terms = grpo.grpo_loss(logp, old_logp, advantage, weight[t], clip, ratio_cap, ref_logp, s.kl_coef)
+            if train:
+                loss.backward()
+            tokens[:, t] = torch.stack([logp.detach(), entropy.detach(), *terms.values(), torch.full_like(logp, train)])
     parallel.all_reduce([tokens])
-    return dict(zip(("logp", "entropy", *terms), tokens, strict=True))
+    return dict(zip(("logp", "entropy", *terms, "trained"), tokens[:, source], strict=True))
 
 
 def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> float:
@@ -316,16 +321,6 @@ def set_up(s: Settings, folder: RunFolder) -> Run:
     return Run(s, folder, make_policies(model, s), env, demonstrations, prompts, demos, fingerprints)
 
 
-def finish(run: Run) -> None:
-    """Exports the trained policy, draws its curves and prints its accuracy."""
-    out = run.folder.path
-    run.env.sampler.refresh(run.m.policy)
-    if parallel.rank() == 0:
-        export.save_run(out, run.s, run.env, run.m.w)
-        plot.draw([out], out / "figures.png")
-        print0(f"\n{out}/model loads with from_pretrained; curves in {out}/figures.png; logs in {out}/*.jsonl")
-
-
 def main(argv: list[str]) -> None:
     with one_line_errors("bridge.py"):
         s, args = parse(argv)
@@ -341,7 +336,12 @@ def main(argv: list[str]) -> None:
         print0(describe(s, run.m.parameters, run.env.describe(run.demonstrations)))
         with tracked(folder, s, start):
             train(run, start)
-        finish(run)
+        run.env.sampler.refresh(run.m.policy)
+        if parallel.rank() == 0:
+            out = args.out
+            export.save_run(out, s, run.env, run.m.w)
+            plot.draw([out], out / "figures.png")
+            print0(f"\n{out}/model loads with from_pretrained; curves in {out}/figures.png; logs in {out}/*.jsonl")
         parallel.end()
 
 

@@ -4,8 +4,9 @@ Shapes: P prompts, G samples of each, N = P·G completions in group order, T res
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -98,7 +99,39 @@ class Rollouts:
     sampler_logp: Tensor  # [T] log π in the sampler
     stats: dict[str, float]  # over everything sampled, before dynamic sampling chooses
     records: list[dict]  # the first group, for samples.jsonl
+    score_rewarded: bool = False  # the cooperative gain needs log-probs of rewarded completions without a gradient, too
     old_logp: Tensor | None = None  # [T] log π of the policy that sampled; None before its first update: the ratio is 1
+
+    def distinct(self, kl: bool) -> tuple[list[int], list[int], Tensor, Tensor]:
+        """(rows with a gradient, rows to score, weight [T], source [T]): what a pass over the rollouts must run.
+
+        Equal completions of a prompt run once, with the sum of their weights; token t has the results of source[t].
+        Without an advantage or a KL term a row has no gradient. If `score_rewarded`, those with a reward are scored. If
+        no row has a gradient, the first one stands for all.
+        """
+        ends = list(accumulate(len(response) for _, response in self.rows))
+        starts = [0, *ends[:-1]]
+        facts = [x.tolist() for x in (self.advantage[starts], self.weight[starts], self.reward.flatten())]  # 3 x N
+        source, first, trained, scored = torch.arange(ends[-1]), {}, [], []
+        for i, ((prompt, response), *of_row) in enumerate(zip(self.rows, *facts, strict=True)):
+            original = first.setdefault((*prompt, -1, *response, -1, *of_row), i)
+            source[starts[i] : ends[i]] = torch.arange(starts[original], ends[original])
+            advantage, weight, reward = of_row
+            if original == i and weight and (advantage or kl):
+                trained.append(i)
+            elif original == i and self.score_rewarded and reward:
+                scored.append(i)
+        source = source.to(self.weight.device)
+        trained = trained or [0]
+        scored = [i for i in scored if i != trained[0]]
+        return trained, scored, torch.zeros_like(self.weight).index_add(0, source, self.weight), source
+
+    def batches(self, chosen: list[int], s: Settings) -> Iterator[tuple[list[Row], Tensor]]:
+        """This rank's micro-batches of some rows: (rows, places [t] of their response tokens in [0, T))."""
+        starts = [0, *accumulate(len(response) for _, response in self.rows)]
+        places = torch.tensor([t for i in chosen for t in range(starts[i], starts[i + 1])], device=self.weight.device)
+        for rows, t in parallel.batches([self.rows[i] for i in chosen], s) if chosen else ():
+            yield rows, places[t]
 
 
 def rollouts_of_step(
@@ -161,7 +194,7 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
     device, first = pick_device(), groups[0]
     return Rollouts(
         rows=[(group.prompt, c.ids) for group in groups for c in group.completions], reward=reward.float(),
-        stats=stats,
+        stats=stats, score_rewarded=METHODS[s.method].shadow and s.shadow_rollouts != "own",
         advantage=advantage.flatten().repeat_interleave(lengths).to(device),
         weight=grpo.token_weights(lengths, s.aggregation, s.max_new_tokens, keep).to(device),
         sampler_logp=torch.tensor([logp for c in completions for logp in c.logps], device=device),
@@ -187,8 +220,10 @@ def statistics(groups: list[Group]) -> dict[str, float]:
 
 
 def rl_statistics(tokens: dict[str, Tensor], rollouts: Rollouts) -> dict[str, float]:
-    gap = (tokens["logp"] - rollouts.sampler_logp).abs()
-    entropy, kl, limited = (tokens[name].mean().item() for name in ("entropy", "kl", "limited"))
+    """Over the tokens that have a gradient."""
+    trained = tokens["trained"] > 0  # [T]
+    gap = (tokens["logp"] - rollouts.sampler_logp)[trained].abs()
+    entropy, kl, limited = (tokens[name][trained].mean().item() for name in ("entropy", "kl", "limited"))
     gaps = dict(logp_gap_mean=gap.mean().item(), logp_gap_max=gap.max().item())
     return rollouts.stats | dict(entropy=entropy, kl=kl, clip_frac=limited) | gaps
 
@@ -205,7 +240,7 @@ def gain_statistics(tokens_hat: dict[str, Tensor], rollouts: Rollouts, rollouts_
         log_ratio = (tokens_hat["logp"] - rollouts.old_logp).cpu().split([len(ids) for _, ids in rollouts.rows])
         weight = torch.stack([of_sequence.sum() for of_sequence in log_ratio]).exp().clamp(max=10)  # [N]
         reward_hat = (weight * reward).mean()
-    ratio, limited = tokens_hat["ratio"], tokens_hat["limited"]
+    ratio, limited = (tokens_hat[name][tokens_hat["trained"] > 0] for name in ("ratio", "limited"))
     return dict(
         cooperative_gain=(reward.mean() - reward_hat).item(), ratio_hat_mean=ratio.mean().item(),
         ratio_hat_max=ratio.max().item(), ratio_hat_limited=limited.mean().item(),

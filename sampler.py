@@ -1,15 +1,16 @@
 """KV-cached generation from the sampler's own merged weights.
 
 The sampler holds a decoder with its own weights. `refresh` writes θ + s·B·A into them, so the adapter costs nothing
-during decoding. The cache is a pool of slots. A group's prompt is run once; its keys and values are copied to the
-group's samples. When a sample ends, the last active slot moves into its place, so the active slots are always the
-first n. Waiting prompts take the freed slots. On a GPU one step of all n slots is a CUDA graph, replayed STEPS times
+during decoding. The cache is a pool of slots. Samples of a group share a slot while their tokens are equal; one that
+draws another token gets a copy. The first n slots are always those in use. Waiting prompts take the freed ones. On a
+GPU each sample has a slot of its own after the prompt: one step of all n slots is a CUDA graph, replayed STEPS times
 between two checks for finished samples.
 
 Each sample has its own random numbers: one uniform per token, from (seed, step, prompt, sample). Therefore neither its
 batch nor the number of slots changes a sample.
 
-Shapes: P prompts, G samples each, N = P·G; S slots, n active ones; K = max_new_tokens; L cache length; V vocabulary.
+Shapes: P prompts, G samples each, N = P·G; S slots and rows, n slots and m rows in use; K = max_new_tokens; L cache
+length; V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,35 +53,50 @@ def uniforms(key: tuple[int, ...], count: int) -> np.ndarray:
 
 @dataclass
 class Samples:
-    """Samples in progress and the slots that decode them.
+    """Samples in progress, a row for each, and the slots of the cache that decode them.
 
-    Unused slots work on row N, whose content is ignored. Finished samples keep decoding until the next check; their
-    extra tokens are ignored, and column K takes those beyond the limit.
+    Rows of one slot have the same tokens so far; rows are sorted by slot. Unused rows work on sample N, whose content
+    is ignored. Finished samples keep decoding until the next check; their extra tokens are ignored, and column K takes
+    those beyond the limit.
     """
 
     u: Tensor  # [N+1, K+1] fp64, the uniforms
     ids: Tensor  # [N+1, K+1]
     logps: Tensor  # [N+1, K+1]
-    sample_index: Tensor  # [S] sample of a slot
-    token: Tensor  # [S] its last token, the next input
-    num_generated: Tensor  # [S] number of its tokens
-    position: Tensor  # [S] position of its last token
-    active: Tensor  # [S] int64, 1 until it ends
+    rows: Tensor  # [5, S] sample of a row; its last token, the next input; number of its tokens; position of the last
+    #               one; 1 until it ends
+    slot: Tensor  # [S] slot of a row
+    first: Tensor  # [S] first row of a slot
+    unused: Tensor  # [5, 1] an unused row
     logp_sum: Tensor  # [] sum of all log-probs: not finite if one is not
 
-    @property
-    def slots(self) -> tuple[Tensor, ...]:
-        return self.sample_index, self.token, self.num_generated, self.position, self.active
+    def regroup(self, kv: Tensor, m: int, n: int, share: bool) -> tuple[int, int]:
+        """Drops those of the first m rows, in n slots, that ended. Returns the new m and n.
 
-    def close_holes(self, kv: Tensor, ended: Tensor, remaining: int) -> None:
-        """Moves the last active slots to where samples ended [n]; afterwards the first `remaining` are active."""
-        n = len(ended)
-        hole, last = ended[:remaining].nonzero()[:, 0], (~ended[remaining:]).nonzero()[:, 0] + remaining
-        kv[:, :, hole] = kv[:, :, last]
-        for x in self.slots:
-            x[hole] = x[last]
-        self.sample_index[remaining:n], self.num_generated[remaining:n] = len(self.u) - 1, self.u.shape[1] - 1
-        self.position[remaining:n], self.active[remaining:n] = 0, 0
+        Rows keep sharing a slot if their last tokens are equal, too. Others get a copy; without `share` all do.
+        """
+        _, token, _, position, active = self.rows
+        going = active[:m].nonzero()[:, 0]  # rows
+        branch, slot = torch.arange(len(going), device=kv.device), self.slot[going]
+        if share:
+            branch = torch.unique(slot << 32 | token[going], return_inverse=True)[1]  # in the order of slots
+        before, n = n, int(branch.max()) + 1 if len(branch) else 0
+        if (len(going), n) == (m, before):  # each slot has one branch
+            return m, n
+        source = slot.new_empty(n).index_copy_(0, branch, slot)  # the slot that a branch comes from
+        stays = source < n
+        stays[1:] &= source[1:] != source[:-1]  # the first branch keeps its slot
+        target, free = source.clone(), torch.ones_like(stays)
+        free[source[stays]] = False
+        target[~stays] = free.nonzero()[:, 0]
+        if not stays.all():
+            longest = int(position[going].max()) + 1
+            kv[:, :, target[~stays], :longest] = kv[:, :, source[~stays], :longest]
+        slot, order = target[branch].sort(stable=True)
+        self.rows[:, : len(going)] = self.rows[:, going[order]]
+        self.rows[:, len(going) : m] = self.unused
+        self.slot[: len(going)], self.first[:n] = slot, torch.searchsorted(slot, torch.arange(n, device=kv.device))
+        return len(going), n
 
 
 def sample_known(sample: Callable, unknown: Tensor, logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0):
@@ -129,10 +145,11 @@ class Sampler:
         cache = self.decoder.new_cache(size, max(map(len, prompts)) + K)
         b = self._new_samples(keys, size, G, K)
         lengths = torch.zeros(N, dtype=torch.long, device=self.model.device)
+        sample_index, _, num_generated, _, active = b.rows
 
-        def append_token(slots: slice, logits: Tensor) -> None:
-            """Samples the next token of n slots from logits [n, V]."""
-            sample_index, token, num_generated, position, active = (x[slots] for x in b.slots)  # views
+        def append_token(rows: slice, logits: Tensor) -> None:
+            """Samples the next token of some rows from their logits [rows, V]."""
+            sample_index, token, num_generated, position, active = b.rows[:, rows]  # views
             options = logits, b.u[sample_index, num_generated], temperature, top_p
             sampled, logp = sample_known(sample_tokens, self.unknown, *options)
             b.ids[sample_index, num_generated], b.logps[sample_index, num_generated] = sampled, logp
@@ -143,35 +160,37 @@ class Sampler:
             active *= ~(self.is_stop[sampled] | (num_generated >= K))
 
         def step(n: int) -> None:
-            """One more token for each of the first n slots."""
-            append_token(slice(n), self.decoder.decode(cache, b.token[:n], b.position[:n]))
+            """One more token for each row of the first n slots."""
+            _, token, _, position, _ = b.rows[:, b.first[:n]]
+            logits = self.decoder.decode(cache, token, position)  # [n, V]
+            append_token(slice(m if share else n), logits[b.slot[:m]] if share else logits)
 
+        share = not self.graphs  # a graph has a fixed number of rows for its slots: one each
         decode = _graphed(step, size) if self.graphs else step
-        waiting, n = deque(range(len(prompts))), 0
-        while n or waiting:
-            admitted = _admit(waiting, prompts, (size - n) // G)
-            if admitted:  # each prompt is run once, in its group's first slot; the other slots get a copy of its cache
-                first = n + G * torch.arange(len(admitted), device=self.model.device)  # slots n, n+G, n+2G, …
-                logits = self.decoder.prefill(cache, [prompts[p] for p in admitted], first)  # [len(admitted), V]
-                new, longest = slice(n, n + len(admitted) * G), max(len(prompts[p]) for p in admitted)
-                group = cache.kv[:, :, new, :longest].unflatten(2, (len(admitted), G))  # a view
-                group[:, :, :, 1:] = group[:, :, :, :1]
-                b.sample_index[new] = torch.tensor([p * G + i for p in admitted for i in range(G)])
-                b.position[new] = torch.tensor([len(prompts[p]) - 1 for p in admitted for _ in range(G)])
-                b.num_generated[new], b.active[new], n = 0, 1, new.stop
+        waiting, m, n = deque(range(len(prompts))), 0, 0
+        while m or waiting:
+            admitted = _admit(waiting, prompts, (size - m) // G)
+            if admitted:  # each prompt is run once, in a slot that its samples share
+                slots = torch.arange(n, n + len(admitted), device=self.model.device)
+                logits = self.decoder.prefill(cache, [prompts[p] for p in admitted], slots)  # [len(admitted), V]
+                new = slice(m, m + len(admitted) * G)
+                rows = [(p * G + i, 0, 0, len(prompts[p]) - 1, 1) for p in admitted for i in range(G)]
+                b.rows[:, new], b.slot[new] = torch.tensor(rows).T, slots.repeat_interleave(G)
+                b.first[slots] = torch.arange(m, new.stop, G, device=slots.device)
                 append_token(new, logits.repeat_interleave(G, 0))
+                m = new.stop
             else:
                 decode(n)
-            remaining = int(b.active[:n].sum())  # the host waits for the device
-            if remaining < n:
+            ended = active[:m] == 0
+            count = int(ended.sum())  # the host waits for the device
+            if count:
                 if not b.logp_sum.isfinite():
                     raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
-                ended = b.active[:n] == 0
-                lengths[b.sample_index[:n][ended]] = b.num_generated[:n][ended]
-                b.close_holes(cache.kv, ended, remaining)
+                lengths[sample_index[:m][ended]] = num_generated[:m][ended]
                 if progress:
-                    progress(n - remaining)
-                n = remaining
+                    progress(count)
+            if count or admitted or n < m:
+                m, n = b.regroup(cache.kv, m, n + len(admitted), share)
         ids, logps, completions = b.ids.cpu(), b.logps.cpu(), []
         for sample, k in enumerate(lengths.tolist()):
             tokens = ids[sample, :k].tolist()
@@ -194,12 +213,11 @@ class Sampler:
         u = np.zeros((N + 1, K + 1))
         for row, key in enumerate((*key, i) for key in keys for i in range(G)):
             u[row, :K] = uniforms(key, K)
-        token, position, active = torch.zeros(3, size, dtype=torch.long, device=device)
+        unused, slots = torch.tensor([N, 0, K, 0, 0], device=device)[:, None], torch.arange(size, device=device)
         return Samples(
             u=torch.from_numpy(u).to(device), ids=torch.zeros(N + 1, K + 1, dtype=torch.long, device=device),
             logps=torch.zeros(N + 1, K + 1, device=device), logp_sum=torch.zeros((), device=device),
-            sample_index=torch.full((size,), N, device=device), token=token,
-            num_generated=torch.full((size,), K, device=device), position=position, active=active,
+            rows=unused.repeat(1, size), unused=unused, slot=slots, first=slots.clone(),
         )  # fmt: skip
 
 

@@ -164,6 +164,16 @@ def test_each_prompt_runs_once_for_all_its_samples(monkeypatch):
     assert fed[1] <= 8 * len(PROMPTS)
 
 
+@pytest.mark.parametrize("slots", [8, 100])
+def test_samples_of_a_group_with_equal_tokens_so_far_are_decoded_once(monkeypatch, slots):
+    sampler = Sampler(tiny_model(), STOP, slots=slots)
+    fed = tokens_fed(sampler, monkeypatch)
+    groups = sampler.generate(PROMPTS, KEYS, 8, 12, 0.25)
+    prefixes = [{tuple(c.ids[:n]) for c in group for n in range(1, len(c.ids))} for group in groups]
+    assert sum(fed) == sum(map(len, PROMPTS)) + sum(map(len, prefixes))
+    assert sum(map(len, prefixes)) < 0.9 * sum(len(c.ids) - 1 for group in groups for c in group), "the case must share"
+
+
 def test_waiting_prompts_take_the_slots_of_finished_samples(monkeypatch):
     sampler = Sampler(tiny_model(), STOP, slots=4)
     fed = tokens_fed(sampler, monkeypatch)

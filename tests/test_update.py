@@ -1,6 +1,7 @@
 """The bilevel update: facts that follow from eqs. (7), (8) and (9), checked on the functions training uses."""
 
 import copy
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -37,6 +38,21 @@ def make_rollouts(model, seed=0, groups=3, samples=4):
     )  # fmt: skip
 
 
+def repetitive_rollouts(model):
+    """Three groups of four: two completions occur twice or more; one group has no reward, one has all the reward."""
+    rollouts = make_rollouts(model)
+    for group, copies in enumerate(([0, 1, 0, 3], [0, 1, 1, 3], [0, 0, 0, 3])):
+        rollouts.rows[4 * group : 4 * group + 4] = [rollouts.rows[4 * group + i] for i in copies]
+    rollouts.reward = torch.tensor([[1.0, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1]])
+    lengths = torch.tensor([len(r) for _, r in rollouts.rows])
+    rollouts.advantage = grpo.group_advantages(rollouts.reward).flatten().repeat_interleave(lengths)
+    rollouts.weight = grpo.token_weights(lengths, "grpo", 16)
+    with torch.no_grad():
+        rollouts.sampler_logp, _ = response_logprobs(model, rollouts.rows)
+    rollouts.score_rewarded = True
+    return rollouts
+
+
 def fresh(s, w_trained=False):
     """Policies at iterate 0; with `w_trained`, B is not zero, so that A has a gradient too."""
     m = bridge.make_policies(tiny_model(), s)
@@ -66,6 +82,72 @@ def gradients(m, s, sft=None, rl=None, rollouts=None, rollouts_hat=None, demos=N
 def assert_close(a, b, tolerance=2e-5):
     for x, y in zip(a, b, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=tolerance * max(1.0, y.abs().max().item()))
+
+
+@pytest.mark.parametrize("tokens", [16384, 30])
+@pytest.mark.parametrize(("cap", "kl"), [(None, 0.0), (2.0, 0.0), (2.0, 0.1)])
+def test_work_that_changes_nothing_is_not_done_and_gradients_and_results_are_those_of_all_rows(tokens, cap, kl):
+    s = settings(tokens_per_micro_batch=tokens, kl_coef=kl)
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    rollouts = repetitive_rollouts(m.policy)
+    rollouts.old_logp = rollouts.sampler_logp
+    ours = bridge.rl_pass(m.shadow, rollouts, m.reference, s, cap)
+    gradients_of_ours = [p.grad.clone() for p in m.parameters["theta_hat"] + m.parameters["w"]]
+    for p in m.parameters["theta_hat"] + m.parameters["w"]:
+        p.grad = None
+    logp, entropy = response_logprobs(m.shadow, rollouts.rows, s.temperature)
+    with torch.no_grad():
+        ref_logp = response_logprobs(m.reference, rollouts.rows, s.temperature)[0] if kl else None
+    loss, terms = grpo.grpo_loss(
+        logp, rollouts.old_logp, rollouts.advantage, rollouts.weight, (0.2, 0.2), cap, ref_logp, kl
+    )
+    loss.backward()
+    for a, b in zip(gradients_of_ours, [p.grad for p in m.parameters["theta_hat"] + m.parameters["w"]], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    run = torch.tensor([bool(kl) or i not in (4, 5, 6, 7) for i in range(12)])  # all but the group without a reward
+    run = run.repeat_interleave(torch.tensor([len(r) for _, r in rollouts.rows]))
+    for name, expected in {"logp": logp, "entropy": entropy, **terms}.items():
+        torch.testing.assert_close(ours[name], expected.float() * run, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_each_completion_is_run_once_and_only_those_with_a_gradient_run_backward(monkeypatch):
+    s, fed = settings(), []
+    m = fresh(s)
+    rollouts = repetitive_rollouts(m.policy)
+    real = bridge.response_logprobs
+    monkeypatch.setattr(
+        bridge,
+        "response_logprobs",
+        lambda model, rows, *rest: fed.append((rows, torch.is_grad_enabled())) or real(model, rows, *rest),
+    )
+    bridge.rl_pass(m.policy, rollouts, None, s)
+    first, last = rollouts.rows[:4], rollouts.rows[8:]
+    assert fed == [([first[0], first[1], first[3]], True), ([last[0], last[3]], False)]
+    fed.clear()
+    rollouts.score_rewarded = False
+    bridge.rl_pass(m.policy, rollouts, None, s)
+    assert fed == [([first[0], first[1], first[3]], True)]
+
+
+def test_completions_of_equal_text_and_unequal_reward_are_not_merged():
+    rollouts = repetitive_rollouts(fresh(settings()).policy)
+    rollouts.reward[0, 2] = 0.5  # of the same text as sample 0: a reward function of one's own may be random
+    lengths = torch.tensor([len(r) for _, r in rollouts.rows])
+    rollouts.advantage = grpo.group_advantages(rollouts.reward).flatten().repeat_interleave(lengths)
+    assert rollouts.distinct(kl=False)[:2] == ([0, 1, 2, 3], [8, 11])
+
+
+def test_without_any_signal_gradients_are_zero_and_all_numbers_finite():
+    s = settings()
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    rollouts = repetitive_rollouts(m.policy)
+    rollouts.reward[0] = 0
+    rollouts.advantage.zero_()
+    grads, stats = gradients(m, s, 0.0, 1.0, rollouts, demos=[])
+    assert all(g is not None and not g.any() for name in grads for g in grads[name])
+    assert all(math.isfinite(x) for x in stats.values())
 
 
 @pytest.mark.parametrize("tokens", [16384, 60])
@@ -386,11 +468,12 @@ def test_gain_gradient_norm_is_that_of_the_gain_part_with_its_weight_lambda():
     assert stats["gain_grad_norm"] == pytest.approx(torch.cat([p.flatten() for p in g["w"]]).norm().item(), rel=1e-4)
 
 
-def test_cooperative_gain_on_shared_rollouts_weights_each_sequence_by_its_importance():
+@pytest.mark.parametrize("make", [make_rollouts, repetitive_rollouts])
+def test_cooperative_gain_on_shared_rollouts_weights_each_sequence_by_its_importance(make):
     s = settings()
     m = fresh(s)
     move_shadow(m, by=0.3)
-    rollouts = make_rollouts(m.policy)
+    rollouts = make(m.policy)
     with torch.no_grad():
         logp_hat, _ = response_logprobs(m.shadow, rollouts.rows)
     lengths = [len(response) for _, response in rollouts.rows]
