@@ -223,6 +223,8 @@ def dry_run(s: Settings, config: PretrainedConfig, gpu: str | None, gpus: int) -
         for part, value in parts.items():
             print(f"    {part:<24}{value / GiB:8.2f}")
     print(f"  {'peak, with libraries':<26}{peak / GiB:8.2f} of {limit / GiB:.1f}")
+    saved = sum(size for part, size in groups[0].items() if part.endswith(("weights", "moments")))
+    print(f"  {'a checkpoint, on disk':<26}{saved * (gpus if s.shard else 1) / GiB:8.2f}; the last two are kept")
     for phase, (tokens, flops) in work(s, m).items():
         print(f"  {phase:<10}{tokens:14,.0f} tokens {flops / 1e12:12,.2f} TFLOP in a step of all ranks")
     if gpu and s.dtype == "bfloat16":

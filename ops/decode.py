@@ -111,11 +111,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 def attention_mask(length: Tensor, heads: int, kv_heads: int) -> Tensor:
     """attend_torch's mask [n, h, L'·h_kv], L' the longest length: 0 at a head's keys before length [n], else −1e30."""
-    sizes = int(length.max()), heads, kv_heads
-    position, head, kv_head = (torch.arange(n, device=length.device) for n in sizes)
-    far = torch.where(position < length[:, None], 0.0, -1e30)  # [n, L']
-    foreign = torch.where(kv_head == head[:, None] // (heads // kv_heads), 0.0, -1e30)  # [h, h_kv]
-    return (far[:, None, :, None] + foreign[:, None]).flatten(2)
+    key = torch.arange(int(length.max()) * kv_heads, device=length.device)  # [L'·h_kv]
+    kv_head = torch.arange(heads, device=length.device) // (heads // kv_heads)  # [h]
+    far = torch.where(key < kv_heads * length[:, None], 0.0, -1e30)  # [n, L'·h_kv]
+    foreign = torch.where(key % kv_heads == kv_head[:, None], 0.0, -1e30)  # [h, L'·h_kv]
+    return far[:, None] + foreign
 
 
 def attend_torch(q, keys, values, length, scale, mask=None):

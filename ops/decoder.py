@@ -32,11 +32,12 @@ TOKENS, WORDS = 24, 32  # length and vocabulary of the sequences that the decode
 
 @dataclass
 class Cache:
-    """Keys and values of S sequences of up to L tokens, and the rotations of L positions."""
+    """Keys and values of S sequences of up to L tokens, the rotations of L positions, and the vocabulary head."""
 
     kv: Tensor  # [layers, 2, S, L, h_kv, d] keys, then values
     cos: Tensor  # [L, 1, d] fp32
     sin: Tensor  # [L, 1, d] fp32, the first half negated
+    lm_head: Tensor  # [V, H], on a CPU in fp32: bf16 would be cast at every step
 
     def cells(self, slot: Tensor, position: Tensor) -> Tensor:
         """Rows for the keys and values of tokens [T] in a layer viewed as [2·S·L·h_kv, d].  [T, 2·h_kv]"""
@@ -130,7 +131,7 @@ class Decoder:
         fp32, positions = torch.empty(0, device=device), torch.arange(first, first + length, device=device)[None]
         cos, sin = (x[0, :, None].contiguous() for x in self.model.model.rotary_emb(fp32, positions))  # [L, 1, d]
         sin[..., : self.head_dim // 2] *= -1
-        return Cache(kv, cos, sin)
+        return Cache(kv, cos, sin, self.lm_head if self.lm_head.is_cuda else self.lm_head.float())
 
     def prefill(self, cache: Cache, prompts: list[list[int]], slots: Tensor) -> Tensor:
         """Runs whole prompts, prompt i into slot slots[i], and returns the logits of their next tokens, [P, V] fp32."""
@@ -142,7 +143,7 @@ class Decoder:
 
         slot = slots.repeat_interleave(starts.diff())  # [T]
         hidden = self.forward(cache, packed.ids[0], packed.positions[0], slot, attention)  # [T, H]
-        return project(hidden[starts[1:] - 1], self.lm_head)
+        return project(hidden[starts[1:] - 1], cache.lm_head)
 
     def decode(self, cache: Cache, ids: Tensor, position: Tensor) -> Tensor:
         """Feeds one token to each of the first n slots; ids, position [n] -> logits of the next tokens, [n, V] fp32."""
@@ -153,7 +154,7 @@ class Decoder:
             return attend(q, *cache.kv[layer], length, self.layers[layer].scale, mask)
 
         slot = torch.arange(len(ids), device=ids.device)
-        return project(self.forward(cache, ids, position, slot, attention), self.lm_head)
+        return project(self.forward(cache, ids, position, slot, attention), cache.lm_head)
 
     def forward(self, cache: Cache, ids: Tensor, position: Tensor, slot: Tensor, attention: Callable) -> Tensor:
         """Hidden states [T, H] of tokens `ids` at `position` of `slot`, each [T]; their keys and values are cached.

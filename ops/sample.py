@@ -50,8 +50,11 @@ def sample_tokens_kernel(
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         z = tl.load(Z + row * stride + column, mask=column < V, other=float("-inf")) / temperature
-        largest, where = tl.max(z, 0, return_indices=True)
-        token = tl.where(largest > m, start + where, token)
+        if GREEDY:
+            largest, where = tl.max(z, 0, return_indices=True)
+            token = tl.where(largest > m, start + where, token)
+        else:
+            largest = tl.max(z, 0)
         larger = tl.maximum(m, largest)
         s = s * tl.exp(m - larger) + tl.sum(tl.exp(z - larger).to(tl.float64), 0)
         m = larger

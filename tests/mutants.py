@@ -78,7 +78,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("ops/decoder.py", "scale=a.scaling", "scale=1.0"),
     ("ops/decoder.py", "self._arrange(copied.to(device))", "self._arrange(copied.to(device, dtype))"),
     ("ops/decoder.py", "to(device, dtype, copy=True)", "to(device, dtype)"),
-    ("ops/decoder.py", "self._compare_with_transformers(2e-5, first)", "pass"),
+    ("ops/decoder.py", "self._compare_with_transformers(1e-4, first)", "pass"),
     ("ops/decoder.py", "p.data = part", "pass"),
     ("ops/decoder.py", "x += linear.bias", "pass"),
     ("ops/decoder.py", "sin[..., : self.head_dim // 2] *= -1", "pass"),

@@ -198,7 +198,7 @@ def test_rotation_equals_transformers_and_caches_keys_and_values(kernels, norms,
         q, k = (torch.nn.functional.rms_norm(x, (d,), w, 1e-6) for x, w in zip((q, k), head_norms, strict=True))
     expected = [*apply_rotary_pos_emb(q, k, cos[:, 0], sin[:, 0]), v.clone()]
 
-    cells = decoder.Cache(kv[None], cos, sin).cells(slot, position)
+    cells = decoder.Cache(kv[None], cos, sin, kv).cells(slot, position)
     for function in (decode.rope_and_store_torch, decode.rope_and_store):
         kv.zero_()
         rotated = function(qkv.clone(), cos, signed, head_norms, 1e-6, kv, cells)

@@ -3,12 +3,15 @@
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import rewards
+from evaluate import evaluate
 from infra.files import DataError
 from infra.model import load
+from sampler import Sampler
 from tasks import arithmetic, named, sources
 from tasks import task as tasks
 from tasks.prompts import encode_prompt
@@ -53,6 +56,29 @@ def test_the_base_model_is_trained_on_no_evaluation_problem(tokenizer):
     batches = arithmetic.documents(arithmetic.Recipe(), tokenizer)
     prompts = {tokenizer.decode(p) for _ in range(20) for p, _ in next(batches)}
     assert not {f"Q:{q}=" for q in held_out} & prompts
+
+
+def test_the_shipped_base_models_are_small_and_the_default_one_solves_short_chains_only(monkeypatch):
+    monkeypatch.setattr(arithmetic, "train_base", None)  # nothing is trained
+    folders = {name: Path(arithmetic.resolve(name)) for name in arithmetic.RECIPES}
+    assert all(sum(f.stat().st_size for f in folder.iterdir()) < 1_000_000 for folder in folders.values())
+    model, tokenizer = load(str(folders["arithmetic-laptop"]))
+    sampler = Sampler(model, [tokenizer.eos_token_id])
+    accuracy, _ = evaluate(sampler, tokenizer, arithmetic.task(0, 100), 80)
+    assert accuracy["n=4"] > 0.9
+    assert max(accuracy[f"n={n}"] for n in (5, 6, 7, 8)) < 0.15
+    assert accuracy["average"] == pytest.approx(0.243, abs=0.02), "a rounding of the kernels may turn a few answers"
+
+
+def test_training_the_shipped_models_again_gives_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(arithmetic, "RECIPES", {"tiny": TINY})
+    written = []
+    for place in (tmp_path / "first", tmp_path / "second"):
+        monkeypatch.setattr(arithmetic, "SHIPPED", place)
+        arithmetic.main()
+        written.append({f.name: f.read_bytes() for f in (place / "tiny").iterdir()})
+    assert written[0] == written[1]
+    assert arithmetic.resolve("tiny") == str(tmp_path / "second" / "tiny")
 
 
 TINY = arithmetic.Recipe(hidden=16, layers=1, mlp=16, steps=1, batch=2)

@@ -135,7 +135,8 @@ def test_completions_of_equal_text_and_unequal_reward_are_not_merged():
     rollouts.reward[0, 2] = 0.5  # of the same text as sample 0: a reward function of one's own may be random
     lengths = torch.tensor([len(r) for _, r in rollouts.rows])
     rollouts.advantage = grpo.group_advantages(rollouts.reward).flatten().repeat_interleave(lengths)
-    assert rollouts.distinct(kl=False)[:2] == ([0, 1, 2, 3], [8, 11])
+    rollouts.reward[2, 1] = 0.5  # of the same text and advantage as sample 8
+    assert rollouts.distinct(kl=False)[:2] == ([0, 1, 2, 3], [8, 9, 11])
 
 
 def test_without_any_signal_gradients_are_zero_and_all_numbers_finite():
