@@ -163,7 +163,7 @@ class Sampler:
             """One more token for each row of the first n slots."""
             _, token, _, position, _ = b.rows[:, b.first[:n]]
             logits = self.decoder.decode(cache, token, position)  # [n, V]
-            append_token(slice(m if share else n), logits[b.slot[:m]] if share else logits)
+            append_token(slice(max(m, n)), logits[b.slot[:m]] if n < m else logits)  # a graph's n may exceed m
 
         share = not self.graphs  # a graph has a fixed number of rows for its slots: one each
         decode = _graphed(step, size) if self.graphs else step

@@ -14,7 +14,7 @@ from ops.head import jit, tl, use_kernels
 
 
 def sample_tokens_torch(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    p = (logits.double() / (temperature or 1.0)).softmax(-1)  # [n, V]
+    p = logits.to(torch.float64, copy=True).div_(temperature or 1.0).softmax(-1)  # [n, V]
     pool, u = p, u[:, None]  # the masses that the next draw is from: at first all of p
     while True:
         if temperature == 0:
