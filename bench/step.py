@@ -3,6 +3,8 @@
     python bench/step.py [--quick] [--out FILE.jsonl] [--trace FILE.json.gz]
     python bench/step.py --size Qwen2.5-0.5B --never-stop --steps 3 [flags of bridge.py]
     torchrun --standalone --nproc-per-node 2 bench/step.py --size Qwen2.5-0.5B --never-stop --shard
+    python bench/step.py --peer trl [--run RUN] [flags of bridge.py]
+    python bench/step.py --sweep --out FILE.jsonl && python bench/step.py --figure FILE.jsonl --out docs/speed.png
 
 step, without a GPU: the preset `laptop` (--quick: a tiny random model), medians of five steps after the first.
 With a GPU: the paper's 64 prompts x 5 completions of at most 3,000 tokens and 64 demonstrations of at most 2,500, on
@@ -21,14 +23,32 @@ training: forward and backward of packed rows, with a GPU about 16k tokens with 
     MFU, HFU      FLOPs over the measured matmul rate: those of the model (6 per weight and token, of the head per
                   response token; attention's 12·layers·width·length/2 per token), and all that are computed
     head ms       forward and backward of the head alone, included in ms
+
+peer: steps of TRL's GRPOTrainer and ours in turn, on one thread (or OMP_NUM_THREADS), from `early`, the base model, and
+from `late`, the model of the finished RUN. Model, prompts, reward, settings and torch's fused AdamW are the same, each
+step starts from the policy's weights, and no step logs. BRIDGE also trains θ̂, w and on demonstrations.
+    sample %      of the median step: prompts to advantages. train %: forward and backward passes. The rest: optimizers
+    tokens        sampled ones of the median step
+    equal %       completions in groups of equal rewards, among TRL's: they have no gradient
+    x trl         TRL's median over this one
+
+sweep: what the time grows with, on the same threads, for completions of exactly `length` tokens from random weights.
+train ms are those of all passes: the demonstrations, 32 by default, are a constant part.
 """
 
+import copy
 import ctypes
+import json
+import os
 import random
+import sys
 import tempfile
+import time
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import ClassVar
@@ -36,6 +56,7 @@ from typing import ClassVar
 import torch
 from measure import DEVICE, GPU, SIZES, Table, attempt, build, ceilings, parser, sizes_of, time_ms
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 import bridge
 from infra import memory, parallel
@@ -47,6 +68,7 @@ from rollout import Environment, rollouts_of_step
 from sampler import Sampler
 from settings import PAPER, Settings, parse
 from tasks import arithmetic
+from tasks.prompts import prompt_text
 from tasks.task import Problem, Stream, Task
 
 GiB, MEAN_LENGTH, LONGEST_DEMONSTRATION = 2**30, 950, 2500
@@ -227,13 +249,189 @@ def training_rows(table: Table, quick: bool) -> None:
                 table.add(row)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Beside TRL
+
+OURS = {"ours, GRPO": "rl", "ours, BRIDGE": "bridge"}
+
+
+def trl_step(model: nn.Module, run: bridge.Run, folder: str):
+    """one_step of TRL's trainer, with the settings, the reward and the prompts of `run`."""
+    from datasets import Dataset
+    from trl import GRPOConfig, GRPOTrainer
+
+    s, env, prompts = run.s, run.env, copy.copy(run.prompts)
+    tokenizer = copy.deepcopy(env.tokenizer)
+    tokenizer.pad_token = tokenizer.eos_token  # AutoTokenizer's own lies outside the embedding
+    config = GRPOConfig(
+        folder, per_device_train_batch_size=s.prompts_per_step * s.group_size, num_generations=s.group_size,
+        gradient_accumulation_steps=1, num_iterations=1, max_completion_length=s.max_new_tokens, beta=0.0,
+        temperature=s.temperature, loss_type=s.aggregation, learning_rate=s.alpha, optim="adamw_torch_fused",
+        gradient_checkpointing=False, bf16=False, use_cpu=not GPU, report_to="none",
+    )  # fmt: skip
+
+    def reward(completions: list[str], problem: list[Problem], **others) -> list[float]:
+        return list(map(env.reward, completions, problem))
+
+    dataset = Dataset.from_dict({"prompt": [""]})  # not read: step draws its own prompts
+    trainer = GRPOTrainer(model, reward, config, train_dataset=dataset, processing_class=tokenizer)
+    trainer.current_gradient_accumulation_steps, optimizer = 1, trainer.create_optimizer()
+    model.train()
+
+    def step(k: int) -> dict[str, dict[str, float]]:
+        timer, problems = Timer(k), [env.task.problems[i] for _, i in prompts.take(s.prompts_per_step)]
+        with timer("sample"):
+            texts = [prompt_text(env.tokenizer, problem.question, env.task.instruction) for problem in problems]
+            pairs = [pair for pair in zip(texts, problems, strict=True) for _ in range(s.group_size)]
+            batch = trainer._prepare_inputs([{"prompt": text, "problem": problem} for text, problem in pairs])
+        with timer("train"):
+            trainer.accelerator.backward(trainer.compute_loss(model, batch))
+        with timer("optimizer"):
+            trainer.accelerator.clip_grad_norm_(model.parameters(), s.grad_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+        equal = (batch["advantages"] == 0).float().mean().item()
+        phases = {phase: {"s": seconds} for phase, seconds in timer.seconds.items()}
+        phases["sample"] |= {"tokens": int(batch["completion_mask"].sum()), "equal": equal}
+        return phases
+
+    return step
+
+
+def measure_in_turn(paths: dict[str, Callable], steps: int, weights: list[nn.Parameter]) -> dict[str, dict[str, float]]:
+    """Medians over `steps` steps of each path after the first, which warms up; all start from the same weights."""
+    initial, measured = [p.detach().clone() for p in weights], {name: [] for name in paths}
+    for k in range(1 + steps):
+        for name, step in paths.items():
+            start = time.perf_counter()
+            phases = step(k)
+            ms, sample = 1e3 * (time.perf_counter() - start), phases["sample"]
+            train = sum(values["s"] for phase, values in phases.items() if phase not in ("sample", "optimizer"))
+            measured[name].append({"ms": ms, "sample ms": 1e3 * sample["s"], "train ms": 1e3 * train} | sample)
+        for p, values in zip(weights, initial, strict=True):
+            p.data.copy_(values)
+    best = {name: min(step["ms"] for step in of_path[1:]) for name, of_path in measured.items()}
+    return {name: {key: median(step[key] for step in of_path[1:]) for key in of_path[0]} | {"best ms": best[name]}
+            for name, of_path in measured.items()}  # fmt: skip
+
+
+def weights_of(run: bridge.Run) -> list[nn.Parameter]:
+    return [p for parameters in run.m.parameters.values() for p in parameters]
+
+
+def peer_rows(table: Table, policy: str, s: Settings, steps: int, folder: str) -> None:
+    runs = {name: bridge.set_up(replace(s, method=method), RunFolder(Path())) for name, method in OURS.items()}
+    model = AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32).to(DEVICE)
+    paths = {"TRL": trl_step(model, runs["ours, GRPO"], folder)}
+    paths |= {name: partial(one_step, run) for name, run in runs.items()}
+    weights = [*model.parameters(), *(p for run in runs.values() for p in weights_of(run))]
+    medians = measure_in_turn(paths, steps, weights)
+    trl = medians["TRL"]
+    for name, m in medians.items():
+        share = {f"{phase} %": 100 * m[f"{phase} ms"] / m["ms"] for phase in ("sample", "train")}
+        table.add({"policy": policy, "implementation": name, "threads": torch.get_num_threads(), "steps": steps,
+                   "median ms": m["ms"], "best ms": m["best ms"], **share, "other %": 100 - sum(share.values()),
+                   "tokens": m["tokens"], "tokens/s": 1e3 * m["tokens"] / m["ms"], "equal %": 100 * trl["equal"],
+                   "x TRL": trl["ms"] / m["ms"]})  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# How the time grows
+
+BASE, QUICK_BASE = dict(prompts=16, length=64, width=96), dict(prompts=2, length=8, width=16)
+POINTS = dict(prompts=(4, 8, 16, 32, 64), length=(16, 32, 64, 128), width=(64, 96, 192, 384))
+QUICK_POINTS = dict(prompts=(2, 4), length=(8, 12), width=(16, 32))
+PANELS = {  # what varies: title, key of the rows on the x axis, its label
+    "prompts": ("more prompts", "tokens", "sampled tokens in a step"),
+    "length": ("longer completions", "tokens", "sampled tokens in a step"),
+    "width": ("wider model", "parameters", "parameters"),
+}
+
+
+def endless_run(s: Settings, width: int) -> bridge.Run:
+    """A run of random weights whose completions never end; nearly every group has a gradient."""
+    tokenizer = arithmetic.make_tokenizer()
+    config = arithmetic.config(arithmetic.Recipe(hidden=width, mlp=3 * width), tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        run = bridge.set_up(replace(s, model=folder), RunFolder(Path()))
+    run.env.sampler.is_stop.zero_()
+    run.env.reward = lambda response, problem: float(sum(response.encode()) % 2)
+    return run
+
+
+def sweep_rows(table: Table, s: Settings, steps: int, quick: bool) -> None:
+    base, points = (QUICK_BASE, QUICK_POINTS) if quick else (BASE, POINTS)
+    for varied, point in [(name, base | {name: value}) for name, values in points.items() for value in values]:
+        run = endless_run(s, point["width"])  # before max_new_tokens changes: it drops longer demonstrations
+        run.s = run.env.s = replace(s, prompts_per_step=point["prompts"], max_new_tokens=point["length"])
+        m = measure_in_turn({"": partial(one_step, run)}, steps, weights_of(run))[""]
+        parameters = sum(p.numel() for p in run.m.parameters["theta"])
+        table.add({"varied": varied, **point, "parameters": parameters, "steps": steps, "tokens": m["tokens"],
+                   "sample ms": m["sample ms"], "train ms": m["train ms"], "ms": m["ms"],
+                   "ms per 1,000 tokens": 1e3 * m["ms"] / m["tokens"]})  # fmt: skip
+
+
+def draw(file: Path, out: Path) -> None:
+    """A panel for each quantity of the newest sweep in `file`; grey lines grow in proportion."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in map(json.loads, file.read_text().splitlines()) if row["part"] == "sweep"]
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    for ax, (varied, (title, key, label)) in zip(figure.subplots(1, 3, sharey=True), PANELS.items(), strict=True):
+        points = {row[key]: row for row in rows if row["varied"] == varied}  # the last row of a point counts
+        xs = sorted(points)
+        for phase, marker in (("train", "o"), ("sample", "s")):
+            ys = [points[x][f"{phase} ms"] for x in xs]
+            ax.plot(xs, ys, marker=marker, linewidth=2, markersize=7, label=phase)
+            ax.plot(xs, [ys[-1] * x / xs[-1] for x in xs], color="0.6", linestyle="--", zorder=0)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(xs, [f"{x / 1e6:.2g} M" if x >= 1e6 else f"{x / 1e3:.3g} k" for x in xs])
+        ax.minorticks_off()
+        ax.set_title(title, fontsize=14)
+        ax.set_xlabel(label, fontsize=13)
+        ax.tick_params(labelsize=12)
+        ax.yaxis.set_major_formatter("{x:,.0f}")
+        ax.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("milliseconds", fontsize=13)
+    figure.axes[0].plot([], [], color="0.6", linestyle="--", label="in proportion")
+    figure.axes[0].legend(fontsize=13)
+    figure.savefig(out, dpi=110)
+
+
+def compare(args, flags: list[str]) -> None:
+    """The parts that --peer and --sweep choose, on one thread."""
+    if args.peer and find_spec("trl") is None:
+        sys.exit("step.py: trl is not installed: pip install -r tests/requirements.txt")
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    ceilings()
+    s, steps = parse(["--preset", "smoke"] * args.quick + flags)[0], 1 if args.quick else args.steps
+    policies = {"early": arithmetic.resolve(s.model)} | ({"late": str(args.run / "model")} if args.run else {})
+    table = Table("peer", args.out)
+    with tempfile.TemporaryDirectory() as folder:
+        for policy, model in policies.items() if args.peer else ():
+            peer_rows(table, policy, replace(s, model=model), steps, folder)
+    if args.sweep:
+        sweep_rows(Table("sweep", args.out), s, steps, args.quick)
+
+
 def main() -> None:
     options = parser(__doc__.splitlines()[0])
     options.add_argument("--size", choices=SIZES, help="measure only steps of this random model")
     options.add_argument("--steps", type=int, default=5, help="measured steps, after the first")
     options.add_argument("--never-stop", action="store_true", help="all completions have max_new_tokens")
     options.add_argument("--trace", type=Path, help="write a trace of one step to this file, NAME.json.gz")
+    options.add_argument("--peer", choices=["trl"], help="measure only steps beside those of TRL's trainer")
+    options.add_argument("--run", type=Path, help="with --peer: a finished run, whose model is the late policy")
+    options.add_argument("--sweep", action="store_true", help="measure only how the time grows")
+    options.add_argument("--figure", type=Path, metavar="FILE.jsonl", help="draw the sweep in this file to --out")
     args, flags = options.parse_known_args()
+    if args.figure:
+        return draw(args.figure, args.out or Path("speed.png"))
+    if args.peer or args.sweep:
+        return compare(args, flags)
     if args.size and not GPU:  # for the peak; without --size the seconds count, which this about doubles
         ctypes.CDLL(None).mallopt(-3, 2**18)  # M_MMAP_THRESHOLD: freed memory returns to the system
     parallel.start()

@@ -72,6 +72,20 @@ def test_a_trace_of_a_step_has_its_phases_as_ranges_and_flags_of_bridge_apply(tm
     assert "shadow" not in {row["phase"] for row in lines(out)}
 
 
+def test_steps_beside_trl_and_the_growth_of_a_step_are_measured_and_drawn(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    monkeypatch.syspath_prepend(BENCH)
+    out, figure = tmp_path / "rows.jsonl", tmp_path / "speed.png"
+    for words in (["--quick", "--peer", "trl", "--sweep", "--out", out], ["--figure", out, "--out", figure]):
+        monkeypatch.setattr(sys, "argv", ["step.py", *map(str, words)])
+        runpy.run_path(BENCH / "step.py", run_name="__main__")
+    peer, sweep = ([row for row in lines(out) if row["part"] == part] for part in ("peer", "sweep"))
+    assert [row["implementation"] for row in peer] == ["TRL", "ours, GRPO", "ours, BRIDGE"]
+    assert all(row["tokens"] > 0 and row["sample %"] + row["train %"] < 100 for row in peer)
+    assert [row["tokens"] for row in sweep] == [128, 256, 128, 192, 128, 128], "no completion ends"
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("names", [["step", "decode", "head"], ["head", "step"], ["decode"]])
 def test_the_limits_of_the_chosen_benchmarks_sum_to_nine_minutes(names):
     limits = runpy.run_path(BENCH / "all.py")["limits"](names)
