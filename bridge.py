@@ -108,28 +108,28 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
 def rl_pass(
     model: nn.Module, rollouts: Rollouts, reference: nn.Module | None, s: Settings, ratio_cap: float | None = None
 ) -> dict[str, Tensor]:
-    """Adds this rank's part of ∇L_RL to .grad. Returns logp, entropy, ratio, limited, kl and trained, each [T].
+    """Adds this rank's part of ∇L_RL to .grad. Returns logp, ratio, limited, kl and trained, each [T].
 
     Only the rows of `Rollouts.distinct` are run. Every rank gets the results of all tokens, 0 of those that are not
     run. Without `rollouts.old_logp` the model's own log-probs are π_old.
     """
     dtype, clip = getattr(torch, s.dtype), (s.clip_low, s.clip_high)
     trained, scored, weight, source = rollouts.distinct(s.kl_coef > 0)
-    tokens = weight.new_zeros(6, len(weight))
+    tokens = weight.new_zeros(5, len(weight))
     for train, chosen in ((True, trained), (False, scored)):
         for rows, t in rollouts.batches(chosen, s):
             with torch.no_grad():
                 ref_logp = None if reference is None else response_logprobs(reference, rows, s.temperature, dtype)[0]
             with torch.set_grad_enabled(train):
-                logp, entropy = response_logprobs(model, rows, s.temperature, dtype)  # [t]
+                logp, _ = response_logprobs(model, rows, s.temperature, dtype)  # [t]
             old_logp = logp.detach() if rollouts.old_logp is None else rollouts.old_logp[t]
             advantage = rollouts.advantage[t]
             loss, terms = grpo.grpo_loss(logp, old_logp, advantage, weight[t], clip, ratio_cap, ref_logp, s.kl_coef)
             if train:
                 loss.backward()
-            tokens[:, t] = torch.stack([logp.detach(), entropy.detach(), *terms.values(), torch.full_like(logp, train)])
+            tokens[:, t] = torch.stack([logp.detach(), *terms.values(), torch.full_like(logp, train)])
     parallel.all_reduce([tokens])
-    return dict(zip(("logp", "entropy", *terms, "trained"), tokens[:, source], strict=True))
+    return dict(zip(("logp", *terms, "trained"), tokens[:, source], strict=True))
 
 
 def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> float:

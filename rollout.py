@@ -220,10 +220,10 @@ def statistics(groups: list[Group]) -> dict[str, float]:
 
 
 def rl_statistics(tokens: dict[str, Tensor], rollouts: Rollouts) -> dict[str, float]:
-    """Over the tokens that have a gradient."""
-    trained = tokens["trained"] > 0  # [T]
+    """Over the tokens that have a gradient; the entropy is over all: the mean of −log π estimates it without bias."""
+    trained, entropy = tokens["trained"] > 0, -rollouts.sampler_logp.mean().item()  # [T]
     gap = (tokens["logp"] - rollouts.sampler_logp)[trained].abs()
-    entropy, kl, limited = (tokens[name][trained].mean().item() for name in ("entropy", "kl", "limited"))
+    kl, limited = (tokens[name][trained].mean().item() for name in ("kl", "limited"))
     gaps = dict(logp_gap_mean=gap.mean().item(), logp_gap_max=gap.max().item())
     return rollouts.stats | dict(entropy=entropy, kl=kl, clip_frac=limited) | gaps
 

@@ -238,7 +238,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("bridge.py", "(s.clip_low, s.clip_high)", "(s.clip_low, s.clip_low)"),
     ("bridge.py", 'rollouts.old_logp = tokens["logp"]', "pass"),
     ("bridge.py", "loss = -logp.sum() / count", "loss = -logp.mean()"),
-    ("bridge.py", "logp, entropy = response_logprobs(model, rows, s.temperature, dtype)", "logp, entropy = response_logprobs(model, rows, 1.0, dtype)"),
+    ("bridge.py", "logp, _ = response_logprobs(model, rows, s.temperature, dtype)", "logp, _ = response_logprobs(model, rows, 1.0, dtype)"),
     ("bridge.py", "response_logprobs(reference, rows, s.temperature, dtype)[0]", "response_logprobs(reference, rows, 2.0, dtype)[0]"),
     ("bridge.py", '"w": (w, s.beta)', '"w": (w, s.alpha)'),
     ("bridge.py", "clip_grads_with_norm_(parameters, s.grad_clip, norm)", "clip_grads_with_norm_(parameters, 1e9, norm)"),

@@ -196,6 +196,17 @@ def test_the_trainer_uses_the_sampling_temperature(tmp_path):
     assert all(m["logp_gap_max"] < 1e-3 for m in metrics)
 
 
+def test_the_logged_entropy_estimates_that_of_all_sampled_tokens(tmp_path):
+    run = make_run(tmp_path, prompts_per_step=8, group_size=32, temperature=0.8)
+    rollouts = rollout.sample_rollouts(run.env, run.prompts, 0)
+    tokens = bridge.rl_pass(run.m.policy, rollouts, None, run.s)
+    with torch.no_grad():
+        logp, entropy = response_logprobs(run.m.policy, rollouts.rows, 0.8)
+    error = (-logp - entropy).std() / len(logp) ** 0.5
+    estimate = rollout.rl_statistics(tokens, rollouts)["entropy"]
+    assert abs(estimate - entropy.mean()) < 4 * error < 0.1 * entropy.mean()
+
+
 def test_policy_and_shadow_are_each_evaluated_with_their_own_weights(tmp_path, monkeypatch):
     run = make_run(tmp_path)
     with torch.no_grad():
