@@ -63,8 +63,7 @@ class Samples:
     u: Tensor  # [N+1, K+1] fp64, the uniforms
     ids: Tensor  # [N+1, K+1]
     logps: Tensor  # [N+1, K+1]
-    rows: Tensor  # [5, S] sample of a row; its last token, the next input; number of its tokens; position of the last
-    #               one; 1 until it ends
+    rows: Tensor  # [5, S] of a row: sample, last token (the next input), number of tokens, position, 1 until it ends
     slot: Tensor  # [S] slot of a row
     first: Tensor  # [S] first row of a slot
     unused: Tensor  # [5, 1] an unused row
@@ -91,7 +90,8 @@ class Samples:
         target[~stays] = free.nonzero()[:, 0]
         if not stays.all():
             longest = int(position[going].max()) + 1
-            kv[:, :, target[~stays], :longest] = kv[:, :, source[~stays], :longest]
+            for layer in kv:  # one after the other: torch copies twice
+                layer[:, target[~stays], :longest] = layer[:, source[~stays], :longest]
         slot, order = target[branch].sort(stable=True)
         self.rows[:, : len(going)] = self.rows[:, going[order]]
         self.rows[:, len(going) : m] = self.unused

@@ -107,7 +107,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("sampler.py", "default_rng(key)", "default_rng(key[1:])"),
     ("sampler.py", "self.rows[:, : len(going)] = self.rows[:, going[order]]", "pass"),
     ("sampler.py", "self.rows[:, going[order]]", "self.rows[:, going]"),
-    ("sampler.py", "kv[:, :, target[~stays], :longest] = kv[:, :, source[~stays], :longest]", "pass"),
+    ("sampler.py", "layer[:, target[~stays], :longest] = layer[:, source[~stays], :longest]", "pass"),
     ("sampler.py", "longest = int(position[going].max()) + 1", "longest = int(position[going].min()) + 1"),
     ("sampler.py", "stays = source < n", "stays = source < before"),
     ("sampler.py", "stays[1:] &= source[1:] != source[:-1]", "pass"),
