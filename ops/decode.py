@@ -136,8 +136,8 @@ def attend_kernel(
 ):  # fmt: skip
     """One program per sequence, key-value head and split: online softmax over its share of the sequence's keys.
 
-    Q [n, h, d] with q_stride between sequences, KEYS and VALUES [S, L, h_kv, d], LENGTH [n] -> OUT [n, h, SPLITS, d]
-    fp32, normalised within the split, and LSE [n, h, SPLITS] fp32, the split's weight in attend_merge_kernel.
+    Q [n, h, d] with q_stride between sequences, KEYS and VALUES [S, L, h_kv, d], LENGTH [n] -> OUT [n, h, SPLITS, d],
+    normalised within the split, and LSE [n, h, SPLITS] fp32, the split's weight in attend_merge_kernel.
     The g heads that share keys are the rows of one small matmul, so the cache is read once. Splits keep all
     multiprocessors busy when sequences are few.
     """
@@ -171,7 +171,8 @@ def attend_kernel(
         m = larger
     empty = s == 0.0  # a split beyond the sequence's end
     cell = (sequence * KV_HEADS * G + head) * SPLITS + split
-    tl.store(OUT + cell[:, None] * D + i[None, :], sv / tl.where(empty, 1.0, s)[:, None], mask=real)
+    out = sv / tl.where(empty, 1.0, s)[:, None]
+    tl.store(OUT + cell[:, None] * D + i[None, :], out.to(OUT.dtype.element_ty), mask=real)
     tl.store(LSE + cell, tl.where(empty, -1e30, m + tl.log(tl.where(empty, 1.0, s))), mask=row < G)
 
 
@@ -201,13 +202,17 @@ def attend(
         return attend_torch(q, keys, values, length, scale, mask)
     (n, h, d), (_, L, kv_heads, _) = q.shape, keys.shape
     splits = splits or max(1, min(triton.cdiv(PROGRAMS, n * kv_heads), triton.cdiv(L, 256)))
-    parts, lse = torch.empty(n, h, splits, d, device=q.device), torch.empty(n, h, splits, device=q.device)
+    kind = q.dtype if splits == 1 else torch.float32  # one part is the result
+    parts = torch.empty(n, h, splits, d, device=q.device, dtype=kind)
+    lse = torch.empty(n, h, splits, device=q.device)
     g, width = h // kv_heads, triton.next_power_of_2(d)
     attend_kernel[(n, kv_heads, splits)](
         q, keys, values, length, parts, lse, scale, q.stride(0), keys.stride(0), splits, KV_HEADS=kv_heads,
         G=g, ROWS=max(16, triton.next_power_of_2(g)), D=d, WIDTH=width, UPCAST=UPCAST, num_stages=3,
         **BLOCKS[q.element_size()],
     )  # fmt: skip
+    if splits == 1:
+        return parts[:, :, 0]
     out = torch.empty(n, h, d, device=q.device, dtype=q.dtype)
     padded = triton.next_power_of_2(splits)
     attend_merge_kernel[(n * h,)](parts, lse, out, splits, D=d, WIDTH=width, PADDED_SPLITS=padded, num_warps=4)

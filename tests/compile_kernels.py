@@ -46,6 +46,8 @@ KERNELS = [  # kernel, types of its arguments, constants, warps, pipeline stages
     *((decode.attend_kernel, ATTEND, dict(KV_HEADS=n, G=g, ROWS=16, D=d, WIDTH=w, BLOCK=HALF["BLOCK"], UPCAST=False),
        HALF["num_warps"], 3)
       for n, g, d, w in ((2, 8, 128, 128), (8, 3, 128, 128), (8, 4, 64, 64), (2, 7, 80, 128))),
+    (decode.attend_kernel, ATTEND | dict(OUT=B),  # one split: the result in bf16
+     dict(KV_HEADS=2, G=8, ROWS=16, D=128, WIDTH=128, BLOCK=HALF["BLOCK"], UPCAST=False), HALF["num_warps"], 3),
     (decode.attend_kernel, ATTEND | dict(Q=F, KEYS=F, VALUES=F),  # --dtype float32 on a GPU
      dict(KV_HEADS=2, G=8, ROWS=16, D=128, WIDTH=128, BLOCK=FULL["BLOCK"], UPCAST=False), FULL["num_warps"], 3),
     *((decode.attend_merge_kernel, dict(PARTS=F, LSE=F, OUT=B, SPLITS="i32"), dict(D=128, WIDTH=128, PADDED_SPLITS=n),
