@@ -6,8 +6,8 @@ computes one step at a time and ends with the answer in the box that the grader 
     Q:7*7+9*4=        7*7=49;49+9=58;58*4=32;\boxed{32}
 
 The base model computes single steps, prefers to answer at once, and solves almost no chain of five. So RL alone finds
-little reward, and imitation alone forgets some of its skills. Its weights lie in tasks/base, in bfloat16.
-`python -m tasks.arithmetic` trains them from scratch.
+little reward, and imitation alone forgets some of its skills. Its weights lie in tasks/base, rounded to bfloat16.
+`python -m tasks.arithmetic` trains them from scratch, in five minutes on one core.
 """
 
 import json
@@ -35,7 +35,6 @@ TRAIN_LENGTHS, EVAL_LENGTHS = range(3, 7), range(3, 9)
 PROMPTS, DEMONSTRATIONS = 4096, 256
 EVAL_MAX = 200  # evaluation problems of each length; training excludes all of them
 EVAL_SEED = 2509_06948  # the evaluation problems are the same for every run
-SHIPPED = Path(__file__).parent / "base"
 EOS, UNK, BOX = "<eos>", "<unk>", "\\boxed{"
 CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q:' + m.content + '=' if m.role == 'user' else m.content }}{% endfor %}"
 
@@ -171,38 +170,23 @@ def train_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerFast
     return model, tokenizer
 
 
-def build_base(name: str) -> Path:
-    """The folder of a base model: the shipped one, or one below MODELS, trained here, if its recipe has changed."""
-    recipe = RECIPES[name]
-    record = json.dumps(asdict(recipe)) + "\n"
-    for folder in (SHIPPED / name, MODELS / name):
-        if _recipe_in(folder) == record:
-            return folder
+def build_base(name: str, again: bool = False) -> Path:
+    """The folder of a base model below MODELS; trained, and written there, if its recipe has changed or if `again`."""
+    recipe, folder = RECIPES[name], MODELS / name
+    record, file = json.dumps(asdict(recipe)) + "\n", folder / "recipe.json"
+    if not again and file.exists() and file.read_text() == record:
+        return folder
     model, tokenizer = train_base(recipe)
-    if _recipe_in(folder) != record:  # another process may have built it meanwhile
-        _save(folder, model, tokenizer, record)
+    if again or not (file.exists() and file.read_text() == record):  # another process may have built it meanwhile
+        with atomic_folder(folder) as scratch:
+            small = model.num_parameters() < 10**5  # a larger one is rounded, for less than a megabyte
+            (model if small else model.bfloat16()).save_pretrained(scratch)
+            tokenizer.save_pretrained(scratch)
+            (scratch / file.name).write_text(record)
     return folder
 
 
-def _recipe_in(folder: Path) -> str:
-    file = folder / "recipe.json"
-    return file.read_text() if file.exists() else ""
-
-
-def _save(folder: Path, model: PreTrainedModel, tokenizer, record: str) -> None:
-    with atomic_folder(folder) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
-        (scratch / "recipe.json").write_text(record)
-
-
-def main() -> None:
-    """Trains the shipped base models again, in five minutes. One thread: sums do not depend on the number of cores."""
-    torch.set_num_threads(1)
-    for name, recipe in RECIPES.items():
-        model, tokenizer = train_base(recipe)
-        _save(SHIPPED / name, model.bfloat16(), tokenizer, json.dumps(asdict(recipe)) + "\n")
-
-
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)  # sums, and so the weights, do not depend on the number of cores
+    for name in RECIPES:
+        build_base(name, again=True)
