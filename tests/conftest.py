@@ -1,10 +1,16 @@
 """Tiny random models on the CPU. Every test is deterministic."""
 
 import contextlib
+import copy
 import json
 import os
 import signal
+import sys
+import tempfile
+import time
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded; read when transformers is imported
 
@@ -16,10 +22,13 @@ if not torch.cuda.is_available():  # kernels that a test asks for run on the CPU
 
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
-import ops.packed  # noqa: F401  registers the packed attention
+import bridge
+import plot
+import rollout
 from infra import checkpoint
 
 torch.set_num_threads(1)  # the models are tiny: two threads only get in each other's way
+HANGS = 120  # seconds after which a process counts as hanging
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 VOCABULARY = 37
 
@@ -71,26 +80,102 @@ def exact(hidden, weight, targets, temperature=1.0):
     return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
+class Forked:
+    """A process that runs `command` and, forked from this one, has loaded everything already."""
+
+    def __init__(self, command, **environment):
+        self.logs = [tempfile.TemporaryFile("w+") for _ in range(2)]  # noqa: SIM115
+        self.status, self.pid = None, os.fork()
+        if self.pid:
+            return
+        for stream, log in enumerate(self.logs, 1):
+            os.dup2(log.fileno(), stream)
+        sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
+        os.environ |= environment
+        status = 1
+        try:
+            command()
+            status = 0
+        except SystemExit as ended:
+            status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            print(ended.code, file=sys.stderr)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(status)
+
+    def poll(self):
+        """The exit status, minus the number of the signal that ended the process; None while it runs."""
+        if self.status is None:
+            ended, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if ended else None
+        return self.status
+
+    def send(self, number):
+        """Sends a signal, unless the process has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def finish(self):
+        """(exit status, standard output, standard error) after the end."""
+        deadline = time.monotonic() + HANGS
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                self.send(signal.SIGTERM)
+                pytest.fail(f"process {self.pid} hangs")
+            time.sleep(0.01)
+        for log in self.logs:
+            log.seek(0)
+        return self.status, *(log.read() for log in self.logs)
+
+
 @pytest.fixture(params=CONFIGS)
 def any_model(request):
     return tiny_model(request.param)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _light_runs():
+    """Runs draw no figures, and equal large tasks are encoded once: both take as long as the steps of a smoke run."""
+    real, known = rollout.prepare, {}
+
+    def prepare(task, tokenizer, *limits):
+        if len(task.problems) < 1000:
+            return real(task, tokenizer, *limits)
+        extras, encoder = [p.extra for p in task.problems], tokenizer.backend_tokenizer.to_str()
+        key = repr((task, extras, encoder, tokenizer.chat_template, tokenizer.special_tokens_map, limits))
+        if key not in known:
+            known[key] = real(task, tokenizer, *limits), vars(task).copy()
+        rows, fields = known[key]
+        vars(task).update({name: copy.copy(value) for name, value in fields.items()})
+        return list(rows)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rollout, "prepare", prepare)
+        patch.setattr(bridge, "plot", SimpleNamespace(draw=lambda runs, out: None))
+        yield
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """finished_run(*flags) is the folder of a smoke run with these flags, made once and shared: read it only.
 
-    The file `stdout` beside the folder holds what the run printed.
+    The run draws its figures. The file `stdout` beside the folder holds what it printed.
     """
-    import bridge
-
     folders = {}
 
     def folder_of(*flags: str) -> Path:
         if flags not in folders:
             folders[flags] = tmp_path_factory.mktemp("runs") / "run"
             handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-            with open(folders[flags].parent / "stdout", "w") as file, contextlib.redirect_stdout(file):
+            with (
+                open(folders[flags].parent / "stdout", "w") as file,
+                contextlib.redirect_stdout(file),
+                pytest.MonkeyPatch.context() as patch,
+            ):
+                patch.setattr(bridge, "plot", plot)
                 bridge.main(["--preset", "smoke", "--out", str(folders[flags]), *flags])
             for number, handler in handlers.items():
                 signal.signal(number, handler)

@@ -9,7 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import lines, tensors_in
+from conftest import Forked, lines, tensors_in
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -125,10 +124,7 @@ def test_stopping_and_resuming_equals_running_through_bit_for_bit(tmp_path, flag
 
 def launch(out, *flags, steps=6):
     """A run as a process of its own."""
-    fixed = ["--preset", "smoke", "--out", out, "--steps", steps, "--save-every", "1"]
-    command = [str(word) for word in (sys.executable, ROOT / "bridge.py", *fixed, *flags)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment)
+    return Forked(lambda: run(out, "--save-every", "1", *flags, steps=steps))
 
 
 def wait_for(path, process):
@@ -146,8 +142,8 @@ def test_killed_at_random_moments_it_resumes_to_the_same_result_bit_for_bit(tmp_
         else:  # anywhere in the loop
             wait_for(out / "config.json", process)
             time.sleep(rng.uniform(0.1, 0.8))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
+        process.send(signal.SIGKILL)
+        kills += process.finish()[0] == -signal.SIGKILL
     assert kills >= 2
     run(out, "--save-every", "1", "--resume", steps=6)
     assert_identical(finished_run("--steps", "6", "--save-every", "1"), out)
@@ -158,9 +154,9 @@ def test_killed_at_random_moments_it_resumes_to_the_same_result_bit_for_bit(tmp_
 def test_sigterm_finishes_the_step_saves_and_says_so(tmp_path):
     process = launch(tmp_path / "run", "--eval-every", "500", "--save-every", "500", steps=500)
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
-    process.send_signal(signal.SIGTERM)
-    printed, _ = process.communicate()
-    assert process.returncode == 128 + signal.SIGTERM
+    process.send(signal.SIGTERM)
+    status, printed, _ = process.finish()
+    assert status == 128 + signal.SIGTERM
     assert "everything is saved, --resume continues" in printed
     saved, metrics = checkpoint.newest(tmp_path / "run" / "checkpoint"), lines(tmp_path / "run" / "metrics.jsonl")
     assert saved.facts["step"] == metrics[-1]["step"] < 500
