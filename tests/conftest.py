@@ -28,6 +28,7 @@ import rollout
 from infra import checkpoint
 
 torch.set_num_threads(1)  # the models are tiny: two threads only get in each other's way
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # renews the pool before threads race for it
 HANGS = 120  # seconds after which a process counts as hanging
 CONFIGS = {"qwen2": Qwen2Config, "qwen3": Qwen3Config, "llama": LlamaConfig}
 VOCABULARY = 37
@@ -123,7 +124,7 @@ class Forked:
         deadline = time.monotonic() + HANGS
         while self.poll() is None:
             if time.monotonic() > deadline:
-                self.send(signal.SIGTERM)
+                self.send(signal.SIGKILL)
                 pytest.fail(f"process {self.pid} hangs")
             time.sleep(0.01)
         for log in self.logs:

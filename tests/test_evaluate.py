@@ -12,12 +12,13 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import lines
+from conftest import Forked, lines
 from matplotlib import figure
 
 import evaluate
@@ -433,25 +434,16 @@ def test_an_interrupted_evaluation_continues_and_ends_with_the_same_file(model, 
     assert sampled.read_text() == text
 
 
-TWO_RANKS = """
-import os, sys
-import evaluate
-child = os.fork()
-os.environ |= {"RANK": "0" if child else "1", "LOCAL_RANK": "0" if child else "1", "WORLD_SIZE": "2"}
-evaluate.main()
-sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) if child else 0)
-"""
-
-
 def test_two_ranks_write_what_one_writes(model, sampled, tmp_path):
     """Slots of 1 give each rank one problem at a time, so one rank has none for the third."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = [sys.executable, "-c", TWO_RANKS, model, *map(str, SAMPLED), "--out", str(tmp_path / "two.jsonl")]
-    finished = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    evaluation = partial(call, model, *SAMPLED, "--out", tmp_path / "two.jsonl")
+    for rank in [Forked(evaluation, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]:
+        status, _, errors = rank.finish()
+        assert status == 0, errors[-2000:]
     assert lines(tmp_path / "two.jsonl") == lines(sampled)
     assert (tmp_path / "two.summary.json").read_text() == sampled.with_suffix(".summary.json").read_text()
 

@@ -1,14 +1,14 @@
 """logprob.py and ops/packed.py against the definition, fp64, TRL and transformers."""
 
-import os
-import subprocess
+import runpy
 import sys
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, exact, rows, tiny_model
+from conftest import VOCABULARY, Forked, exact, rows, tiny_model
 from transformers import AutoModelForCausalLM
 
 from grpo import grpo_loss
@@ -297,12 +297,13 @@ def test_checkpointed_layers_run_again_and_change_no_gradient(any_model):
 
 
 def test_under_fsdp2_two_ranks_get_the_gradients_of_one(tmp_path):
-    tests = Path(__file__).parent
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tests.parent}:{tests}"}
-    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-    command = [sys.executable, tests / "fsdp_head.py", tmp_path / "store"]
-    ranks = [subprocess.Popen([*command, str(rank)], **options) for rank in range(2)]
-    for rank in ranks:
-        output, _ = rank.communicate(timeout=200)
-        assert rank.returncode == 0, output[-3000:]
+    """By fsdp_head.py, which two ranks run."""
+
+    def command(rank):
+        sys.argv = ["fsdp_head.py", str(tmp_path / "store"), str(rank)]
+        runpy.run_path(str(Path(__file__).with_name("fsdp_head.py")))
+
+    for rank in [Forked(partial(command, rank)) for rank in range(2)]:
+        status, output, errors = rank.finish()
+        assert status == 0, errors[-3000:]
         assert "gradients equal" in output
