@@ -102,6 +102,10 @@ class Rollouts:
     score_rewarded: bool = False  # the cooperative gain needs log-probs of rewarded completions without a gradient, too
     old_logp: Tensor | None = None  # [T] log π of the policy that sampled; None before its first update: the ratio is 1
 
+    @property
+    def offsets(self) -> list[int]:  # [N+1] start of each row's response in [0, T), and T
+        return [0, *accumulate(len(response) for _, response in self.rows)]
+
     def distinct(self, kl: bool) -> tuple[list[int], list[int], Tensor, Tensor]:
         """(rows with a gradient, rows to score, weight [T], source [T]): what a pass over the rollouts must run.
 
@@ -109,17 +113,17 @@ class Rollouts:
         Without an advantage or a KL term a row has no gradient. If `score_rewarded`, those with a reward are scored. If
         no row has a gradient, the first one stands for all.
         """
-        ends = list(accumulate(len(response) for _, response in self.rows))
-        starts = [0, *ends[:-1]]
+        *starts, T = offsets = self.offsets
         facts = [x.tolist() for x in (self.advantage[starts], self.weight[starts], self.reward.flatten())]  # 3 x N
-        source, first, trained, scored = torch.arange(ends[-1]), {}, [], []
+        source, first, trained, scored = torch.arange(T), {}, [], []
         for i, ((prompt, response), *of_row) in enumerate(zip(self.rows, *facts, strict=True)):
             original = first.setdefault((*prompt, -1, *response, -1, *of_row), i)
-            source[starts[i] : ends[i]] = torch.arange(starts[original], ends[original])
             advantage, weight, reward = of_row
-            if original == i and weight and (advantage or kl):
+            if original != i:
+                source[starts[i] : offsets[i + 1]] = torch.arange(starts[original], offsets[original + 1])
+            elif weight and (advantage or kl):
                 trained.append(i)
-            elif original == i and self.score_rewarded and reward:
+            elif self.score_rewarded and reward:
                 scored.append(i)
         source = source.to(self.weight.device)
         trained = trained or [0]
@@ -128,10 +132,11 @@ class Rollouts:
 
     def batches(self, chosen: list[int], s: Settings) -> Iterator[tuple[list[Row], Tensor]]:
         """This rank's micro-batches of some rows: (rows, places [t] of their response tokens in [0, T))."""
-        starts = [0, *accumulate(len(response) for _, response in self.rows)]
-        places = torch.tensor([t for i in chosen for t in range(starts[i], starts[i + 1])], device=self.weight.device)
-        for rows, t in parallel.batches([self.rows[i] for i in chosen], s) if chosen else ():
-            yield rows, places[t]
+        if chosen:
+            offsets = self.offsets
+            places = torch.cat([torch.arange(offsets[i], offsets[i + 1]) for i in chosen]).to(self.weight.device)
+            for rows, t in parallel.batches([self.rows[i] for i in chosen], s):
+                yield rows, places[t]
 
 
 def rollouts_of_step(

@@ -89,9 +89,9 @@ class Samples:
         free[source[stays]] = False
         target[~stays] = free.nonzero()[:, 0]
         if not stays.all():
-            longest = int(position[going].max()) + 1
-            for layer in kv:  # one after the other: torch copies twice
-                layer[:, target[~stays], :longest] = layer[:, source[~stays], :longest]
+            old, new, longest = source[~stays], target[~stays], int(position[going].max()) + 1
+            for layer in kv:  # one by one, since torch makes a copy in between
+                layer[:, new, :longest] = layer[:, old, :longest]
         slot, order = target[branch].sort(stable=True)
         self.rows[:, : len(going)] = self.rows[:, going[order]]
         self.rows[:, len(going) : m] = self.unused

@@ -200,9 +200,13 @@ def attention_rows(
         spread = torch.randn(n, generator=g, device=DEVICE).mul(0.5).exp()
         length = (spread * (context // 2)).long().clamp(1, context)
     exact, functions, errors = exact_attention(q, keys, values, length, d**-0.5), {}, {}
-    arranged = keys.permute(0, 2, 3, 1).contiguous(), values.transpose(1, 2).contiguous()
-    peers = {"sdpa": sdpa} | ({"flash": flash} if GPU else {"per head": partial(per_head, arranged)})
-    for name, function in ({"ours": decode.attend} | peers).items():
+    peers = {"ours": decode.attend, "sdpa": sdpa}
+    if GPU:
+        peers["flash"] = flash
+    else:
+        arranged = keys.permute(0, 2, 3, 1).contiguous(), values.transpose(1, 2).contiguous()
+        peers["per head"] = partial(per_head, arranged)
+    for name, function in peers.items():
         run = partial(function, q, keys, values, length, d**-0.5)
         if (out := attempt(f"{name}, attention", run)) is not None:
             functions[name], errors[name] = run, (out[:4].double() - exact).abs().max().item()

@@ -30,7 +30,7 @@ step starts from the policy's weights, and no step logs. BRIDGE also trains θ̂
     sample %      of the median step: prompts to advantages. train %: forward and backward passes. The rest: optimizers
     tokens        sampled ones of the median step
     equal %       completions in groups of equal rewards, among TRL's: they have no gradient
-    x trl         TRL's median over this one
+    x TRL         TRL's median over this one
 
 sweep: what the time grows with, on the same threads, for completions of exactly `length` tokens from random weights.
 train ms are those of all passes: the demonstrations, 32 by default, are a constant part.
@@ -281,7 +281,7 @@ def trl_step(model: nn.Module, run: bridge.Run, folder: str):
     def step(k: int) -> dict[str, dict[str, float]]:
         timer, problems = Timer(k), [env.task.problems[i] for _, i in prompts.take(s.prompts_per_step)]
         with timer("sample"):
-            texts = [prompt_text(env.tokenizer, problem.question, env.task.instruction) for problem in problems]
+            texts = [prompt_text(env.tokenizer, p.question, env.task.instruction, env.task.template) for p in problems]
             pairs = [pair for pair in zip(texts, problems, strict=True) for _ in range(s.group_size)]
             batch = trainer._prepare_inputs([{"prompt": text, "problem": problem} for text, problem in pairs])
         with timer("train"):

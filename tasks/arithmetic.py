@@ -6,8 +6,8 @@ computes one step at a time and ends with the answer in the box that the grader 
     Q:7*7+9*4=        7*7=49;49+9=58;58*4=32;\boxed{32}
 
 The base model computes single steps, prefers to answer at once, and solves almost no chain of five. So RL alone finds
-little reward, and imitation alone forgets some of its skills. Its weights lie in tasks/base, rounded to bfloat16.
-`python -m tasks.arithmetic` trains them from scratch, in five minutes on one core.
+little reward, and imitation alone forgets some of its skills. Its weights lie in tasks/base, rounded to bfloat16;
+a smaller model for tests lies beside it. `python -m tasks.arithmetic` trains both from scratch, in five minutes.
 """
 
 import json

@@ -5,6 +5,7 @@ import copy
 import json
 import os
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -130,6 +131,23 @@ class Forked:
         for log in self.logs:
             log.seek(0)
         return self.status, *(log.read() for log in self.logs)
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def fork_ranks(command, ranks):
+    """Runs `command` on several ranks; returns (exit status, standard output, standard error) of each."""
+    world = dict(WORLD_SIZE=str(ranks), MASTER_ADDR="localhost", MASTER_PORT=str(free_port()))
+    processes = [Forked(command, RANK=str(rank), LOCAL_RANK=str(rank), **world) for rank in range(ranks)]
+    try:
+        return [process.finish() for process in processes]
+    finally:  # ranks wait for one that hangs
+        for process in processes:
+            process.send(signal.SIGKILL)
 
 
 @pytest.fixture(params=CONFIGS)

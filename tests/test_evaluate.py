@@ -9,7 +9,6 @@ import os
 import random
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from functools import partial
@@ -18,7 +17,7 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import Forked, lines
+from conftest import fork_ranks, lines
 from matplotlib import figure
 
 import evaluate
@@ -436,13 +435,7 @@ def test_an_interrupted_evaluation_continues_and_ends_with_the_same_file(model, 
 
 def test_two_ranks_write_what_one_writes(model, sampled, tmp_path):
     """Slots of 1 give each rank one problem at a time, so one rank has none for the third."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    evaluation = partial(call, model, *SAMPLED, "--out", tmp_path / "two.jsonl")
-    for rank in [Forked(evaluation, RANK=rank, LOCAL_RANK=rank, **world) for rank in "01"]:
-        status, _, errors = rank.finish()
+    for status, _, errors in fork_ranks(partial(call, model, *SAMPLED, "--out", tmp_path / "two.jsonl"), 2):
         assert status == 0, errors[-2000:]
     assert lines(tmp_path / "two.jsonl") == lines(sampled)
     assert (tmp_path / "two.summary.json").read_text() == sampled.with_suffix(".summary.json").read_text()

@@ -1,14 +1,14 @@
 """logprob.py and ops/packed.py against the definition, fp64, TRL and transformers."""
 
+import os
 import runpy
 import sys
-from functools import partial
 from itertools import accumulate
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import VOCABULARY, Forked, exact, rows, tiny_model
+from conftest import VOCABULARY, exact, fork_ranks, rows, tiny_model
 from transformers import AutoModelForCausalLM
 
 from grpo import grpo_loss
@@ -299,11 +299,10 @@ def test_checkpointed_layers_run_again_and_change_no_gradient(any_model):
 def test_under_fsdp2_two_ranks_get_the_gradients_of_one(tmp_path):
     """By fsdp_head.py, which two ranks run."""
 
-    def command(rank):
-        sys.argv = ["fsdp_head.py", str(tmp_path / "store"), str(rank)]
+    def command():
+        sys.argv = ["fsdp_head.py", str(tmp_path / "store"), os.environ["RANK"]]
         runpy.run_path(str(Path(__file__).with_name("fsdp_head.py")))
 
-    for rank in [Forked(partial(command, rank)) for rank in range(2)]:
-        status, output, errors = rank.finish()
+    for status, output, errors in fork_ranks(command, 2):
         assert status == 0, errors[-3000:]
         assert "gradients equal" in output

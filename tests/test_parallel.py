@@ -6,14 +6,12 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-import traceback
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import lines, rows, tensors_in
+from conftest import HANGS, fork_ranks, free_port, lines, rows, tensors_in
 
 import bridge
 import infra.run
@@ -24,57 +22,6 @@ from settings import Settings
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["--preset", "smoke", "--alpha", "1e-4", "--save-every", "1", "--eval-every", "3"]
-KILLED = 120  # seconds after which a run counts as hanging
-
-
-def fork(command, ranks):
-    """Runs bridge.main(command) on several ranks, forked from this process, which has loaded everything already.
-
-    Returns (exit status, standard output, standard error) of each rank.
-    """
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    logs = [(tempfile.TemporaryFile("w+"), tempfile.TemporaryFile("w+")) for _ in range(ranks)]  # noqa: SIM115
-    children = []
-    for rank, (out, err) in enumerate(logs):
-        child = os.fork()
-        if child == 0:
-            os.dup2(out.fileno(), 1)
-            os.dup2(err.fileno(), 2)
-            sys.stdout, sys.stderr = (open(fd, "w", closefd=False) for fd in (1, 2))  # noqa: SIM115
-            os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks), MASTER_ADDR="localhost",
-                               MASTER_PORT=str(port))  # fmt: skip
-            status = 1
-            try:
-                command()
-                status = 0
-            except SystemExit as ended:
-                status = ended.code if isinstance(ended.code, int) else 1
-                print(ended.code, file=sys.stderr)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        children.append(child)
-    deadline, statuses = time.monotonic() + KILLED, {}
-    while len(statuses) < ranks:
-        for child in set(children) - set(statuses):
-            done, status = os.waitpid(child, os.WNOHANG)
-            if done:
-                statuses[child] = os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            for child in set(children) - set(statuses):
-                os.kill(child, signal.SIGKILL)
-            pytest.fail(f"ranks hang: {statuses}")
-        time.sleep(0.01)
-    texts = []
-    for child, (out, err) in zip(children, logs, strict=True):
-        out.seek(0), err.seek(0)
-        texts.append((statuses[child], out.read(), err.read()))
-    return texts
 
 
 def run(out, ranks, *flags, steps=2, before=lambda: None):
@@ -84,7 +31,7 @@ def run(out, ranks, *flags, steps=2, before=lambda: None):
         before()
         bridge.main([str(word) for word in (*SMOKE, "--out", out, "--steps", steps, *flags)])
 
-    results = fork(command, ranks)
+    results = fork_ranks(command, ranks)
     assert all(status == 0 for status, *_ in results), results[-1][2][-3000:]
     return results[0][1]
 
@@ -101,7 +48,7 @@ def start(out, ranks, *flags, restarts=0, meet=("--standalone",), steps=3):
 
 def finish(process):
     try:
-        out, err = process.communicate(timeout=KILLED)
+        out, err = process.communicate(timeout=HANGS)
     except subprocess.TimeoutExpired:
         process.terminate()
         raise
@@ -213,9 +160,7 @@ def test_a_killed_rank_is_started_again_and_the_result_is_exactly_that_of_an_und
 
 
 def test_two_machines_restart_too_although_only_one_has_counted_a_failure(tmp_path, undisturbed):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     meet = ["--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{port}", f"--rdzv-id={port}"]
     kill_one([start(tmp_path / "run", 1, restarts=1, meet=meet) for _ in range(2)], tmp_path / "run")
     assert_equal(undisturbed, tmp_path / "run", 0)
@@ -284,7 +229,7 @@ def test_an_error_on_one_rank_names_rank_phase_and_step(tmp_path):
         bridge.sft_pass = fail_on_rank_1
         bridge.main([str(word) for word in (*SMOKE, "--out", tmp_path / "run", "--steps", 1)])
 
-    _, (status, _, err) = fork(command, 2)
+    _, (status, _, err) = fork_ranks(command, 2)
     assert status == 1
     assert "bridge.py, rank 1: no good (rank 1 of 2, step 1, phase sft)" in err
 
