@@ -58,7 +58,7 @@ class Settings:
     # model and data
     model: str = opt("arithmetic-laptop", "folder, hub name (NAME@REVISION) or built-in model (paper: Qwen2.5-3B)")
     template: str = opt("", "prompt: qwen-boxed, plain, or empty for the model's chat template (paper: SimpleRL's)")
-    task: str = opt("arithmetic", "problems: arithmetic, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)")
+    task: str = opt("arithmetic", "arithmetic, chains, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)")
     rl_data: str = opt("", "D_RL instead of a task: comma list of files or hub names, rows with question and answer")
     sft_data: str = opt("", "D_SFT beside rl_data: the same kinds of sources, rows with question and solution", "sft")
     eval_data: str = opt("", "evaluation: benchmarks (math500,aime24,…) or sources; empty: held out of rl_data")
@@ -118,6 +118,7 @@ PAPER = dict(
 )  # fmt: skip
 PRESETS: dict[str, dict] = {
     "laptop": {},  # the defaults: minutes on two cores
+    "chains": dict(task="chains", steps=150),  # harder: longer chains, and half of the demonstrations are useless
     # The paper's three models. From the paper: 64 prompts, 5 samples, 3000 tokens, α, rank, alpha, λ, the benchmarks,
     # 6 epochs (steps = 6·rows/64), and LIMR for Qwen2.5-3B. Ours: β (the paper states none), sft_batch, sft_steps and
     # the memory settings. Llama's template is not stated.

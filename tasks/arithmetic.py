@@ -33,6 +33,7 @@ from tasks.task import Demonstration, Problem, Task
 MODULUS = 100
 TRAIN_LENGTHS, EVAL_LENGTHS = range(3, 7), range(3, 9)
 PROMPTS, DEMONSTRATIONS = 4096, 256
+CHAINS_LENGTHS, CHAINS_EVAL_LENGTHS, CHAINS_PROMPTS = range(3, 8), range(3, 10), 1024  # of the harder task, `chains`
 EVAL_MAX = 200  # evaluation problems of each length; training excludes all of them
 EVAL_SEED = 2509_06948  # the evaluation problems are the same for every run
 EOS, UNK, BOX = "<eos>", "<unk>", "\\boxed{"
@@ -67,12 +68,12 @@ def distinct_chains(rng: random.Random, lengths: range, count: int, taken: set[s
     return chains
 
 
-def evaluation(per_length: int) -> list[Problem]:
+def evaluation(per_length: int, lengths: range = EVAL_LENGTHS) -> list[Problem]:
     """The first `per_length` evaluation problems of each length. Raises DataError for more than EVAL_MAX."""
     if per_length > EVAL_MAX:
         raise DataError(f"eval_problems: the built-in task has {EVAL_MAX} of each length, {per_length} asked for")
     problems = []
-    for n in EVAL_LENGTHS:
+    for n in lengths:
         chains = distinct_chains(random.Random(EVAL_SEED + n), range(n, n + 1), per_length, set())
         problems += [Problem(question, answer, f"n={n}") for question, _, answer in chains]
     return problems
@@ -86,6 +87,26 @@ def task(seed: int, eval_per_length: int) -> Task:
     asked = distinct_chains(rng, TRAIN_LENGTHS, PROMPTS, taken)
     problems = [Problem(question, answer, f"n={steps.count(';') + 1}") for question, steps, answer in asked]
     return Task(problems, demonstrations, evaluation(eval_per_length), instruction="")
+
+
+def chains(seed: int, eval_per_length: int, demonstrations: int = 256, useless: float = 0.5) -> Task:
+    """The harder task: longer chains, and a fraction `useless` of the demonstrations answers at once, and wrongly.
+
+    The demonstrations' questions are the first ones of D_RL, so that methods can put them beside samples of theirs. The
+    right answer stays their gold: a verifier can tell which ones are useless, imitation cannot.
+    """
+    rng, taken = random.Random(seed), {p.question for p in evaluation(EVAL_MAX, CHAINS_EVAL_LENGTHS)}
+    asked = distinct_chains(rng, CHAINS_LENGTHS, max(CHAINS_PROMPTS, demonstrations), taken)
+    wrong = set(rng.sample(range(demonstrations), round(useless * demonstrations)))
+    worked = []
+    for i, (question, steps, answer) in enumerate(asked[:demonstrations]):
+        if i in wrong:
+            steps, boxed = "", str((int(answer) + rng.randrange(1, MODULUS)) % MODULUS)
+        else:
+            boxed = answer
+        worked.append(Demonstration(question, f"{steps}{BOX}{boxed}}}", answer))
+    problems = [Problem(question, answer, f"n={steps.count(';') + 1}") for question, steps, answer in asked]
+    return Task(problems, worked, evaluation(eval_per_length, CHAINS_EVAL_LENGTHS), instruction="")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -51,6 +51,20 @@ def test_the_built_in_task_is_a_function_of_its_seed_and_repeats_no_question():
     assert {p.group for p in a.evaluation} == {f"n={n}" for n in range(3, 9)}
 
 
+@pytest.mark.parametrize("useless", [0.0, 0.5])
+def test_the_harder_chains_have_the_stated_share_of_wrong_demonstrations_on_questions_of_d_rl(useless):
+    task = arithmetic.chains(3, 10, demonstrations=64, useless=useless)
+    right = [rewards.is_correct(d.response, d.answer).correct for d in task.demonstrations]
+    assert sum(right) == 64 * (1 - useless)
+    assert all(
+        d.response.startswith(arithmetic.BOX) for d, ok in zip(task.demonstrations, right, strict=True) if not ok
+    )
+    golds = {p.question: p.answer for p in task.problems}
+    assert all(golds[d.question] == d.answer for d in task.demonstrations)
+    assert not {p.question for p in task.evaluation} & set(golds)
+    assert {p.group for p in task.problems} < {p.group for p in task.evaluation} == {f"n={n}" for n in range(3, 10)}
+
+
 def test_the_base_model_is_trained_on_no_evaluation_problem(tokenizer):
     held_out = {p.question for p in arithmetic.evaluation(arithmetic.EVAL_MAX)}
     batches = arithmetic.documents(arithmetic.Recipe(), tokenizer)
