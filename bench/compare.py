@@ -17,7 +17,9 @@ import json
 import os
 import shutil
 import signal
+import sys
 import tempfile
+import traceback
 from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
@@ -26,10 +28,13 @@ from typing import NamedTuple
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # before torch is imported
 import mpmath
+import numpy as np
+from kinds import KINDS
 from measure import ROOT, commit
 
 import bridge
-from infra.files import read_log, read_object
+from grading.scores import pass_at_k
+from infra.files import read_lines, read_log, read_object
 from infra.run import settings_of
 from settings import METHODS
 
@@ -61,8 +66,13 @@ class Cell(NamedTuple):
     """One row of a table: a method with settings, run on every seed."""
 
     label: str
-    flags: dict[str, str]  # of bridge.py, without seed
+    method: str
+    flags: dict[str, str]  # of bridge.py, without method and seed
     against: str = "bridge"  # label of the row that the differences refer to
+    kind: str = "final"  # a name in KINDS
+
+    def job(self, seed: int) -> dict:
+        return dict(method=self.method, flags=self.flags, seed=seed, kind=self.kind)
 
 
 def grid(**values: str) -> list[dict[str, str]]:
@@ -89,16 +99,17 @@ def tuned(preset: str, method: str) -> dict[str, str]:
     """The settings that won the method's trials; the defaults before there are any."""
     scores: dict[str, list[float]] = {}
     for run in records(preset):
-        if run["method"] == method and run["seed"] in TUNING_SEEDS and run["tuning"]:
+        if (run["method"], run["kind"]) == (method, "tuning"):
             scores.setdefault(json.dumps(run["flags"]), []).append(trained(run, preset))
     most = max(map(len, scores.values()), default=0)
     finalists = {flags: sum(s) / len(s) for flags, s in scores.items() if len(s) == most}
     return json.loads(max(finalists, key=finalists.get)) if finalists else {}
 
 
-def cell(preset: str, label: str, method: str, against: str = "bridge", **flags: str) -> Cell:
+def cell(preset: str, label: str, method: str, against: str = "bridge", kind: str = "final", **flags: str) -> Cell:
+    """A cell with the tuned settings of the method; `flags` replace them."""
     given = {name.replace("_", "-"): value for name, value in flags.items()}
-    return Cell(label, {"method": method} | tuned(preset, method) | given, against)
+    return Cell(label, method, tuned(preset, method) | given, against, kind)
 
 
 def main_cells(preset: str) -> list[Cell]:
@@ -112,6 +123,15 @@ def shadow_cells(preset: str) -> list[Cell]:
               cell(preset, "w on SFT + RL (mix_lora)", "mix_lora", **rates(preset)),
               cell(preset, "no w (mix)", "mix", alpha=rates(preset)["alpha"], mu="1")]  # fmt: skip
     return bounds + [cell(preset, f"bridge, {name}", "bridge", **flags) for name, flags in estimators.items()]
+
+
+def effect_cells(preset: str) -> list[Cell]:
+    kinds = {"shared rollouts": {}, "own rollouts": dict(shadow_rollouts="own")}
+    return [cell(preset, name, "bridge", "own rollouts", kind="effect", **flags) for name, flags in kinds.items()]
+
+
+def order_cells(preset: str) -> list[Cell]:
+    return [cell(preset, "bridge", "bridge"), cell(preset, "Gauss-Seidel", "bridge", kind="gauss_seidel")]
 
 
 def rates(preset: str) -> dict[str, str]:
@@ -183,6 +203,26 @@ def mean_of(name: str, part: slice, run: dict, preset: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def passed(run: dict, preset: str, k: int) -> float | None:
+    """pass@k on the trained groups, of 16 samples at temperature 1."""
+    if not run["probes"] or "right" not in run["probes"][-1]:
+        return None
+    groups = sorted(g for g in run["evals"][-1]["policy"] if g != "average")
+    of_group = dict(zip(groups, run["probes"][-1]["right"], strict=True))
+    known = [of_group[g] for g in groups if g not in PRESETS[preset].out_of_distribution]
+    matrices = [np.array([[1] * c + [0] * (16 - c) for c in right]) for right in known]
+    return 100 * float(np.mean([pass_at_k(matrix, k).mean() for matrix in matrices]))
+
+
+def change_by_w(run: dict, preset: str, base: str) -> float:
+    """What w's updates between two evaluations did to the reward of π(base, w), summed over the run: points."""
+    return 100 * sum(p[f"{base},w"] - p[f"{base},w_before"] for p in run["probes"])
+
+
+def without_w(run: dict, preset: str, base: str, adapter: str) -> float:
+    return 100 * run["probes"][-1][f"{base},{adapter}"]
+
+
 ACCURACY = {"trained": trained, "out of distribution": out_of_distribution}
 COST = {
     "trained": trained,
@@ -204,6 +244,15 @@ GAIN = {
     "the shadow": shadow_end,
     "logged gain, last steps": partial(mean_of, "cooperative_gain", slice(-2, None)),
 }
+PASS = {f"pass@{k}": partial(passed, k=k) for k in (1, 4, 16)}
+EFFECT = {
+    "J(θ,w) by w": partial(change_by_w, base="theta"),
+    "J(θ̂,w) by w": partial(change_by_w, base="theta_hat"),
+    "J(θ,w)": partial(without_w, base="theta", adapter="w"),
+    "J(θ,0)": partial(without_w, base="theta", adapter="none"),
+    "J(θ̂,w)": partial(without_w, base="theta_hat", adapter="w"),
+    "J(θ̂,0)": partial(without_w, base="theta_hat", adapter="none"),
+}
 BOUNDS = ("mix", "no_meta", "mix_lora", "bridge")
 USELESS = ("useless_0", "useless_20", "useless_40", "useless_60")
 DEMONSTRATIONS = ("demonstrations_16", "demonstrations_64", "demonstrations_256", "demonstrations_1024")
@@ -221,7 +270,10 @@ TABLES = {
     "ood": Table(main_cells, {"out of distribution": out_of_distribution}),
     "cost": Table(main_cells, COST),
     "dynamics": Table(main_cells, DYNAMICS),
+    "pass_at_k": Table(main_cells, PASS),
     "shadow": Table(shadow_cells, GAIN, 5),
+    "effect": Table(effect_cells, EFFECT, 5),
+    "order": Table(order_cells, GAIN, 5),
     "beta": Table(partial(sweep_cells, flag="beta", values=("1e-4", "4e-4", "1e-3", "4e-3"), against="1e-3"), GAIN, 5),
     "lambda": Table(lambda_cells, ACCURACY, 5),
     "lora": Table(lora_cells, ACCURACY, 5),
@@ -249,12 +301,11 @@ def records(preset: str) -> list[dict]:
 
 
 def key(run: dict) -> str:
-    return json.dumps([run["method"], run["flags"], run["seed"], run["tuning"]], sort_keys=True)
+    return json.dumps([run[name] for name in ("method", "flags", "seed", "kind")], sort_keys=True)
 
 
-def blocks(metrics: list[dict], name: str) -> list[float | None]:
+def blocks(values: list[float | None]) -> list[float | None]:
     """The means of BLOCK consecutive values, to four digits; None where the method lacks the metric."""
-    values = [m.get(name) for m in metrics]
     parts = [[v for v in values[i : i + BLOCK] if v is not None] for i in range(0, len(values), BLOCK)]
     return [float(f"{sum(part) / len(part):.4g}") if part else None for part in parts]
 
@@ -264,32 +315,40 @@ def start(preset: str, job: dict, folder: str) -> int:
     flags = PRESETS[preset].flags | {"method": job["method"], "seed": str(job["seed"])} | job["flags"]
     idle = {"sft-steps": job["method"] != "sft_rl", "prompts-per-step": not METHODS[job["method"]].rl}
     flags = {name: value for name, value in flags.items() if not idle.get(name)}  # idle settings are refused
-    if job["tuning"]:
+    if job["kind"] == "tuning":
         flags |= {"eval-every": "100000"}  # at the end only
     if pid := os.fork():
         return pid
     status = 1
-    try:
-        with open(f"{folder}/output", "w") as output:
+    with open(f"{folder}/output", "w", buffering=1) as output:
+        try:
+            sys.stdout = sys.stderr = output
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
-            words = [f"--{name}={value}" for name, value in flags.items()]
             bridge.plot.draw = lambda *_: None  # no figures of single runs
+            if change := KINDS[job["kind"]]:
+                change()
+            words = [f"--{name}={value}" for name, value in flags.items()]
             bridge.main([*words, "--save-every=100000", f"--out={folder}/run"])
             status = 0
-    finally:
-        os._exit(status)  # the parent's files and exit handlers are not this process's
+        except BaseException:  # also SystemExit, which has the message of a wrong setting
+            traceback.print_exc()
+        finally:
+            output.flush()
+            os._exit(status)  # the parent's files and exit handlers are not this process's
 
 
 def record_of(job: dict, folder: str, peak_kib: int) -> dict:
     """The record of a finished run: accuracies, curves, seconds of training without evaluation."""
     metrics, evals = (read_log(Path(folder, "run", f"{name}.jsonl")) for name in ("metrics", "evals"))
+    probes = [record for _, record in read_lines(Path(folder, "run/probe.jsonl"))] if KINDS[job["kind"]] else []
     s = settings_of(read_object(Path(folder, "run/config.json")), "config.json")
     seconds = [sum(v for phase, v in m["seconds"].items() if phase not in ("evaluate", "save")) for m in metrics]
+    curves = {name: blocks([m[name] for m in metrics]) for name in METRICS if metrics[-1][name] is not None}
     sampled = s.prompts_per_step * s.group_size * sum(m["response_tokens"] or 0 for m in metrics)
     return job | dict(
-        evals=evals, curves={name: blocks(metrics, name) for name in METRICS if metrics[-1].get(name) is not None},
-        seconds=round(sum(seconds), 1), step_seconds=round(sum(seconds) / len(seconds), 4),
+        evals=evals, probes=probes, curves=curves | dict(seconds=blocks(seconds)),
+        seconds=round(sum(seconds), 2), step_seconds=round(sum(seconds) / len(seconds), 4),
         sampled_tokens=round(sampled), peak_mib=peak_kib // 1024, commit=commit(),
     )  # fmt: skip
 
@@ -322,20 +381,24 @@ def make(preset: str, jobs: list[dict], workers: int) -> None:
 
 def tune(preset: str, methods: list[str], workers: int) -> None:
     """All trials on one tuning seed, then the best two of each method on the others."""
-    jobs = [dict(method=m, flags=flags, seed=TUNING_SEEDS[0], tuning=True) for m in methods for flags in TRIALS[m]]
+    jobs = [dict(method=m, flags=flags, seed=TUNING_SEEDS[0], kind="tuning") for m in methods for flags in TRIALS[m]]
     make(preset, jobs, workers)
     finals = []
     for method in methods:
-        first = [r for r in records(preset) if r["method"] == method and r["tuning"] and r["seed"] == TUNING_SEEDS[0]]
-        best = sorted(first, key=lambda r: -trained(r, preset))[:2]
-        finals += [dict(method=method, flags=r["flags"], seed=s, tuning=True) for r in best for s in TUNING_SEEDS[1:]]
-    make(preset, finals, workers)
+        trials = [r for r in records(preset) if (r["method"], r["kind"]) == (method, "tuning")]
+        first = sorted((r for r in trials if r["seed"] == TUNING_SEEDS[0]), key=lambda r: -trained(r, preset))
+        finals += [dict(r, seed=seed) for r in first[:2] for seed in TUNING_SEEDS[1:]]
+    make(preset, [{name: job[name] for name in ("method", "flags", "seed", "kind")} for job in finals], workers)
     for method in methods:
         print(method, tuned(preset, method))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
+
+
+def seeds(preset: str, name: str) -> tuple[int, ...]:
+    return PRESETS[preset].seeds[: TABLES[name].seeds]
 
 
 def half_width(values: list[float]) -> float:
@@ -368,12 +431,10 @@ def with_interval(values: list[float], sign: str = "") -> str:
 def table(preset: str, name: str) -> str:
     """Markdown: one row for each cell, means with intervals, and the paired difference of the first column."""
     spec, by_cell = TABLES[name], {}
+    finished = {key(r): r for r in records(preset)}
     for c in spec.cells(preset):
-        flags = {k: v for k, v in c.flags.items() if k != "method"}
-        runs = [
-            r for r in records(preset) if (r["method"], r["flags"], r["tuning"]) == (c.flags["method"], flags, False)
-        ]
-        by_cell[c.label] = c, {r["seed"]: r for r in runs if r["seed"] in PRESETS[preset].seeds[: spec.seeds]}
+        jobs = {seed: key(c.job(seed)) for seed in seeds(preset, name)}
+        by_cell[c.label] = c, {seed: finished[k] for seed, k in jobs.items() if k in finished}
     first = next(iter(spec.columns.values()))
     lines = [f"| | {' | '.join(spec.columns)} | difference | to | seeds |", "|---" * (len(spec.columns) + 4) + "|"]
     for label, (c, runs) in by_cell.items():
@@ -388,12 +449,67 @@ def table(preset: str, name: str) -> str:
     return "\n".join(lines)
 
 
+def band(ax, xs: list[float], series: list[list[float]], **style) -> None:
+    """The mean over seeds of curves of equal length, and its 95 % interval."""
+    columns = list(zip(*series, strict=True))
+    means, halves = [sum(c) / len(c) for c in columns], [half_width(list(c)) for c in columns]
+    ax.plot(xs, means, **style)
+    if len(series) > 1:
+        low, high = zip(*((m - h, m + h) for m, h in zip(means, halves, strict=True)), strict=True)
+        ax.fill_between(xs, low, high, color=style["color"], alpha=0.12, lw=0)
+
+
+def draw(preset: str, out: Path) -> None:
+    """Accuracy over steps, sampled tokens and seconds; response length, cooperative gain, the shadow's accuracy."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(14, 8), layout="constrained")
+    steps, tokens, seconds, length, gain, shadow = figure.subplots(2, 3).flat
+    for ax, name in ((steps, "step"), (tokens, "sampled tokens, thousands"), (seconds, "seconds of training")):
+        ax.set(title="accuracy on trained lengths, %", xlabel=name)
+    length.set(title="response length, tokens", xlabel="step")
+    gain.set(title="logged cooperative gain, reward", xlabel="step")
+    shadow.set(title="accuracy of the shadow (θ̂, w), and of rl, %", xlabel="step")
+    finished = {key(r): r for r in records(preset)}
+    cells = [*main_cells(preset), cell(preset, "bridge, own rollouts", "bridge", shadow_rollouts="own")]
+    colors = matplotlib.colormaps["tab20"].colors
+    for c, color in zip(cells, (*colors[::2], *colors[1::2]), strict=False):
+        runs = [finished[k] for k in (key(c.job(seed)) for seed in PRESETS[preset].seeds) if k in finished]
+        if not runs:
+            continue
+        style = dict(
+            color="black" if c.label == "bridge" else color, lw=2.2 if c.label == "bridge" else 1.2, label=c.label
+        )
+        at = [e["step"] for e in runs[0]["evals"]]
+        accuracy = [[trained(dict(evals=r["evals"][: i + 1]), preset) for i in range(len(at))] for r in runs]
+        band(steps, at, accuracy, **style)
+        for ax, total, unit in ((tokens, "sampled_tokens", 1000), (seconds, "seconds", 1)):
+            end = sum(r[total] for r in runs) / len(runs) / unit
+            if end:
+                band(ax, [end * step / at[-1] for step in at], accuracy, **style)
+        for ax, name in ((length, "response_tokens"), (gain, "cooperative_gain")):
+            curves = [r["curves"].get(name, []) for r in runs]
+            middle = [BLOCK * i + BLOCK / 2 for i, value in enumerate(curves[0]) if value is not None]
+            if middle:
+                band(ax, middle, [[v for v in values if v is not None] for values in curves], **style)
+        if "shadow" in runs[0]["evals"][-1] or c.method == "rl":
+            kind = "policy" if c.method == "rl" else "shadow"
+            seen = [[dict(step=0, policy=e[kind]) for e in r["evals"]] for r in runs]
+            band(shadow, at, [[trained(dict(evals=[e]), preset) for e in r] for r in seen], **style)
+    for ax in figure.axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    steps.legend(fontsize=8, frameon=False, ncols=2)
+    figure.savefig(out, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="chains")
     parser.add_argument("--table", choices=TABLES, help="make its runs, print it")
     parser.add_argument("--tune", action="store_true", help="make the trials of every method first")
     parser.add_argument("--methods", default="", help="only these, comma-separated (default: all)")
+    parser.add_argument("--figure", type=Path, help="draw the runs of the table main")
     parser.add_argument("--no-runs", action="store_true", help="of finished runs only")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
@@ -402,15 +518,12 @@ def main() -> None:
         tune(args.preset, methods, args.workers)
     if args.table:
         spec = TABLES[args.table]
-        cells = [c for c in spec.cells(args.preset) if c.flags["method"] in methods]
-        jobs = [
-            dict(method=c.flags["method"], flags={k: v for k, v in c.flags.items() if k != "method"}, seed=seed,
-                 tuning=False)
-            for seed in PRESETS[args.preset].seeds[: spec.seeds] for c in cells
-        ]  # fmt: skip
+        cells = [c for c in spec.cells(args.preset) if c.method in methods]
         if not args.no_runs:
-            make(args.preset, jobs, args.workers)
+            make(args.preset, [c.job(seed) for seed in seeds(args.preset, args.table) for c in cells], args.workers)
         print(table(args.preset, args.table))
+    if args.figure:
+        draw(args.preset, args.figure)
 
 
 if __name__ == "__main__":

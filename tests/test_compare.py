@@ -1,0 +1,181 @@
+"""bench/compare.py: its statistics, its tables, its runs."""
+
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import lines
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import compare
+import kinds
+import variants
+
+import bridge
+import rewards
+from settings import METHODS, parse
+from tasks.task import Problem
+
+GROUPS = ("n=3", "n=7", "n=8", "n=9")
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    """A results folder of its own, with a preset of the smallest runs."""
+    flags = {"preset": "smoke", "steps": "2", "eval-every": "1", "sft-steps": "1", "prompts-per-step": "2"}
+    monkeypatch.setitem(compare.PRESETS, "tiny", compare.Preset(flags, ("n=7", "n=8"), (0, 1)))
+    monkeypatch.setattr(compare, "results", lambda preset: tmp_path / f"{preset}.jsonl.gz")
+    compare.records.cache_clear()
+    yield tmp_path / "tiny.jsonl.gz"
+    compare.records.cache_clear()
+
+
+def record(method, seed, percent, flags=None, kind="final", **more):
+    policy = {g: percent / 100 if g in ("n=3", "n=7") else 0.0 for g in GROUPS} | {"average": 0.0}
+    facts = dict(method=method, flags=flags or {}, seed=seed, kind=kind, evals=[dict(step=10, policy=policy)])
+    return facts | dict(probes=[], curves={}) | more
+
+
+def write(path, records):
+    with gzip.open(path, "at") as file:
+        file.writelines(json.dumps(r) + "\n" for r in records)
+    compare.records.cache_clear()
+
+
+@pytest.mark.parametrize(("freedom", "quantile"), [(1, 12.7062), (2, 4.3027), (4, 2.7764), (9, 2.2622), (29, 2.0452)])
+def test_the_interval_s_quantile_is_student_s_t(freedom, quantile):
+    assert compare.student(freedom) == pytest.approx(quantile, abs=1e-4)
+
+
+def test_the_interval_of_a_mean_covers_it_in_19_of_20_draws():
+    draws = torch.randn(2000, 5, generator=torch.manual_seed(0)).tolist()
+    covered = sum(abs(sum(values) / 5) <= compare.half_width(values) for values in draws) / 2000
+    assert covered == pytest.approx(0.95, abs=0.02)
+
+
+def test_a_table_has_means_over_seeds_and_differences_paired_by_seed(tmp_path, monkeypatch):
+    monkeypatch.setattr(compare, "results", lambda preset: tmp_path / "r.gz")
+    noisy = [10.0, 30.0, 50.0]
+    runs = [record("bridge", seed, percent) for seed, percent in enumerate(noisy)]
+    runs += [record("mix", seed, percent - 4 - seed) for seed, percent in enumerate(noisy)]
+    write(tmp_path / "r.gz", [*runs, record("mix", 1000, 99.0), record("mix", 3, 99.0)])
+    rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in compare.table("chains", "main").splitlines()}
+    compare.records.cache_clear()
+    assert rows["bridge"][1] == "30.0 ± 49.7"
+    assert rows["bridge"][2] == "0.00 ± 0.00", "of n=8 and n=9"
+    assert rows["mix"][3] == "-5.0 ± 2.5", "of seeds 0 to 2: seed 3 has no partner and seed 1000 is for tuning"
+    assert rows["rl"][1] == "–"
+
+
+def test_the_settings_that_win_the_trials_are_those_of_most_seeds_and_the_best_mean(study):
+    trials = [record("mix", 1000, percent, {"alpha": alpha}, "tuning") for alpha, percent in (("1", 60), ("2", 50))]
+    trials += [record("mix", 1000, 55, {"alpha": "3"}, "tuning"), record("mix", 1000, 99, {"alpha": "2"})]
+    trials += [
+        record("mix", s, percent, {"alpha": a}, "tuning") for s in (1001, 1002) for a, percent in (("1", 40), ("3", 50))
+    ]
+    write(study, trials)
+    assert compare.tuned("tiny", "mix") == {"alpha": "3"}
+    assert compare.tuned("tiny", "rl") == {}, "without trials: the defaults"
+
+
+@pytest.mark.parametrize("name", compare.TABLES)
+def test_bridge_accepts_the_settings_of_every_row_of_every_table(name):
+    cells = compare.TABLES[name].cells("chains")
+    assert len({c.label for c in cells}) == len(cells)
+    assert {c.against for c in cells} <= {c.label for c in cells}
+    for c in cells:
+        parse([f"--method={c.method}", *(f"--{flag}={value}" for flag, value in c.flags.items())])
+
+
+def test_every_method_has_equally_many_trials():
+    assert set(compare.TRIALS) == set(METHODS)
+    assert {len(trials) for trials in compare.TRIALS.values()} == {6}
+    for method, trials in compare.TRIALS.items():
+        for flags in trials:
+            parse([f"--method={method}", *(f"--{flag}={value}" for flag, value in flags.items())])
+
+
+def test_runs_are_made_once_and_a_run_that_fails_ends_the_study_with_its_message(study, capfd):
+    jobs = [dict(method=m, flags={}, seed=0, kind=kind) for m, kind in (("sft", "final"), ("bridge", "effect"))]
+    compare.make("tiny", jobs, workers=2)
+    first = compare.records("tiny")
+    assert {r["method"] for r in first} == {"sft", "bridge"}
+    assert all(r["peak_mib"] > 0 and r["seconds"] > 0 for r in first)
+    compare.make("tiny", [*jobs, dict(jobs[0], seed=1)], workers=1)
+    assert [r["seed"] for r in compare.records("tiny")] == [0, 0, 1]
+    with pytest.raises(RuntimeError, match="alpha must be at least 0"):
+        compare.make("tiny", [dict(jobs[0], flags={"alpha": "-1"})], workers=2)
+    assert len(compare.records("tiny")) == 3
+
+
+def test_the_figure_and_the_tables_of_real_runs_can_be_drawn(study, tmp_path):
+    compare.make("tiny", [dict(method=m, flags={}, seed=s, kind="final") for m in ("rl", "bridge") for s in (0, 1)], 2)
+    for name in ("main", "epochs", "ood", "cost", "dynamics", "pass_at_k"):
+        assert "| bridge | " in compare.table("tiny", name)
+    compare.draw("tiny", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def smoke(tmp_path, *flags):
+    bridge.main(["--preset=smoke", "--steps=2", f"--out={tmp_path}/run", "--eval-every=1", *flags])
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def unchanged(monkeypatch):
+    """Undoes what a kind of run changes in bridge.py."""
+    for name in ("evaluate_policies", "bilevel_gradients", "clip_and_step"):
+        monkeypatch.setattr(bridge, name, getattr(bridge, name))
+
+
+def test_measuring_the_effect_of_w_changes_no_training(tmp_path, unchanged):
+    plain = lines(smoke(tmp_path / "a") / "metrics.jsonl")
+    kinds.effect_of_w()
+    run = smoke(tmp_path / "b")
+    measured = lines(run / "metrics.jsonl")
+    assert [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in plain] == [
+        {k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in measured
+    ]
+    first, *_, last = lines(run / "probe.jsonl")
+    assert first["theta,w"] == first["theta,none"] == first["theta_hat,w"], "w and θ̂ − θ are 0 before the first step"
+    assert set(last) == {"step"} | {f"{b},{a}" for b in ("theta", "theta_hat") for a in ("w", "w_before", "none")}
+
+
+def test_in_gauss_seidel_order_the_gain_moves_w_at_the_first_step_already(tmp_path, unchanged):
+    (tmp_path / "own.py").write_text("def length(response, problem):\n    return float(len(response) % 3)\n")
+    reward = f"--reward={tmp_path}/own.py:length"
+    assert lines(smoke(tmp_path / "a", reward) / "metrics.jsonl")[0]["gain_grad_norm"] == 0.0
+    seen, gradients = [], bridge.bilevel_gradients
+
+    def spy(*args):
+        stats = gradients(*args)
+        seen.append(stats["gain_grad_norm"])
+        return stats
+
+    bridge.bilevel_gradients = spy
+    kinds.gauss_seidel()
+    smoke(tmp_path / "b", reward)
+    assert seen[0] == 0.0, "the step of θ and θ̂"
+    assert seen[1] > 0.0, "the step of w"
+
+
+@pytest.mark.parametrize(("reward", "p"), [(variants.noise_10, 0.1), (variants.noise_20, 0.2)])
+def test_the_noisy_reward_is_flipped_with_its_probability(reward, p):
+    problem = Problem("1+1", "2")
+    flips = sum(reward("\\boxed{2}", problem) == 0.0 for _ in range(2000)) / 2000
+    assert flips == pytest.approx(p, abs=0.03)
+    assert sum(reward("\\boxed{3}", problem) for _ in range(2000)) / 2000 == pytest.approx(p, abs=0.03)
+
+
+@pytest.mark.parametrize("name", [*compare.USELESS, *compare.DEMONSTRATIONS])
+def test_a_variant_of_the_task_has_the_number_and_share_in_its_name(name):
+    s, _ = parse(["--preset=chains", "--eval-problems=2"])
+    task = getattr(variants, name)(s)
+    kind, number = name.split("_")
+    wrong = sum(not rewards.is_correct(d.response, d.answer).correct for d in task.demonstrations)
+    share, count = (int(number) / 100, 256) if kind == "useless" else (0, int(number))
+    assert len(task.demonstrations) == count
+    assert wrong == round(share * count)
