@@ -218,7 +218,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("bridge.py", "sft_pass(m.policy, demon", "sft_pass(m.shadow or m.policy, demon"),
     ("bridge.py", "p.grad = sft + lam * (rl - rl_hat)", "p.grad = sft + lam * (rl + rl_hat)"),
     ("bridge.py", "p.grad = sft + lam * (rl - rl_hat)", "p.grad = sft + rl - rl_hat"),
-    ("bridge.py", "g_rl_hat = take_gradients(m.w)", "take_gradients(m.w)"),
+    ("bridge.py", "g_rl_hat = parallel.take_gradients(", "parallel.take_gradients("),
     ("bridge.py", "        p.grad = None\n", "        pass\n"),
     ("bridge.py", "tokens_hat = rl_pass(m.shadow,", "tokens_hat = rl_pass(m.policy,"),
     ("bridge.py", "rl_pass(m.shadow, rollouts_hat, m.reference", "rl_pass(m.shadow, rollouts_hat, None"),
