@@ -166,6 +166,7 @@ def work(s: Settings, m: Shapes) -> dict[str, tuple[float, float]]:
         return rows * (prompt + answer), rows * flops
 
     phases, rollouts, demonstrations = {}, s.updates_per_rollout * samples, s.updates_per_rollout * s.demonstrations
+    demonstrations *= 2 if s.method == "srft" else 1  # in the RL and in the SFT term; LUFFY's RL counts as sft
     if method.rl:
         phases["sample"] = phase(rounds * samples, PROMPT / s.group_size, response, 1, 1)  # one prefill for a group
         phases["rl"] = phase(rollouts, PROMPT, response, *trained)
