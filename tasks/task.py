@@ -140,10 +140,13 @@ def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, Row]:
     """
     traces = {d.question: row for d, row in zip(task.demonstrations, demonstrations, strict=True)}
     made = {d.question: Problem(d.question, d.answer) for d in task.demonstrations if d.answer is not None}
-    paired = [p for p in task.problems if p.question in traces] or list(made.values())
-    if not paired:
+    if paired := [p for p in task.problems if p.question in traces]:
+        task.notes.append(f"method {method}: {len(paired)} of {len(task.problems)} prompts have a demonstration: kept")
+    elif paired := list(made.values()):
+        own = f"the {len(paired)} questions of sft_data"
+        task.notes.append(f"method {method}: no prompt has a demonstration; {own} replace them")
+    else:
         raise DataError(f"method {method} needs demonstrations of its prompts: no question of rl_data is in sft_data")
-    task.notes.append(f"method {method}: {len(paired)} prompts, those with a demonstration of their question")
     task.problems = paired
     return traces
 

@@ -266,10 +266,11 @@ def test_prompts_are_those_with_a_demonstration_and_else_the_demonstrations_own(
     task = Task([Problem("b", "2"), Problem("c", "3")], shown, [])
     assert pair(task, rows, "hpt") == {"a": rows[0], "b": rows[2]}
     assert task.problems == [Problem("b", "2")]
-    assert task.notes == ["method hpt: 1 prompts, those with a demonstration of their question"]
+    assert task.notes == ["method hpt: 1 of 2 prompts have a demonstration: kept"]
     task = Task([Problem("c", "3")], shown, [])
     pair(task, rows, "luffy")
     assert task.problems == [Problem("a", "1"), Problem("b", "2")]
+    assert task.notes == ["method luffy: no prompt has a demonstration; the 2 questions of sft_data replace them"]
     with pytest.raises(DataError, match="method srft needs demonstrations of its prompts"):
         pair(Task([Problem("c", "3")], [Demonstration("a", "no box")], []), rows[:1], "srft")
 
