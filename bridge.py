@@ -11,9 +11,7 @@ training gets than RL alone. One iteration k, every gradient taken at iterate k 
     6   w ← w + β[(1−λ)∇_w J_SFT + λ(∇_w J_RL(θ,w) − ∇_w J_RL(θ̂,w))]                                     (8)
 
 The code minimises L = −J. The other methods (--method) are the same loop with other weights, see `updates`. Ranks share
-the work; every rank has rollouts, gradients and statistics of the whole batch (infra/parallel.py).
-
-Shapes: P prompts, G samples of each, N = P·G sequences, T response tokens of all of them, end to end.
+the work; every rank has rollouts, gradients and statistics of the whole batch. [T]: all its response tokens, in order.
 """
 
 import sys
@@ -30,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import baselines
 import grpo
 import lora
 import plot
@@ -50,8 +49,13 @@ def updates(s: Settings, k: int) -> list[tuple[float, float]]:
     match s.method:
         case "sft":
             return [(1.0, 0.0)]
-        case "rl":
+        case "rl" | "luffy":
             return [(0.0, 1.0)]
+        case "srft" | "hpt":
+            return [(1.0, 1.0)]
+        case "chord":
+            mu = baselines.chord_mu(k, 0, s.steps, s.chord_peak, s.chord_valley)
+            return [(mu, 1 - mu)]
         case "sft_rl":
             return [(1.0, 0.0)] if k < s.sft_steps else [(0.0, 1.0)]
         case "alternating":  # Algorithm 1
@@ -85,12 +89,10 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
     copy_of = share_storage_copy if sharded else copy.deepcopy  # sharding copies the slices anyway
     shadow = copy_of(model).requires_grad_(s.shadow_rollouts != "one_step") if method.shadow else None
     reference = copy_of(model).requires_grad_(False) if s.kl_coef > 0 else None
-    w: lora.Adapter = {}
-    if method.adapter:
-        try:
-            w = lora.create(model, s.lora_targets.split(","), s.lora_rank, s.seed, pick_device())
-        except ValueError as error:
-            raise SettingError(str(error)) from error
+    try:
+        w = lora.create(model, s.lora_targets.split(","), s.lora_rank, s.seed, pick_device()) if method.adapter else {}
+    except ValueError as error:
+        raise SettingError(str(error)) from error
     for base in filter(None, (model, shadow)):
         lora.attach(base, w, s.lora_alpha / s.lora_rank)
     for module in filter(None, (model, shadow, reference) if s.shard else ()):
@@ -113,7 +115,7 @@ def rl_pass(
     Only the rows of `Rollouts.distinct` are run. Every rank gets the results of all tokens, 0 of those that are not
     run. Without `rollouts.old_logp` the model's own log-probs are π_old.
     """
-    dtype, clip = getattr(torch, s.dtype), (s.clip_low, s.clip_high)
+    dtype = getattr(torch, s.dtype)
     trained, scored, weight, source = rollouts.distinct(s.kl_coef > 0)
     tokens = weight.new_zeros(5, len(weight))
     for train, chosen in ((True, trained), (False, scored)):
@@ -123,8 +125,9 @@ def rl_pass(
             with torch.set_grad_enabled(train):
                 logp, _ = response_logprobs(model, rows, s.temperature, dtype)  # [t]
             old_logp = logp.detach() if rollouts.old_logp is None else rollouts.old_logp[t]
-            advantage = rollouts.advantage[t]
-            loss, terms = grpo.grpo_loss(logp, old_logp, advantage, weight[t], clip, ratio_cap, ref_logp, s.kl_coef)
+            A, expert = rollouts.advantage[t], rollouts.expert[t]  # only LUFFY and SRFT have expert tokens
+            loss, terms = grpo.grpo_loss(logp, old_logp, A, weight[t] * ~expert, s.clip, ratio_cap, ref_logp, s.kl_coef)
+            loss = loss - (weight[t] * expert * baselines.shaped_surrogate(logp, A)).sum()
             if train:
                 loss.backward()
             tokens[:, t] = torch.stack([logp.detach(), *terms.values(), torch.full_like(logp, train)])
@@ -137,21 +140,12 @@ def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Sett
     count = sum(len(response) for _, response in demonstrations)
     nll = torch.zeros((), dtype=torch.float64)
     for rows, _ in parallel.batches(demonstrations, s):
-        logp, _ = response_logprobs(model, rows, dtype=getattr(torch, s.dtype))
-        loss = -logp.sum() / count
-        (weight * loss).backward()
-        nll += loss.item()
+        logp, entropy = response_logprobs(model, rows, dtype=getattr(torch, s.dtype))
+        weights = baselines.sft_weights(s, logp, entropy, [len(response) for _, response in rows])
+        (weight * -(weights * logp).sum() / count).backward()
+        nll -= (logp.sum() / count).item()
     parallel.all_reduce([nll])
     return nll.item()
-
-
-def take_gradients(w: lora.Adapter) -> list[Tensor]:
-    """Moves w's gradients out of .grad and sums them over ranks."""
-    gradients = [p.grad for p in w.values()]
-    parallel.all_reduce(gradients)
-    for p in w.values():
-        p.grad = None
-    return gradients
 
 
 def step_shadow_from_theta(m: Policies, s: Settings) -> None:
@@ -174,8 +168,8 @@ def bilevel_gradients(
 ) -> dict[str, float]:  # fmt: skip
     """Writes the gradients of eqs. (7), (8) and (9), of losses, to the .grad of θ, w and θ̂; returns metrics.
 
-    `mu` and `lam` weigh L_SFT and L_RL: 1−λ and λ. `rollouts_hat` are θ̂'s: `rollouts` itself if they are shared. θ's
-    two terms add up in .grad, which needs no second copy of it. w's three are taken out one after another.
+    `mu` and `lam` weigh L_SFT and L_RL: 1−λ and λ. `rollouts_hat` are θ̂'s, or `rollouts` itself if they are shared.
+    θ's two terms add up in .grad. w's three are taken out one after another.
     """
     for optimizer in m.optimizers.values():
         optimizer.zero_grad()
@@ -188,7 +182,7 @@ def bilevel_gradients(
             tokens = rl_pass(m.policy, rollouts, m.reference, s, ratio_cap)
             if rollouts.old_logp is None:  # π_old is the policy before its first update on these rollouts
                 rollouts.old_logp = tokens["logp"]
-            g_w = take_gradients(m.w)  # ∇_w L_RL(θ,w)
+            g_w = parallel.take_gradients(m.w.values())  # ∇_w L_RL(θ,w)
             g_rl = g_w if METHODS[s.method].w_takes_rl else g_rl  # no_meta: w takes SFT alone
             stats |= rl_statistics(tokens, rollouts)
         if m.shadow is not None:
@@ -196,16 +190,16 @@ def bilevel_gradients(
                 if s.shadow_rollouts == "one_step":
                     step_shadow_from_theta(m, s)
                 tokens_hat = rl_pass(m.shadow, rollouts_hat, m.reference, s, ratio_cap)
-                g_rl_hat = take_gradients(m.w)  # ∇_w L_RL(θ̂,w); θ̂.grad is now that of eq. (9)
+                g_rl_hat = parallel.take_gradients(m.w.values())  # ∇_w L_RL(θ̂,w); θ̂.grad is now that of eq. (9)
                 stats |= gain_statistics(tokens_hat, rollouts, rollouts_hat)
                 gain = [lam * (rl - rl_hat) for rl, rl_hat in zip(g_rl, g_rl_hat, strict=True)]
                 stats["gain_grad_norm"] = parallel.total_norm(gain).item()
         for p in m.parameters["theta"]:
             p.grad.mul_(lam)  # λ∇_θ L_RL(θ,w)
-    if mu:
+    if mu and demonstrations:
         with timer("sft"):
             stats["sft_nll"] = sft_pass(m.policy, demonstrations, mu, s)  # θ.grad is now that of eq. (7)
-            g_sft = take_gradients(m.w)  # (1−λ)∇_w L_SFT(θ,w): the loss has the weight
+            g_sft = parallel.take_gradients(m.w.values())  # (1−λ)∇_w L_SFT(θ,w): the loss has the weight
     for p, sft, rl, rl_hat in zip(m.w.values(), g_sft, g_rl, g_rl_hat, strict=True):
         p.grad = sft + lam * (rl - rl_hat)  # eq. (8); while θ̂ = θ the difference is exactly 0
     with timer("reduce"):
@@ -244,6 +238,12 @@ class Run:
     fingerprints: dict[str, str]  # of the data, the initial weights and the tokenizer
     skipped: int = 0  # updates skipped since the last step without one
 
+    def demonstrations_of_update(self, rollouts: Rollouts | None) -> list[Row]:
+        """The next ones of D_SFT; for methods with pairs those of the rollouts' prompts."""
+        if METHODS[self.s.method].pairs:
+            return rollouts.traces
+        return [self.demonstrations[i] for _, i in self.demos.take(self.s.sft_batch)]
+
 
 def train(run: Run, start: int) -> None:
     """Algorithm 2 from iterate `start`; the other methods are the same loop with other weights."""
@@ -262,7 +262,7 @@ def train(run: Run, start: int) -> None:
             rollouts, rollouts_hat = rollouts_of_step(run.env, run.prompts, m.policy, m.shadow, k, timer)
         for mu, lam in plan * s.updates_per_rollout:
             # 2-3  the gradients of θ, w and θ̂, all at iterate k
-            demonstrations = [run.demonstrations[i] for _, i in run.demos.take(s.sft_batch)] if mu else []
+            demonstrations = run.demonstrations_of_update(rollouts) if mu else []
             stats = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, mu, lam, s, timer)
             # 4-6  θ, θ̂ and w step
             with timer("optimizer"):

@@ -95,15 +95,9 @@ def k3(logp: Tensor, ref_logp: Tensor, weight: Tensor) -> Tensor:
 
 
 def grpo_loss(
-    logp: Tensor,
-    old_logp: Tensor,
-    advantage: Tensor,
-    weight: Tensor,
-    clip: tuple[float, float] = (0.2, 0.2),
-    ratio_cap: float | None = None,
-    ref_logp: Tensor | None = None,
-    kl_coef: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
+    logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip: tuple[float, float] = (0.2, 0.2),
+    ratio_cap: float | None = None, ref_logp: Tensor | None = None, kl_coef: float = 0.0,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
     """−J_RL of eq. (1) as GRPO estimates it: Σ_t weight_t·(kl_coef·ρ_t·k3_t − surrogate_t).
 
     All inputs [T]; old_logp, advantage and ref_logp carry no gradient. `ratio_cap` selects the truncated surrogate

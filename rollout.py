@@ -4,13 +4,15 @@ Shapes: P prompts, G samples of each, N = P·G completions in group order, T res
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 
+import baselines
 import grpo
 from infra import parallel
 from infra.model import load, pick_device, stop_tokens
@@ -22,7 +24,7 @@ from settings import METHODS, SettingError, Settings
 from tasks import arithmetic
 from tasks.named import load_task
 from tasks.prompts import encode_prompt, end_of_turn
-from tasks.task import Problem, Stream, Task, prepare
+from tasks.task import Problem, Stream, Task, pair, prepare
 
 
 @dataclass
@@ -34,6 +36,7 @@ class Environment:
     tokenizer: object
     sampler: Sampler
     reward: Callable[[str, Problem], float]
+    traces: dict[str, Row]  # question -> its demonstration, for methods with pairs
 
     def encode(self, question: str) -> list[int]:
         return encode_prompt(self.tokenizer, question, self.task.instruction, self.task.template)
@@ -67,13 +70,14 @@ def make_environment(s: Settings) -> tuple[Environment, nn.Module, list[Row]]:
     stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, task.template))
     positions = model.config.max_position_embeddings
     demonstrations = prepare(task, tokenizer, s.max_new_tokens, positions, METHODS[s.method].sft)
+    traces = pair(task, demonstrations, s.method) if METHODS[s.method].pairs else {}
     sampler = Sampler(model, stop, s.sampler_slots, getattr(torch, s.dtype))
-    return Environment(s, task, tokenizer, sampler, reward), model, demonstrations
+    return Environment(s, task, tokenizer, sampler, reward, traces), model, demonstrations
 
 
 @dataclass
 class Group:
-    """The G completions of one prompt."""
+    """The G completions of one prompt; for methods with an expert, its demonstration is the last of them."""
 
     draw: int  # number of the prompt's draw from D_RL
     problem: Problem
@@ -81,6 +85,7 @@ class Group:
     completions: list[Completion]  # G
     responses: list[str]  # G, the completions as text
     rewards: list[float]  # G
+    trace: Row | None = None  # the demonstration of the prompt, for methods with pairs
 
     @property
     def has_signal(self) -> bool:
@@ -96,9 +101,11 @@ class Rollouts:
     reward: Tensor  # [P, G]
     advantage: Tensor  # [T]
     weight: Tensor  # [T] of a token in the loss
-    sampler_logp: Tensor  # [T] log π in the sampler
+    sampler_logp: Tensor  # [T] log π in the sampler, nan for expert tokens
+    expert: Tensor  # [T] bool, whether the token is of a demonstration
     stats: dict[str, float]  # over everything sampled, before dynamic sampling chooses
     records: list[dict]  # the first group, for samples.jsonl
+    traces: list[Row] = field(default_factory=list)  # demonstrations of these prompts for the SFT term
     score_rewarded: bool = False  # the cooperative gain needs log-probs of rewarded completions without a gradient, too
     old_logp: Tensor | None = None  # [T] log π of the policy that sampled; None before its first update: the ratio is 1
 
@@ -114,11 +121,12 @@ class Rollouts:
         no row has a gradient, the first one stands for all.
         """
         *starts, T = offsets = self.offsets
-        facts = [x.tolist() for x in (self.advantage[starts], self.weight[starts], self.reward.flatten())]  # 3 x N
+        per_row = self.advantage[starts], self.weight[starts], self.reward.flatten(), self.expert[starts]
+        facts = [x.tolist() for x in per_row]  # 4 x N
         source, first, trained, scored = torch.arange(T), {}, [], []
         for i, ((prompt, response), *of_row) in enumerate(zip(self.rows, *facts, strict=True)):
             original = first.setdefault((*prompt, -1, *response, -1, *of_row), i)
-            advantage, weight, reward = of_row
+            advantage, weight, reward, _ = of_row
             if original != i:
                 source[starts[i] : offsets[i + 1]] = torch.arange(starts[original], offsets[original + 1])
             elif weight and (advantage or kl):
@@ -183,9 +191,12 @@ def sample_groups(env: Environment, draws: list[tuple[int, int]], step: int) -> 
     sampled = env.sampler.generate(prompts, keys, s.group_size, s.max_new_tokens, s.temperature)
     groups = []
     for (draw, _), problem, prompt, completions in zip(draws, problems, prompts, sampled, strict=True):
+        trace = env.traces.get(problem.question)
+        if METHODS[s.method].expert:
+            completions = [*completions, Completion(trace[1], [math.nan] * len(trace[1]), "expert")]
         responses = [c.text(env.tokenizer, env.sampler.stop) for c in completions]
         rewards = [env.reward(response, problem) for response in responses]
-        groups.append(Group(draw, problem, prompt, completions, responses, rewards))
+        groups.append(Group(draw, problem, prompt, completions, responses, rewards, trace))
     return groups
 
 
@@ -194,14 +205,18 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
     completions = [c for group in groups for c in group.completions]  # N
     reward = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # [P, G] as in has_signal
     lengths = torch.tensor([len(c.ids) for c in completions])  # [N]
-    keep = torch.tensor([c.finish_reason == "stop" or not s.overlong_mask for c in completions])  # [N]
-    advantage = grpo.group_advantages(reward, divide_by_std=s.aggregation != "dr_grpo").float()  # [P, G]
+    keep = torch.tensor([c.finish_reason != "length" or not s.overlong_mask for c in completions])  # [N]
+    expert = torch.tensor([c.finish_reason == "expert" for c in completions])  # [N]
+    entropy = torch.tensor([-sum(c.logps) / len(c.logps) for c in completions]).view_as(reward)  # estimated
+    advantage = baselines.advantages(s, reward, entropy).float()  # [P, G]
     device, first = pick_device(), groups[0]
     return Rollouts(
         rows=[(group.prompt, c.ids) for group in groups for c in group.completions], reward=reward.float(),
         stats=stats, score_rewarded=METHODS[s.method].shadow and s.shadow_rollouts != "own",
         advantage=advantage.flatten().repeat_interleave(lengths).to(device),
-        weight=grpo.token_weights(lengths, s.aggregation, s.max_new_tokens, keep).to(device),
+        weight=grpo.token_weights(lengths, s.token_weights, s.max_new_tokens, keep).to(device),
+        expert=expert.repeat_interleave(lengths).to(device),
+        traces=[group.trace for group, imitated in zip(groups, baselines.imitated(s, reward), strict=True) if imitated],
         sampler_logp=torch.tensor([logp for c in completions for logp in c.logps], device=device),
         records=[
             dict(question=first.problem.question, answer=first.problem.answer, response=response, reward=reward,
@@ -212,21 +227,22 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
 
 
 def statistics(groups: list[Group]) -> dict[str, float]:
-    """Means over all completions, and the fraction of groups without signal."""
-    completions = [c for group in groups for c in group.completions]
+    """Means over all samples, and the fraction of groups without signal."""
+    graded = [pair for group in groups for pair in zip(group.completions, group.rewards, strict=True)]
+    completions, rewards = zip(*[(c, r) for c, r in graded if c.finish_reason != "expert"], strict=True)
     tokens = sum(len(c.ids) for c in completions)
     return dict(
-        reward=sum(sum(group.rewards) for group in groups) / len(completions),
-        response_tokens=tokens / len(completions),
+        reward=sum(rewards) / len(completions), response_tokens=tokens / len(completions),
         truncated_frac=sum(c.finish_reason == "length" for c in completions) / len(completions),
         zero_std_groups=sum(not group.has_signal for group in groups) / len(groups),
         sampled_tokens=tokens,
-    )
+    )  # fmt: skip
 
 
 def rl_statistics(tokens: dict[str, Tensor], rollouts: Rollouts) -> dict[str, float]:
-    """Over the tokens that have a gradient; the entropy is over all: the mean of −log π estimates it without bias."""
-    trained, entropy = tokens["trained"] > 0, -rollouts.sampler_logp.mean().item()  # [T]
+    """Over sampled tokens with a gradient; entropy over all sampled: the mean of −log π estimates it without bias."""
+    sampled = ~rollouts.expert  # [T]
+    trained, entropy = sampled & (tokens["trained"] > 0), -rollouts.sampler_logp[sampled].mean().item()
     gap = (tokens["logp"] - rollouts.sampler_logp)[trained].abs()
     kl, limited = (tokens[name][trained].mean().item() for name in ("kl", "limited"))
     gaps = dict(logp_gap_mean=gap.mean().item(), logp_gap_max=gap.max().item())

@@ -27,7 +27,19 @@ class Method(NamedTuple):
     w_takes_rl: bool = True  # w takes the gradient of RL, too
     shadow: bool = False  # has θ̂
     two_optimizers: bool = False  # of θ: one for updates by RL, one for updates by SFT
+    pairs: bool = False  # needs the demonstrations of its prompts; its RL is Dr.GRPO without a clip
+    expert: bool = False  # the group of a prompt has its demonstration, too
     own: tuple[str, ...] = ()  # settings that only the methods that list them read
+
+    @property
+    def grpo(self) -> bool:
+        """Reads GRPO's settings."""
+        return self.rl and not self.pairs
+
+    @property
+    def draws_sft(self) -> bool:
+        """Draws its demonstrations independently of the prompts."""
+        return self.sft and not self.pairs
 
 
 METHODS = {
@@ -36,6 +48,13 @@ METHODS = {
     "sft_rl": Method("SFT for sft_steps, then GRPO: cold start, two stages", own=("sft_steps",)),
     "alternating": Method("a GRPO update, then an SFT update (the paper's Algorithm 1)", two_optimizers=True),
     "mix": Method("(GRPO + mu·SFT) / (1 + mu) in one update of θ", own=("mu",)),
+    "chord": Method(
+        "CHORD: (1−μ)·GRPO + μ·SFT, μ falls from chord_peak to chord_valley along a cosine over all steps",
+        own=("chord_peak", "chord_valley", "chord_phi"),
+    ),
+    "luffy": Method("LUFFY: the demonstration of a prompt joins its group; shaped gradient", pairs=True, expert=True),
+    "srft": Method("SRFT: LUFFY's groups, ±REINFORCE on samples and SFT, weighted by entropy", pairs=True, expert=True),
+    "hpt": Method("HPT: SFT on the demonstrations of prompts without a right sample, RL on the others", pairs=True),
     "mix_lora": Method("(1−λ)·SFT + λ·GRPO on θ and on w: BRIDGE without the shadow", adapter=True, own=("lam",)),
     "no_meta": Method(
         "BRIDGE without J_meta: θ takes (1−λ)·SFT + λ·GRPO, w takes (1−λ)·SFT alone",
@@ -70,6 +89,9 @@ class Settings:
     lam: float = opt(0.5, "λ in [0, 1]: weight of RL; 1−λ is that of SFT (paper: 0.5)")
     mu: float = opt(1.0, "SFT's weight relative to RL's; (1−λ)/λ gives θ BRIDGE's update (paper: unknown)")
     sft_steps: int = opt(100, "SFT steps before RL starts (paper: unknown)")
+    chord_peak: float = opt(0.9, "in [0, 1]: CHORD's weight of SFT at the first step; that of RL is 1 − it")
+    chord_valley: float = opt(0.05, "in [0, 1]: CHORD's weight of SFT after the last step")
+    chord_phi: bool = opt(False, "CHORD-φ: each demonstration token has the weight p(1−p)")
     # the shadow θ̂
     shadow_rollouts: str = opt("shared", "of θ̂: the policy's (v3), own, or one_step: θ̂ is θ^k + one step", "shadow")
     shadow_ratio_cap: float = opt(2.0, "not own: cap of token ratios of θ and θ̂; 0: PPO's clip", "shadow")
@@ -84,7 +106,7 @@ class Settings:
     # batches
     prompts_per_step: int = opt(16, "P (paper: 64)", "rl")
     group_size: int = opt(8, "G, samples of a prompt, at least 2 (paper: 5)", "rl")
-    sft_batch: int = opt(32, "demonstrations of an update (paper: unknown)", "sft")
+    sft_batch: int = opt(32, "demonstrations of an update (paper: unknown)", "draws_sft")
     updates_per_rollout: int = opt(1, "updates on the same rollouts (paper: 1)", "rl")
     max_new_tokens: int = opt(80, "tokens of a completion; longer demonstrations are dropped (paper: 3000)")
     temperature: float = opt(1.0, "of sampling and of log-probs, > 0 (paper: unknown, SimpleRL 1.0)", "rl")
@@ -94,12 +116,12 @@ class Settings:
     shard: bool = opt(False, "one slice of θ, θ̂ and the reference per rank (FSDP2)")
     dtype: str = opt("float32", "of forward passes and sampler: float32 or bfloat16; weights stay float32")
     # GRPO
-    aggregation: str = opt("grpo", "token weights: grpo, dapo or dr_grpo, which omits the division by the std", "rl")
-    clip_low: float = opt(0.2, "the ratio is clipped below 1 − clip_low (paper: unknown, verl 0.2)", "rl")
-    clip_high: float = opt(0.2, "the ratio is clipped above 1 + clip_high (DAPO: 0.28)", "rl")
+    aggregation: str = opt("grpo", "token weights: grpo, dapo or dr_grpo, which omits the division by the std", "grpo")
+    clip_low: float = opt(0.2, "the ratio is clipped below 1 − clip_low (paper: unknown, verl 0.2)", "grpo")
+    clip_high: float = opt(0.2, "the ratio is clipped above 1 + clip_high (DAPO: 0.28)", "grpo")
     kl_coef: float = opt(0.0, "weight of KL(π ‖ initial model); a reference is kept if > 0 (paper: unknown)", "rl")
-    overlong_mask: bool = opt(False, "truncated completions have no RL loss", "rl")
-    dynamic_sampling: int = opt(0, "up to n more batches replace groups of equal rewards (DAPO)", "rl")
+    overlong_mask: bool = opt(False, "truncated completions have no RL loss", "grpo")
+    dynamic_sampling: int = opt(0, "up to n more batches replace groups of equal rewards (DAPO)", "grpo")
     # evaluation and files
     eval_every: int = opt(25, "steps between evaluations")
     eval_problems: int = opt(100, "evaluation problems of each group: benchmark, level, chain length")
@@ -109,6 +131,20 @@ class Settings:
     @property
     def total_steps(self) -> int:
         return self.steps + (self.sft_steps if self.method == "sft_rl" else 0)
+
+    @property
+    def demonstrations(self) -> int:
+        """Demonstrations of an update; HPT has fewer."""
+        return self.prompts_per_step if METHODS[self.method].pairs else self.sft_batch
+
+    @property
+    def token_weights(self) -> str:
+        return "dr_grpo" if METHODS[self.method].pairs else self.aggregation
+
+    @property
+    def clip(self) -> tuple[float, float]:
+        """How far the ratio may be below and above 1. (1, ∞) is no clip."""
+        return (1.0, math.inf) if METHODS[self.method].pairs else (self.clip_low, self.clip_high)
 
 
 PAPER = dict(
@@ -144,7 +180,7 @@ MINIMUM = dict(  # of other numbers: 0
 )  # fmt: skip
 PATHS = ("model", "task", "rl_data", "sft_data", "eval_data", "reward")
 POSITIVE = ("temperature", "grad_clip", "lora_alpha")
-AT_MOST_ONE = ("lam", "clip_low")
+AT_MOST_ONE = ("lam", "clip_low", "chord_peak", "chord_valley")
 MAY_BE_INFINITE = ("shadow_ratio_cap", "clip_high", "grad_clip")
 MAY_CHANGE_ON_RESUME = (  # of model and data, fingerprints are compared: they may have moved
     "model", "task", "rl_data", "sft_data", "eval_data", "steps", "eval_every", "save_every", "tokens_per_micro_batch",

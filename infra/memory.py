@@ -117,8 +117,8 @@ def saved_by_layer(m: Shapes, b: int, padded: bool) -> int:
 def training(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMPT) -> Parts:
     """Bytes at the largest moment of a micro-batch's forward and backward pass, without state and gradients."""
     method, b, H, row = METHODS[s.method], getattr(torch, s.dtype).itemsize, m.hidden, prompt + s.max_new_tokens
-    rollouts = math.ceil(s.prompts_per_step * s.group_size / world) if method.rl else 0
-    rows = max(rollouts, math.ceil(s.sft_batch / world) if method.sft else 0)
+    rollouts = math.ceil(s.prompts_per_step * (s.group_size + method.expert) / world) if method.rl else 0
+    rows = max(rollouts, math.ceil(s.demonstrations / world) if method.sft else 0)
     T = max(row, min(s.tokens_per_micro_batch, rows * row))  # a longer row is a micro-batch of its own
     R, checkpointed = T * s.max_new_tokens // row, min(s.checkpoint_layers, m.layers)
     stored = m.layers - checkpointed  # layers that keep all activations
@@ -165,7 +165,8 @@ def work(s: Settings, m: Shapes) -> dict[str, tuple[float, float]]:
         flops = layers * (prompt + answer) * (2 * m.linear + attention) + heads * answer * 2 * m.vocabulary * m.hidden
         return rows * (prompt + answer), rows * flops
 
-    phases, rollouts, demonstrations = {}, s.updates_per_rollout * samples, s.updates_per_rollout * s.sft_batch
+    phases, rollouts, demonstrations = {}, s.updates_per_rollout * samples, s.updates_per_rollout * s.demonstrations
+    demonstrations *= 2 if s.method == "srft" else 1  # in the RL and in the SFT term; LUFFY's RL counts as sft
     if method.rl:
         phases["sample"] = phase(rounds * samples, PROMPT / s.group_size, response, 1, 1)  # one prefill for a group
         phases["rl"] = phase(rollouts, PROMPT, response, *trained)

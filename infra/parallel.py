@@ -148,6 +148,16 @@ def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     all_reduce(p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor))
 
 
+def take_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Moves gradients out of .grad and sums them over ranks."""
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters]
+    all_reduce(gradients)
+    for p in parameters:
+        p.grad = None
+    return gradients
+
+
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all tensors together, sharded or not."""
     norm = torch.nn.utils.get_total_norm(list(tensors))

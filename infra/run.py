@@ -248,7 +248,7 @@ def describe(s: Settings, parameters: dict[str, list[nn.Parameter]], data: dict[
     sizes = [f"{name} {sum(p.numel() for p in tensors):,} in {len(tensors)}" for name, tensors in parameters.items()]
     sequences = f"{s.prompts_per_step} prompts x {s.group_size} samples = {s.prompts_per_step * s.group_size} sequences"
     batch = [sequences] if METHODS[s.method].rl else []
-    batch += [f"{s.sft_batch} demonstrations"] if METHODS[s.method].sft else []
+    batch += [f"{s.demonstrations} demonstrations"] if METHODS[s.method].sft else []
     world, gpus, threads = parallel.world_size(), torch.cuda.device_count(), torch.get_num_threads()
     ranks = f"{world} ranks{', sharded' if s.shard else ''}, each " if world > 1 else ""
     idle = f"; torchrun --standalone --nproc-per-node {gpus} would use all {gpus} GPUs" if gpus > 1 == world else ""

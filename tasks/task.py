@@ -3,6 +3,7 @@
 import hashlib
 import re
 from dataclasses import dataclass, field
+from itertools import compress
 
 import numpy as np
 
@@ -117,7 +118,8 @@ def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_dem
     task.problems = problems
     end = end_of_turn(tokenizer, task.template)
     rows = [encode_demonstration(tokenizer, d, *prompt, end) for d in task.demonstrations]
-    encoded = [row for row in rows if len(row[0]) <= room and len(row[1]) <= max_new_tokens]
+    fits = [len(prompt) <= room and len(response) <= max_new_tokens for prompt, response in rows]
+    encoded = list(compress(rows, fits))
     note_dropped(task.notes, "sft_data", rows, encoded, f"demonstrations exceed {max_new_tokens} tokens")
     if wrong := [d for d in task.demonstrations if not rewards.is_correct(d.response, d.answer or "").correct]:
         first = f"the first ends {wrong[0].response[-60:]!r}, its gold answer is {wrong[0].answer!r}"
@@ -126,7 +128,27 @@ def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_dem
         if needed and not usable:
             reasons = "".join(f" ({note})" for note in task.notes if note.startswith(setting))
             raise DataError(f"{setting}: no usable row is left; is max_new_tokens={max_new_tokens} right?{reasons}")
+    task.demonstrations = list(compress(task.demonstrations, fits))
     return encoded
+
+
+def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, Row]:
+    """Drops problems without a demonstration of their question; returns the demonstration of each question.
+
+    If none is left, the problems are made of the demonstrations, whose `answer` is the gold. `demonstrations` are the
+    task's, encoded. Adds a note. Raises DataError if no demonstration has an answer.
+    """
+    traces = {d.question: row for d, row in zip(task.demonstrations, demonstrations, strict=True)}
+    made = {d.question: Problem(d.question, d.answer) for d in task.demonstrations if d.answer is not None}
+    if paired := [p for p in task.problems if p.question in traces]:
+        task.notes.append(f"method {method}: {len(paired)} of {len(task.problems)} prompts have a demonstration: kept")
+    elif paired := list(made.values()):
+        own = f"the {len(paired)} questions of sft_data"
+        task.notes.append(f"method {method}: no prompt has a demonstration; {own} replace them")
+    else:
+        raise DataError(f"method {method} needs demonstrations of its prompts: no question of rl_data is in sft_data")
+    task.problems = paired
+    return traces
 
 
 class Stream:

@@ -115,7 +115,10 @@ def test_a_rank_beyond_a_world_of_one_and_a_port_in_use_are_refused(tmp_path, mo
             bridge.main([*SMOKE, "--out", str(tmp_path / "run")])
 
 
-@pytest.mark.parametrize("flags", ["--method alternating --dynamic-sampling 1", "--shadow-rollouts one_step"])
+@pytest.mark.parametrize(
+    "flags",
+    ["--method alternating --dynamic-sampling 1", "--shadow-rollouts one_step", "--method srft", "--method hpt"],
+)
 def test_other_methods_too_are_the_same_on_two_ranks(tmp_path, flags):
     run(tmp_path / "one", 1, *flags.split())
     run(tmp_path / "two", 2, *flags.split(), "--shard")

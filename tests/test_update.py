@@ -35,6 +35,7 @@ def make_rollouts(model, seed=0, groups=3, samples=4):
     return Rollouts(
         rows=batch, reward=reward, advantage=grpo.group_advantages(reward).flatten().repeat_interleave(lengths),
         weight=grpo.token_weights(lengths, "grpo", 16), sampler_logp=logp, stats={"reward": 0.5}, records=[],
+        expert=torch.zeros(len(logp), dtype=torch.bool),
     )  # fmt: skip
 
 
@@ -49,6 +50,7 @@ def repetitive_rollouts(model):
     rollouts.weight = grpo.token_weights(lengths, "grpo", 16)
     with torch.no_grad():
         rollouts.sampler_logp, _ = response_logprobs(model, rollouts.rows)
+    rollouts.expert = torch.zeros_like(rollouts.weight, dtype=torch.bool)
     rollouts.score_rewarded = True
     return rollouts
 
@@ -404,7 +406,7 @@ def test_the_order_of_rows_changes_no_gradient():
     order = [7, 2, 11, 0, 5, 1, 10, 3, 9, 4, 8, 6]
     parts = {n: getattr(r, n).split(lengths) for n in ("advantage", "weight", "sampler_logp")}
     shuffled = Rollouts(
-        rows=[r.rows[i] for i in order], reward=r.reward, stats={"reward": 0.5}, records=[],
+        rows=[r.rows[i] for i in order], reward=r.reward, stats={"reward": 0.5}, records=[], expert=r.expert,
         **{n: torch.cat([part[i] for i in order]) for n, part in parts.items()},
     )  # fmt: skip
     for name, values in gradients(copy.deepcopy(m), s, rollouts=shuffled)[0].items():
@@ -434,7 +436,11 @@ def test_update_weights_of_every_method():
     assert of("alternating") == [(0, 1), (1, 0)]
     assert of("mix", mu=0.25) == [(0.2, 0.8)]
     assert of("mix_lora", lam=0.25) == of("no_meta", lam=0.25) == of("bridge", lam=0.25) == [(0.75, 0.25)]
-    for method in METHODS:
+    assert of("chord", 0, chord_peak=0.75) == [(0.75, 0.25)]
+    assert of("chord", 200, chord_valley=0.25, steps=200) == [(0.25, 0.75)]
+    assert of("luffy") == [(0, 1)]
+    assert of("srft") == of("hpt") == [(1, 1)]
+    for method in METHODS.keys() - {"srft", "hpt"}:
         assert all(mu + lam == 1 for k in (0, 200) for mu, lam in of(method, k)), "no method has a larger gradient"
     with pytest.raises(SettingError, match=r"method unheard-of has no case in bridge\.py:updates"):
         of("unheard-of")
