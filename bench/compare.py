@@ -40,6 +40,7 @@ from settings import METHODS
 
 TUNING_SEEDS = (1000, 1001, 1002)
 SEEDS = tuple(range(10))
+ON = ""  # the value of a flag that takes none
 BLOCK = 5  # steps whose metrics are stored as one mean
 METRICS = ("reward", "response_tokens", "entropy", "sft_nll", "cooperative_gain", "gain_grad_norm", "lora_norm")
 
@@ -83,37 +84,55 @@ def grid(**values: str) -> list[dict[str, str]]:
 
 SIX = grid(alpha="1e-4,2e-4,4e-4,8e-4,1.6e-3,3.2e-3")
 WITH_ADAPTER = grid(alpha="2e-4,4e-4,8e-4", beta="5e-4,2e-3")
-TRIALS = {  # six for every method, over its own rates, weights and stage lengths
+TRIALS = {  # six for every row of the table main, over its own rates, weights and stage lengths
     "sft": SIX,
     "rl": SIX,
-    "alternating": SIX,
     "sft_rl": grid(alpha="2e-4,4e-4,8e-4", sft_steps="50,150"),
+    "alternating": SIX,
     "mix": grid(alpha="2e-4,4e-4,8e-4", mu="0.5,1"),
+    "chord": grid(alpha="2e-4,4e-4,8e-4", chord_peak="0.5,0.9"),
+    "chord, φ": [
+        flags | {"chord-phi": ON, "chord-valley": flags["chord-peak"]}  # φ has a constant μ
+        for flags in grid(alpha="2e-4,4e-4,8e-4", chord_peak="0.1,0.5")
+    ],
+    "luffy": SIX,
+    "srft": SIX,
+    "hpt": SIX,
     "mix_lora": WITH_ADAPTER,
     "no_meta": WITH_ADAPTER,
     "bridge": WITH_ADAPTER,
 }
 
 
-def tuned(preset: str, method: str) -> dict[str, str]:
-    """The settings that won the method's trials; the defaults before there are any."""
+def method_of(row: str) -> str:
+    return row.partition(",")[0]
+
+
+def trials(preset: str, row: str) -> list[dict]:
+    """The finished trials of a row of the table main."""
+    known = (r for r in records(preset) if (r["method"], r["kind"]) == (method_of(row), "tuning"))
+    return [r for r in known if r["flags"] in TRIALS[row]]
+
+
+def tuned(preset: str, row: str) -> dict[str, str]:
+    """The settings that won the row's trials; before there are any, the defaults."""
     scores: dict[str, list[float]] = {}
-    for run in records(preset):
-        if (run["method"], run["kind"]) == (method, "tuning"):
-            scores.setdefault(json.dumps(run["flags"]), []).append(trained(run, preset))
+    for run in trials(preset, row):
+        scores.setdefault(json.dumps(run["flags"]), []).append(trained(run, preset))
     most = max(map(len, scores.values()), default=0)
     finalists = {flags: sum(s) / len(s) for flags, s in scores.items() if len(s) == most}
-    return json.loads(max(finalists, key=finalists.get)) if finalists else {}
+    fixed = {"chord-phi": ON} if row == "chord, φ" else {}
+    return json.loads(max(finalists, key=finalists.get)) if finalists else fixed
 
 
-def cell(preset: str, label: str, method: str, against: str = "bridge", kind: str = "final", **flags: str) -> Cell:
-    """A cell with the tuned settings of the method; `flags` replace them."""
+def cell(preset: str, label: str, row: str, against: str = "bridge", kind: str = "final", **flags: str) -> Cell:
+    """A cell with the tuned settings of a row of the table main; `flags` replace them."""
     given = {name.replace("_", "-"): value for name, value in flags.items()}
-    return Cell(label, method, tuned(preset, method) | given, against, kind)
+    return Cell(label, method_of(row), tuned(preset, row) | given, against, kind)
 
 
 def main_cells(preset: str) -> list[Cell]:
-    return [cell(preset, method, method) for method in METHODS]
+    return [cell(preset, row, row) for row in TRIALS]
 
 
 def shadow_cells(preset: str) -> list[Cell]:
@@ -328,7 +347,7 @@ def start(preset: str, job: dict, folder: str) -> int:
             bridge.plot.draw = lambda *_: None  # no figures of single runs
             if change := KINDS[job["kind"]]:
                 change()
-            words = [f"--{name}={value}" for name, value in flags.items()]
+            words = [f"--{name}" + f"={value}" * (value != ON) for name, value in flags.items()]
             bridge.main([*words, "--save-every=100000", f"--out={folder}/run"])
             status = 0
         except BaseException:  # also SystemExit, which has the message of a wrong setting
@@ -379,18 +398,20 @@ def make(preset: str, jobs: list[dict], workers: int) -> None:
     records.cache_clear()
 
 
-def tune(preset: str, methods: list[str], workers: int) -> None:
-    """All trials on one tuning seed, then the best two of each method on the others."""
-    jobs = [dict(method=m, flags=flags, seed=TUNING_SEEDS[0], kind="tuning") for m in methods for flags in TRIALS[m]]
-    make(preset, jobs, workers)
+def tune(preset: str, rows: list[str], workers: int) -> None:
+    """All trials on one tuning seed, then the best two of each row on the others."""
+    first, *others = TUNING_SEEDS
+    jobs = [(row, flags) for row in rows for flags in TRIALS[row]]
+    make(preset, [dict(method=method_of(row), flags=f, seed=first, kind="tuning") for row, f in jobs], workers)
     finals = []
-    for method in methods:
-        trials = [r for r in records(preset) if (r["method"], r["kind"]) == (method, "tuning")]
-        first = sorted((r for r in trials if r["seed"] == TUNING_SEEDS[0]), key=lambda r: -trained(r, preset))
-        finals += [dict(r, seed=seed) for r in first[:2] for seed in TUNING_SEEDS[1:]]
-    make(preset, [{name: job[name] for name in ("method", "flags", "seed", "kind")} for job in finals], workers)
-    for method in methods:
-        print(method, tuned(preset, method))
+    for row in rows:
+        best = sorted((r for r in trials(preset, row) if r["seed"] == first), key=lambda r: -trained(r, preset))[:2]
+        finals += [
+            dict(method=r["method"], flags=r["flags"], seed=seed, kind="tuning") for r in best for seed in others
+        ]
+    make(preset, finals, workers)
+    for row in rows:
+        print(row, tuned(preset, row))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -508,17 +529,19 @@ def main() -> None:
     parser.add_argument("--preset", choices=PRESETS, default="chains")
     parser.add_argument("--table", choices=TABLES, help="make its runs, print it")
     parser.add_argument("--tune", action="store_true", help="make the trials of every method first")
-    parser.add_argument("--methods", default="", help="only these, comma-separated (default: all)")
+    parser.add_argument("--rows", default="", help="only these of the table main, separated by ;")
     parser.add_argument("--figure", type=Path, help="draw the runs of the table main")
     parser.add_argument("--no-runs", action="store_true", help="of finished runs only")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
-    methods = args.methods.split(",") if args.methods else list(METHODS)
+    rows = args.rows.split(";") if args.rows else list(TRIALS)
+    if unknown := set(rows) - set(TRIALS):
+        parser.error(f"--rows: no {unknown.pop()!r}; there are {', '.join(TRIALS)}")
     if args.tune:
-        tune(args.preset, methods, args.workers)
+        tune(args.preset, rows, args.workers)
     if args.table:
         spec = TABLES[args.table]
-        cells = [c for c in spec.cells(args.preset) if c.method in methods]
+        cells = [c for c in spec.cells(args.preset) if not args.rows or c.label in rows]
         if not args.no_runs:
             make(args.preset, [c.job(seed) for seed in seeds(args.preset, args.table) for c in cells], args.workers)
         print(table(args.preset, args.table))

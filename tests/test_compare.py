@@ -71,14 +71,16 @@ def test_a_table_has_means_over_seeds_and_differences_paired_by_seed(tmp_path, m
 
 
 def test_the_settings_that_win_the_trials_are_those_of_most_seeds_and_the_best_mean(study):
-    trials = [record("mix", 1000, percent, {"alpha": alpha}, "tuning") for alpha, percent in (("1", 60), ("2", 50))]
-    trials += [record("mix", 1000, 55, {"alpha": "3"}, "tuning"), record("mix", 1000, 99, {"alpha": "2"})]
-    trials += [
-        record("mix", s, percent, {"alpha": a}, "tuning") for s in (1001, 1002) for a, percent in (("1", 40), ("3", 50))
-    ]
-    write(study, trials)
-    assert compare.tuned("tiny", "mix") == {"alpha": "3"}
+    one, two, three, *_ = compare.TRIALS["mix"]
+    tried = [(one, 1000, 60), (two, 1000, 50), (three, 1000, 55), (one, 1001, 40), (three, 1001, 50)]
+    write(study, [record("mix", seed, percent, flags, "tuning") for flags, seed, percent in tried])
+    write(study, [record("mix", 1000, 99, two), record("mix", 1002, 99, {"alpha": "7"}, "tuning")])
+    assert compare.tuned("tiny", "mix") == three
     assert compare.tuned("tiny", "rl") == {}, "without trials: the defaults"
+
+
+def accepted(method, flags):
+    parse([f"--method={method}", *(f"--{flag}" + f"={value}" * (value != compare.ON) for flag, value in flags.items())])
 
 
 @pytest.mark.parametrize("name", compare.TABLES)
@@ -87,15 +89,15 @@ def test_bridge_accepts_the_settings_of_every_row_of_every_table(name):
     assert len({c.label for c in cells}) == len(cells)
     assert {c.against for c in cells} <= {c.label for c in cells}
     for c in cells:
-        parse([f"--method={c.method}", *(f"--{flag}={value}" for flag, value in c.flags.items())])
+        accepted(c.method, c.flags)
 
 
 def test_every_method_has_equally_many_trials():
-    assert set(compare.TRIALS) == set(METHODS)
-    assert {len(trials) for trials in compare.TRIALS.values()} == {6}
-    for method, trials in compare.TRIALS.items():
+    assert {compare.method_of(row) for row in compare.TRIALS} == set(METHODS)
+    assert {len({json.dumps(flags) for flags in trials}) for trials in compare.TRIALS.values()} == {6}
+    for row, trials in compare.TRIALS.items():
         for flags in trials:
-            parse([f"--method={method}", *(f"--{flag}={value}" for flag, value in flags.items())])
+            accepted(compare.method_of(row), flags)
 
 
 def test_runs_are_made_once_and_a_run_that_fails_ends_the_study_with_its_message(study, capfd):
