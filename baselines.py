@@ -51,7 +51,7 @@ def shaped_surrogate(logp: Tensor, advantage: Tensor) -> Tensor:
     """LUFFY's surrogate f(p)·A of a demonstration token, f(p) = p/(p + γ).  [T]
 
     arXiv 2504.14945; LUFFY, luffy/verl/verl/mix_src/mix_core_alg.py. The behaviour policy counts as 1, so the ratio is
-    p. The gradient, A·γp/(p + γ)²·∇log π, is largest at p = γ: rare tokens of the demonstration are learned first.
+    p. The gradient, A·γp/(p + γ)²·∇log π, is largest at p = γ: it favours rare tokens of the demonstration.
     """
     p = logp.exp()
     return p / (p + SHAPING) * advantage
