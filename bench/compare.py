@@ -135,6 +135,10 @@ def main_cells(preset: str) -> list[Cell]:
     return [cell(preset, row, row) for row in TRIALS]
 
 
+def cost_cells(preset: str) -> list[Cell]:
+    return [cell(preset, row, row, kind="cost", steps="50") for row in TRIALS]
+
+
 def shadow_cells(preset: str) -> list[Cell]:
     estimators = {"own rollouts": dict(shadow_rollouts="own"), "θ̂ = θ + one step": dict(shadow_rollouts="one_step"),
                   "shared, PPO's clip": dict(shadow_ratio_cap="0")}  # fmt: skip
@@ -151,6 +155,18 @@ def effect_cells(preset: str) -> list[Cell]:
 
 def order_cells(preset: str) -> list[Cell]:
     return [cell(preset, "bridge", "bridge"), cell(preset, "Gauss-Seidel", "bridge", kind="gauss_seidel")]
+
+
+def selection_cells(preset: str) -> list[Cell]:
+    """SFT on a choice of the demonstrations: by the gain's gradient of w, by the reward's, by the truth."""
+    kinds = {"all": "final", "raise the gain": "by_gain", "raise J_RL(θ,w)": "by_reward", "are right": "by_truth"}
+    own = {"own rollouts, those that raise the gain": "by_gain"}
+    cells = [
+        cell(preset, f"demonstrations: {name}", "bridge", "demonstrations: all", kind) for name, kind in kinds.items()
+    ]
+    return cells + [
+        cell(preset, name, "bridge", "demonstrations: all", kind, shadow_rollouts="own") for name, kind in own.items()
+    ]
 
 
 def rates(preset: str) -> dict[str, str]:
@@ -238,17 +254,20 @@ def change_by_w(run: dict, preset: str, base: str) -> float:
     return 100 * sum(p[f"{base},w"] - p[f"{base},w_before"] for p in run["probes"])
 
 
+def share_taken(run: dict, preset: str, name: str) -> float | None:
+    """Percent of the demonstrations of one kind that SFT took, over the whole run."""
+    shares = [p[name] for p in run["probes"] if name in p]
+    return 100 * sum(shares) / len(shares) if shares else None
+
+
 def without_w(run: dict, preset: str, base: str, adapter: str) -> float:
     return 100 * run["probes"][-1][f"{base},{adapter}"]
 
 
 ACCURACY = {"trained": trained, "out of distribution": out_of_distribution}
 COST = {
-    "trained": trained,
-    "seconds": lambda run, preset: run["seconds"],
     "seconds per step": lambda run, preset: run["step_seconds"],
     "peak MiB": lambda run, preset: run["peak_mib"],
-    "sampled tokens": lambda run, preset: run["sampled_tokens"],
 }
 EPOCHS = {f"after {f} of the steps": partial(trained, at=at) for f, at in (("1/6", 1 / 6), ("1/2", 0.5), ("1", 1.0))}
 DYNAMICS = {
@@ -272,6 +291,11 @@ EFFECT = {
     "J(θ̂,w)": partial(without_w, base="theta_hat", adapter="w"),
     "J(θ̂,0)": partial(without_w, base="theta_hat", adapter="none"),
 }
+SELECTION = {
+    "trained": trained,
+    "useful taken, %": partial(share_taken, name="useful taken"),
+    "useless taken, %": partial(share_taken, name="useless taken"),
+}
 BOUNDS = ("mix", "no_meta", "mix_lora", "bridge")
 USELESS = ("useless_0", "useless_20", "useless_40", "useless_60")
 DEMONSTRATIONS = ("demonstrations_16", "demonstrations_64", "demonstrations_256", "demonstrations_1024")
@@ -281,18 +305,20 @@ class Table(NamedTuple):
     cells: Callable[[str], list[Cell]]
     columns: dict[str, Callable[[dict, str], float | None]]
     seeds: int = len(SEEDS)
+    workers: int | None = None  # runs at a time, where it matters
 
 
 TABLES = {
     "main": Table(main_cells, ACCURACY),
     "epochs": Table(main_cells, EPOCHS),
     "ood": Table(main_cells, {"out of distribution": out_of_distribution}),
-    "cost": Table(main_cells, COST),
+    "cost": Table(cost_cells, COST, 2, workers=1),
     "dynamics": Table(main_cells, DYNAMICS),
     "pass_at_k": Table(main_cells, PASS),
     "shadow": Table(shadow_cells, GAIN, 5),
     "effect": Table(effect_cells, EFFECT, 5),
     "order": Table(order_cells, GAIN, 5),
+    "selection": Table(selection_cells, SELECTION, 5),
     "beta": Table(partial(sweep_cells, flag="beta", values=("1e-4", "4e-4", "1e-3", "4e-3"), against="1e-3"), GAIN, 5),
     "lambda": Table(lambda_cells, ACCURACY, 5),
     "lora": Table(lora_cells, ACCURACY, 5),
@@ -334,7 +360,7 @@ def start(preset: str, job: dict, folder: str) -> int:
     flags = PRESETS[preset].flags | {"method": job["method"], "seed": str(job["seed"])} | job["flags"]
     idle = {"sft-steps": job["method"] != "sft_rl", "prompts-per-step": not METHODS[job["method"]].rl}
     flags = {name: value for name, value in flags.items() if not idle.get(name)}  # idle settings are refused
-    if job["kind"] == "tuning":
+    if job["kind"] in ("tuning", "cost"):
         flags |= {"eval-every": "100000"}  # at the end only
     if pid := os.fork():
         return pid
@@ -470,6 +496,12 @@ def table(preset: str, name: str) -> str:
     return "\n".join(lines)
 
 
+def spent(run: dict, total: str, name: str, step: int) -> float:
+    """The part of run[total] until a step, in proportion to a stored curve."""
+    values = [value or 0.0 for value in run["curves"][name]]
+    return run[total] * sum(values[: step // BLOCK]) / sum(values)
+
+
 def band(ax, xs: list[float], series: list[list[float]], **style) -> None:
     """The mean over seeds of curves of equal length, and its 95 % interval."""
     columns = list(zip(*series, strict=True))
@@ -505,10 +537,13 @@ def draw(preset: str, out: Path) -> None:
         at = [e["step"] for e in runs[0]["evals"]]
         accuracy = [[trained(dict(evals=r["evals"][: i + 1]), preset) for i in range(len(at))] for r in runs]
         band(steps, at, accuracy, **style)
-        for ax, total, unit in ((tokens, "sampled_tokens", 1000), (seconds, "seconds", 1)):
-            end = sum(r[total] for r in runs) / len(runs) / unit
-            if end:
-                band(ax, [end * step / at[-1] for step in at], accuracy, **style)
+        for ax, total, name, unit in (
+            (tokens, "sampled_tokens", "response_tokens", 1000),
+            (seconds, "seconds", "seconds", 1),
+        ):
+            if runs[0][total]:
+                xs = [[spent(r, total, name, step) / unit for r in runs] for step in at]
+                band(ax, [sum(x) / len(x) for x in xs], accuracy, **style)
         for ax, name in ((length, "response_tokens"), (gain, "cooperative_gain")):
             curves = [r["curves"].get(name, []) for r in runs]
             middle = [BLOCK * i + BLOCK / 2 for i, value in enumerate(curves[0]) if value is not None]
@@ -543,7 +578,8 @@ def main() -> None:
         spec = TABLES[args.table]
         cells = [c for c in spec.cells(args.preset) if not args.rows or c.label in rows]
         if not args.no_runs:
-            make(args.preset, [c.job(seed) for seed in seeds(args.preset, args.table) for c in cells], args.workers)
+            jobs = [c.job(seed) for seed in seeds(args.preset, args.table) for c in cells]
+            make(args.preset, jobs, spec.workers or args.workers)
         print(table(args.preset, args.table))
     if args.figure:
         draw(args.preset, args.figure)

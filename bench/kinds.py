@@ -8,12 +8,18 @@ from dataclasses import replace
 
 import torch
 from measure import ROOT  # noqa: F401  puts the project's modules on the path
-from torch import nn
+from torch import Tensor, nn
 
 import bridge
 from evaluate import Sampling, answer
 from grading.scores import by_problem, verdicts
+from logprob import response_logprobs
+from ops.packed import Row
+from rewards import is_correct
 from tasks.task import Problem
+
+SHIFT = 0.05  # length of the small step of w
+KINDS_OF_ROWS = {"useful": True, "useless": False}
 
 
 def sampled_rewards(run: bridge.Run, model: nn.Module, per_group: int, samples: int) -> list[list[int]]:
@@ -89,9 +95,63 @@ def gauss_seidel() -> None:
     probe(right_of_many)
 
 
+def selected(direction: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None) -> None:
+    """SFT, of θ and of w, takes only demonstrations that a small step of w along `direction` makes more likely.
+
+    direction: of (∇_w L_RL(θ,w), ∇_w L_RL(θ̂,w)), to be descended. None: the right ones are known. The first-order
+    change of log π is the inner product of the demonstration's gradient of w with the direction; two forward passes
+    measure it for all demonstrations. If none is chosen, all are taken.
+    """
+    take, sft_pass, taken, w, kept = bridge.parallel.take_gradients, bridge.sft_pass, [], [], []
+
+    def remember(parameters) -> list[Tensor]:
+        w[:] = parameters
+        taken.append(take(w))
+        return taken[-1]
+
+    def shift(step: list[Tensor], sign: float) -> None:
+        for p, d in zip(w, step, strict=True):
+            p.data.add_(d, alpha=sign)
+
+    def sft_pass_of_some(model: nn.Module, demonstrations: list[Row], weight: float, s: bridge.Settings) -> float:
+        if direction is None:
+            useful = [useful_rows[str(row)] for row in demonstrations]
+        else:
+            step = direction(*taken[-2:])
+            scale = SHIFT / max(torch.nn.utils.get_total_norm(step).item(), 1e-12)
+            lengths, logps = [len(response) for _, response in demonstrations], []
+            for sign in (0.0, -scale):
+                shift(step, sign)
+                with torch.no_grad():
+                    logps.append(response_logprobs(model, demonstrations)[0].split(lengths))
+                shift(step, -sign)
+            useful = [(after.mean() > before.mean()).item() for before, after in zip(*logps, strict=True)]
+        chosen = [row for row, yes in zip(demonstrations, useful, strict=True) if yes]
+        kept.extend((useful_rows[str(row)], yes) for row, yes in zip(demonstrations, useful, strict=True))
+        return sft_pass(model, chosen or demonstrations, weight, s)
+
+    useful_rows: dict[str, bool] = {}
+
+    def shares(run: bridge.Run, step: int) -> dict:
+        """Of the useful and of the useless demonstrations since the last evaluation: the share that was taken."""
+        if not useful_rows:  # at step 0
+            pairs = zip(run.demonstrations, run.env.task.demonstrations, strict=True)
+            useful_rows.update((str(row), is_correct(d.response, d.answer).correct) for row, d in pairs)
+        of_kind = {name: [yes for useful, yes in kept if useful == kind] for name, kind in KINDS_OF_ROWS.items()}
+        kept.clear()
+        return {f"{name} taken": sum(y) / len(y) for name, y in of_kind.items() if y}
+
+    bridge.parallel.take_gradients, bridge.sft_pass = remember, sft_pass_of_some
+    probe(shares)
+
+
 KINDS: dict[str, Callable[[], None] | None] = {
-    "tuning": None,
+    "tuning": None,  # no evaluation but the last
+    "cost": None,  # the same, one run at a time
     "final": lambda: probe(right_of_many),
     "effect": effect_of_w,
     "gauss_seidel": gauss_seidel,
+    "by_gain": lambda: selected(lambda g_rl, g_rl_hat: [a - b for a, b in zip(g_rl, g_rl_hat, strict=True)]),
+    "by_reward": lambda: selected(lambda g_rl, _: g_rl),
+    "by_truth": lambda: selected(None),
 }
