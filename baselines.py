@@ -5,7 +5,8 @@ a token; r: reward; A: advantage; H: mean entropy of a sequence, nats; sg: witho
 
 Where this code differs from the published ones:
   1. They normalise in each micro-batch, by L_max = max_new_tokens or by tokens. Here the batch has one denominator: RL
-     is Dr.GRPO's Σ/(N·L_max) over all N sequences, SFT is a mean over tokens. The balance of the two differs.
+     is Dr.GRPO's Σ/(N·L_max) over all N sequences, SFT is a mean over tokens. Theirs sums some 64 sequences without N:
+     in SRFT and HPT --mu 0.005 gives SFT about their weight beside RL on the built-in tasks.
   2. The demonstration joins G samples. LUFFY and SRFT replace one: 7 + 1.
   3. Their entropy bonus of 0.001 is omitted.
 """

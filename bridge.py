@@ -52,7 +52,7 @@ def updates(s: Settings, k: int) -> list[tuple[float, float]]:
         case "rl" | "luffy":
             return [(0.0, 1.0)]
         case "srft" | "hpt":
-            return [(1.0, 1.0)]
+            return [(s.mu, 1.0)]
         case "chord":
             mu = baselines.chord_mu(k, 0, s.steps, s.chord_peak, s.chord_valley)
             return [(mu, 1 - mu)]

@@ -53,8 +53,14 @@ METHODS = {
         own=("chord_peak", "chord_valley", "chord_phi"),
     ),
     "luffy": Method("LUFFY: the demonstration of a prompt joins its group; shaped gradient", pairs=True, expert=True),
-    "srft": Method("SRFT: LUFFY's groups, ±REINFORCE on samples and SFT, weighted by entropy", pairs=True, expert=True),
-    "hpt": Method("HPT: SFT on the demonstrations of prompts without a right sample, RL on the others", pairs=True),
+    "srft": Method(
+        "SRFT: ±REINFORCE on LUFFY's groups + mu·SFT, both weighted by entropy",
+        pairs=True, expert=True, own=("mu",),
+    ),
+    "hpt": Method(
+        "HPT: mu·SFT on the demonstrations of prompts without a right sample + RL on the others",
+        pairs=True, own=("mu",),
+    ),
     "mix_lora": Method("(1−λ)·SFT + λ·GRPO on θ and on w: BRIDGE without the shadow", adapter=True, own=("lam",)),
     "no_meta": Method(
         "BRIDGE without J_meta: θ takes (1−λ)·SFT + λ·GRPO, w takes (1−λ)·SFT alone",

@@ -96,8 +96,8 @@ TRIALS = {  # six for every row of the table main, over its own rates, weights a
         for flags in grid(alpha="2e-4,4e-4,8e-4", chord_peak="0.1,0.5")
     ],
     "luffy": SIX,
-    "srft": SIX,
-    "hpt": SIX,
+    "srft": grid(alpha="2e-4,4e-4,8e-4", mu="0.005,0.1"),  # a token's RL weight beside its SFT weight is as published
+    "hpt": grid(alpha="2e-4,4e-4,8e-4", mu="0.005,0.1"),  # at mu = 0.005: see baselines.py
     "mix_lora": WITH_ADAPTER,
     "no_meta": WITH_ADAPTER,
     "bridge": WITH_ADAPTER,
