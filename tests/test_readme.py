@@ -27,7 +27,7 @@ OTHERS = {  # flags of torchrun, pip and srun, of bench/, and those beside the s
     "--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts",
     "--shutdown-timeout", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal",
     "--preset", "--out", "--resume", "--dry-run", "--gpu", "--gpus", "--help", "--seeds", "--quick", "--size",
-    "--only", "--step", "--trace", "--heap", "--iterations", "--table", "--tune", "--methods", "--no-runs",
+    "--only", "--step", "--trace", "--heap", "--iterations", "--table", "--tune", "--methods", "--no-runs", "--rows",
 }  # fmt: skip
 
 
@@ -106,6 +106,15 @@ def test_the_results_tables_are_those_of_the_logged_runs(tmp_path, monkeypatch):
     before = lines(ROOT / "bench/results/laptop/bridge-0/evals.jsonl")[0]["policy"]
     lengths = sum(100 * before[f"n={n}"] for n in range(3, 7)) / 4
     assert f"| before training | {lengths:.1f} | {100 * before['average']:.1f} |" in PAGES["README.md"]
+
+
+def test_the_tables_of_the_comparison_are_those_of_its_logged_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    printed = re.findall(r"^python bench/compare\.py .* --no-runs$", PAGES["results.md"], re.MULTILINE)
+    assert len(printed) >= 5
+    for line in printed:
+        assert command(line, tmp_path, monkeypatch).strip() in PAGES["results.md"]
 
 
 def commands(*pages):
