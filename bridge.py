@@ -125,9 +125,10 @@ def rl_pass(
             with torch.set_grad_enabled(train):
                 logp, _ = response_logprobs(model, rows, s.temperature, dtype)  # [t]
             old_logp = logp.detach() if rollouts.old_logp is None else rollouts.old_logp[t]
-            A, expert = rollouts.advantage[t], rollouts.expert[t]  # only LUFFY and SRFT have expert tokens
+            A, expert = rollouts.advantage[t], rollouts.expert[t]
             loss, terms = grpo.grpo_loss(logp, old_logp, A, weight[t] * ~expert, s.clip, ratio_cap, ref_logp, s.kl_coef)
-            loss = loss - (weight[t] * expert * baselines.shaped_surrogate(logp, A)).sum()
+            if METHODS[s.method].expert:
+                loss = loss - (weight[t] * expert * baselines.shaped_surrogate(logp, A)).sum()
             if train:
                 loss.backward()
             tokens[:, t] = torch.stack([logp.detach(), *terms.values(), torch.full_like(logp, train)])

@@ -36,7 +36,7 @@ class Environment:
     tokenizer: object
     sampler: Sampler
     reward: Callable[[str, Problem], float]
-    traces: dict[str, Row]  # question -> its demonstration, for methods with pairs
+    traces: dict[str, Row] = field(default_factory=dict)  # question -> its demonstration, for methods with pairs
 
     def encode(self, question: str) -> list[int]:
         return encode_prompt(self.tokenizer, question, self.task.instruction, self.task.template)

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
+from statistics import stdev
 from typing import NamedTuple
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # before torch is imported
@@ -115,14 +116,14 @@ def trials(preset: str, row: str) -> list[dict]:
 
 
 def tuned(preset: str, row: str) -> dict[str, str]:
-    """The settings that won the row's trials; before there are any, the defaults."""
+    """The settings that won the row's trials; before there are any, those that all its trials share."""
     scores: dict[str, list[float]] = {}
     for run in trials(preset, row):
         scores.setdefault(json.dumps(run["flags"]), []).append(trained(run, preset))
     most = max(map(len, scores.values()), default=0)
     finalists = {flags: sum(s) / len(s) for flags, s in scores.items() if len(s) == most}
-    fixed = {"chord-phi": ON} if row == "chord, φ" else {}
-    return json.loads(max(finalists, key=finalists.get)) if finalists else fixed
+    shared = set.intersection(*(set(flags.items()) for flags in TRIALS[row]))
+    return json.loads(max(finalists, key=finalists.get)) if finalists else dict(shared)
 
 
 def cell(preset: str, label: str, row: str, against: str = "bridge", kind: str = "final", **flags: str) -> Cell:
@@ -160,13 +161,9 @@ def order_cells(preset: str) -> list[Cell]:
 def selection_cells(preset: str) -> list[Cell]:
     """SFT on a choice of the demonstrations: by the gain's gradient of w, by the reward's, by the truth."""
     kinds = {"all": "final", "raise the gain": "by_gain", "raise J_RL(θ,w)": "by_reward", "are right": "by_truth"}
-    own = {"own rollouts, those that raise the gain": "by_gain"}
-    cells = [
-        cell(preset, f"demonstrations: {name}", "bridge", "demonstrations: all", kind) for name, kind in kinds.items()
-    ]
-    return cells + [
-        cell(preset, name, "bridge", "demonstrations: all", kind, shadow_rollouts="own") for name, kind in own.items()
-    ]
+    choice = partial(cell, preset, row="bridge", against="demonstrations: all")
+    cells = [choice(f"demonstrations: {name}", kind=kind) for name, kind in kinds.items()]
+    return [*cells, choice("own rollouts, those that raise the gain", kind="by_gain", shadow_rollouts="own")]
 
 
 def rates(preset: str) -> dict[str, str]:
@@ -206,11 +203,21 @@ def variant_cells(preset: str, flag: str, names: tuple[str, ...], methods: tuple
 # Columns: numbers of one run
 
 
+def trained_groups(accuracies: dict[str, float], preset: str) -> list[str]:
+    """The groups of an evaluation that training has."""
+    return [g for g in accuracies if g != "average" and g not in PRESETS[preset].out_of_distribution]
+
+
+def percent(accuracies: dict[str, float], preset: str) -> float:
+    """The mean accuracy on the groups that training has."""
+    groups = trained_groups(accuracies, preset)
+    return 100 * sum(accuracies[g] for g in groups) / len(groups)
+
+
 def trained(run: dict, preset: str, at: float = 1.0) -> float:
-    """Accuracy in percent on the groups that training has, at a fraction of the steps."""
-    policy = min(run["evals"], key=lambda e: abs(e["step"] - at * run["evals"][-1]["step"]))["policy"]
-    groups = [g for g in policy if g != "average" and g not in PRESETS[preset].out_of_distribution]
-    return 100 * sum(policy[g] for g in groups) / len(groups)
+    """The policy's accuracy in percent on the groups that training has, at a fraction of the steps."""
+    last = run["evals"][-1]["step"]
+    return percent(min(run["evals"], key=lambda e: abs(e["step"] - at * last))["policy"], preset)
 
 
 def out_of_distribution(run: dict, preset: str) -> float:
@@ -220,7 +227,7 @@ def out_of_distribution(run: dict, preset: str) -> float:
 
 def shadow_end(run: dict, preset: str) -> float | None:
     shadow = run["evals"][-1].get("shadow")
-    return None if shadow is None else trained(dict(evals=[dict(step=0, policy=shadow)]), preset)
+    return None if shadow is None else percent(shadow, preset)
 
 
 def curve(run: dict, name: str) -> list[float]:
@@ -242,9 +249,9 @@ def passed(run: dict, preset: str, k: int) -> float | None:
     """pass@k on the trained groups, of 16 samples at temperature 1."""
     if not run["probes"] or "right" not in run["probes"][-1]:
         return None
-    groups = sorted(g for g in run["evals"][-1]["policy"] if g != "average")
-    of_group = dict(zip(groups, run["probes"][-1]["right"], strict=True))
-    known = [of_group[g] for g in groups if g not in PRESETS[preset].out_of_distribution]
+    policy = run["evals"][-1]["policy"]
+    of_group = dict(zip(sorted(policy.keys() - {"average"}), run["probes"][-1]["right"], strict=True))
+    known = [of_group[g] for g in trained_groups(policy, preset)]
     matrices = [np.array([[1] * c + [0] * (16 - c) for c in right]) for right in known]
     return 100 * float(np.mean([pass_at_k(matrix, k).mean() for matrix in matrices]))
 
@@ -260,7 +267,8 @@ def share_taken(run: dict, preset: str, name: str) -> float | None:
     return 100 * sum(shares) / len(shares) if shares else None
 
 
-def without_w(run: dict, preset: str, base: str, adapter: str) -> float:
+def sampled_reward(run: dict, preset: str, base: str, adapter: str) -> float:
+    """The reward of π(base, adapter) at the end: points."""
     return 100 * run["probes"][-1][f"{base},{adapter}"]
 
 
@@ -286,10 +294,10 @@ PASS = {f"pass@{k}": partial(passed, k=k) for k in (1, 4, 16)}
 EFFECT = {
     "J(θ,w) by w": partial(change_by_w, base="theta"),
     "J(θ̂,w) by w": partial(change_by_w, base="theta_hat"),
-    "J(θ,w)": partial(without_w, base="theta", adapter="w"),
-    "J(θ,0)": partial(without_w, base="theta", adapter="none"),
-    "J(θ̂,w)": partial(without_w, base="theta_hat", adapter="w"),
-    "J(θ̂,0)": partial(without_w, base="theta_hat", adapter="none"),
+    "J(θ,w)": partial(sampled_reward, base="theta", adapter="w"),
+    "J(θ,0)": partial(sampled_reward, base="theta", adapter="none"),
+    "J(θ̂,w)": partial(sampled_reward, base="theta_hat", adapter="w"),
+    "J(θ̂,0)": partial(sampled_reward, base="theta_hat", adapter="none"),
 }
 SELECTION = {
     "trained": trained,
@@ -341,12 +349,21 @@ def results(preset: str) -> Path:
 
 @cache
 def records(preset: str) -> list[dict]:
-    path = results(preset)
-    return [json.loads(line) for line in gzip.open(path, "rt")] if path.exists() else []
+    if not results(preset).exists():
+        return []
+    with gzip.open(results(preset), "rt") as file:
+        return [json.loads(line) for line in file]
 
 
 def key(run: dict) -> str:
     return json.dumps([run[name] for name in ("method", "flags", "seed", "kind")], sort_keys=True)
+
+
+def runs_of(preset: str, c: Cell, seeds: tuple[int, ...]) -> dict[int, dict]:
+    """{seed: record} of the finished runs of a cell."""
+    finished = {key(r): r for r in records(preset)}
+    keys = {seed: key(c.job(seed)) for seed in seeds}
+    return {seed: finished[k] for seed, k in keys.items() if k in finished}
 
 
 def blocks(values: list[float | None]) -> list[float | None]:
@@ -360,7 +377,7 @@ def start(preset: str, job: dict, folder: str) -> int:
     flags = PRESETS[preset].flags | {"method": job["method"], "seed": str(job["seed"])} | job["flags"]
     idle = {"sft-steps": job["method"] != "sft_rl", "prompts-per-step": not METHODS[job["method"]].rl}
     flags = {name: value for name, value in flags.items() if not idle.get(name)}  # idle settings are refused
-    if job["kind"] in ("tuning", "cost"):
+    if KINDS[job["kind"]] is None:
         flags |= {"eval-every": "100000"}  # at the end only
     if pid := os.fork():
         return pid
@@ -383,7 +400,7 @@ def start(preset: str, job: dict, folder: str) -> int:
             os._exit(status)  # the parent's files and exit handlers are not this process's
 
 
-def record_of(job: dict, folder: str, peak_kib: int) -> dict:
+def record_of(job: dict, folder: str, peak_kib: int, source: str) -> dict:
     """The record of a finished run: accuracies, curves, seconds of training without evaluation."""
     metrics, evals = (read_log(Path(folder, "run", f"{name}.jsonl")) for name in ("metrics", "evals"))
     probes = [record for _, record in read_lines(Path(folder, "run/probe.jsonl"))] if KINDS[job["kind"]] else []
@@ -394,7 +411,7 @@ def record_of(job: dict, folder: str, peak_kib: int) -> dict:
     return job | dict(
         evals=evals, probes=probes, curves=curves | dict(seconds=blocks(seconds)),
         seconds=round(sum(seconds), 2), step_seconds=round(sum(seconds) / len(seconds), 4),
-        sampled_tokens=round(sampled), peak_mib=peak_kib // 1024, commit=commit(),
+        sampled_tokens=round(sampled), peak_mib=peak_kib // 1024, commit=source,
     )  # fmt: skip
 
 
@@ -402,7 +419,7 @@ def make(preset: str, jobs: list[dict], workers: int) -> None:
     """Makes the runs that the results lack and appends each as it ends. Raises RuntimeError if one fails."""
     done, running, made = {key(r) for r in records(preset)}, {}, 0
     todo = [job for job in {key(job): job for job in jobs}.values() if key(job) not in done]
-    count = len(todo)
+    count, source = len(todo), commit()  # the commit that was imported, whatever the folder has later
     with tempfile.TemporaryDirectory() as scratch:
         while todo or running:
             while todo and len(running) < workers:
@@ -416,7 +433,7 @@ def make(preset: str, jobs: list[dict], workers: int) -> None:
                 for other in running:
                     os.kill(other, signal.SIGKILL)
                 raise RuntimeError(f"{name} fails:\n{Path(folder, 'output').read_text()[-2000:]}")
-            record, made = record_of(job, folder, usage.ru_maxrss), made + 1
+            record, made = record_of(job, folder, usage.ru_maxrss, source), made + 1
             with gzip.open(results(preset), "at") as file:
                 file.write(json.dumps(record) + "\n")
             print(f"[{made}/{count}] {name}: {trained(record, preset):.1f} %, {record['seconds']:.0f} s", flush=True)
@@ -453,9 +470,7 @@ def half_width(values: list[float]) -> float:
     n = len(values)
     if n < 2:
         return float("inf")
-    mean = sum(values) / n
-    deviation = (sum((v - mean) ** 2 for v in values) / (n - 1)) ** 0.5
-    return student(n - 1) * deviation / n**0.5
+    return student(n - 1) * stdev(values) / n**0.5
 
 
 @cache
@@ -478,10 +493,8 @@ def with_interval(values: list[float], sign: str = "") -> str:
 def table(preset: str, name: str) -> str:
     """Markdown: one row for each cell, means with intervals, and the paired difference of the first column."""
     spec, by_cell = TABLES[name], {}
-    finished = {key(r): r for r in records(preset)}
     for c in spec.cells(preset):
-        jobs = {seed: key(c.job(seed)) for seed in seeds(preset, name)}
-        by_cell[c.label] = c, {seed: finished[k] for seed, k in jobs.items() if k in finished}
+        by_cell[c.label] = c, runs_of(preset, c, seeds(preset, name))
     first = next(iter(spec.columns.values()))
     lines = [f"| | {' | '.join(spec.columns)} | difference | to | seeds |", "|---" * (len(spec.columns) + 4) + "|"]
     for label, (c, runs) in by_cell.items():
@@ -524,18 +537,17 @@ def draw(preset: str, out: Path) -> None:
     length.set(title="response length, tokens", xlabel="step")
     gain.set(title="logged cooperative gain, reward", xlabel="step")
     shadow.set(title="accuracy of the shadow (θ̂, w), and of rl, %", xlabel="step")
-    finished = {key(r): r for r in records(preset)}
     cells = [*main_cells(preset), cell(preset, "bridge, own rollouts", "bridge", shadow_rollouts="own")]
     colors = matplotlib.colormaps["tab20"].colors
     for c, color in zip(cells, (*colors[::2], *colors[1::2]), strict=False):
-        runs = [finished[k] for k in (key(c.job(seed)) for seed in PRESETS[preset].seeds) if k in finished]
+        runs = list(runs_of(preset, c, PRESETS[preset].seeds).values())
         if not runs:
             continue
         style = dict(
             color="black" if c.label == "bridge" else color, lw=2.2 if c.label == "bridge" else 1.2, label=c.label
         )
         at = [e["step"] for e in runs[0]["evals"]]
-        accuracy = [[trained(dict(evals=r["evals"][: i + 1]), preset) for i in range(len(at))] for r in runs]
+        accuracy = [[percent(e["policy"], preset) for e in r["evals"]] for r in runs]
         band(steps, at, accuracy, **style)
         for ax, total, name, unit in (
             (tokens, "sampled_tokens", "response_tokens", 1000),
@@ -551,8 +563,7 @@ def draw(preset: str, out: Path) -> None:
                 band(ax, middle, [[v for v in values if v is not None] for values in curves], **style)
         if "shadow" in runs[0]["evals"][-1] or c.method == "rl":
             kind = "policy" if c.method == "rl" else "shadow"
-            seen = [[dict(step=0, policy=e[kind]) for e in r["evals"]] for r in runs]
-            band(shadow, at, [[trained(dict(evals=[e]), preset) for e in r] for r in seen], **style)
+            band(shadow, at, [[percent(e[kind], preset) for e in r["evals"]] for r in runs], **style)
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
     steps.legend(fontsize=8, frameon=False, ncols=2)

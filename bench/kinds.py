@@ -54,19 +54,21 @@ def right_of_many(run: bridge.Run, step: int) -> dict | None:
 
 def effect_of_w() -> None:
     """Measures J_RL of θ and of θ̂ with w, with the w of the evaluation before, and without w."""
-    before: dict[str, list[torch.Tensor]] = {}
+    before: dict[str, list[Tensor]] = {}
+
+    def set_w(run: bridge.Run, values: list[Tensor]) -> None:
+        for p, value in zip(run.m.w.values(), values, strict=True):
+            p.data.copy_(value)
 
     def measure(run: bridge.Run, step: int) -> dict:
         now, rewards = [p.detach().clone() for p in run.m.w.values()], {}
         adapters = dict(w=now, w_before=before.get("w", now), none=[torch.zeros_like(p) for p in now])
         for name, values in adapters.items():
-            for p, value in zip(run.m.w.values(), values, strict=True):
-                p.data.copy_(value)
+            set_w(run, values)
             for base, model in (("theta", run.m.policy), ("theta_hat", run.m.shadow)):
                 right = sampled_rewards(run, model, 100, 2)
                 rewards[f"{base},{name}"] = sum(map(sum, right)) / sum(map(len, right)) / 2
-        for p, value in zip(run.m.w.values(), now, strict=True):
-            p.data.copy_(value)
+        set_w(run, now)
         before["w"] = now
         return rewards
 

@@ -66,8 +66,8 @@ def deepmath(s: Settings, notes: list[str]) -> list[Demonstration]:
 
 
 NAMED = {"arithmetic": lambda s: arithmetic.task(s.seed, s.eval_problems)}
-NAMED |= {"chains": lambda s: arithmetic.chains(s.seed, s.eval_problems)}
 NAMED |= {"limr": limr, "math_level3to5": math_level3to5, "gsm8k": gsm8k}
+NAMED |= {"chains": lambda s: arithmetic.chains(s.seed, s.eval_problems)}
 
 
 def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int, any_gold: bool = False) -> Task:

@@ -78,7 +78,7 @@ def test_steps_beside_trl_and_the_growth_of_a_step_are_measured_and_drawn(tmp_pa
     out, figure = tmp_path / "rows.jsonl", tmp_path / "speed.png"
     for words in (["--quick", "--peer", "trl", "--sweep", "--out", out], ["--figure", out, "--out", figure]):
         monkeypatch.setattr(sys, "argv", ["step.py", *map(str, words)])
-        runpy.run_path(BENCH / "step.py", run_name="__main__")
+        runpy.run_path(str(BENCH / "step.py"), run_name="__main__")
     peer, sweep = ([row for row in lines(out) if row["part"] == part] for part in ("peer", "sweep"))
     assert [row["implementation"] for row in peer] == ["TRL", "ours, GRPO", "ours, BRIDGE"]
     assert all(row["tokens"] > 0 and row["sample %"] + row["train %"] < 100 for row in peer)
