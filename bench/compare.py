@@ -173,21 +173,29 @@ def rates(preset: str) -> dict[str, str]:
 
 
 def sweep_cells(preset: str, flag: str, values: tuple[str, ...], against: str) -> list[Cell]:
-    return [cell(preset, f"bridge, {flag} {v}", "bridge", f"bridge, {flag} {against}", **{flag: v}) for v in values]
+    """bridge with values of one flag; `against` is the one that bridge has in the table main: those runs serve both."""
+    row = "bridge, {} {}".format
+    return [
+        cell(preset, row(flag, v), "bridge", row(flag, against), **({flag: v} if v != against else {})) for v in values
+    ]
 
 
 def lambda_cells(preset: str) -> list[Cell]:
-    """bridge, and the mix that gives θ the same update."""
+    """bridge, and the mix that gives θ the same update at the same rate."""
     weights = {"0.1": "9", "0.3": "2.3333", "0.5": "1", "0.7": "0.42857", "0.9": "0.11111"}
     cells = sweep_cells(preset, "lam", tuple(weights), "0.5")
-    return cells + [cell(preset, f"mix, lam {lam}", "mix", f"bridge, lam {lam}", mu=mu) for lam, mu in weights.items()]
+    alpha = rates(preset)["alpha"]
+    return cells + [
+        cell(preset, f"mix, lam {lam}", "mix", f"bridge, lam {lam}", alpha=alpha, mu=mu) for lam, mu in weights.items()
+    ]
 
 
 def lora_cells(preset: str) -> list[Cell]:
-    sizes = [("2", "4"), ("8", "16"), ("32", "64"), ("8", "4"), ("8", "64")]
+    sizes = [("8", "16"), ("2", "4"), ("32", "64"), ("8", "4"), ("8", "64")]  # the first is the default
+    row, changes = "bridge, rank {}, alpha {}".format, [dict(lora_rank=r, lora_alpha=a) for r, a in sizes]
     return [
-        cell(preset, f"bridge, rank {r}, alpha {a}", "bridge", "bridge, rank 8, alpha 16", lora_rank=r, lora_alpha=a)
-        for r, a in sizes
+        cell(preset, row(*size), "bridge", row(*sizes[0]), **(flags if size != sizes[0] else {}))
+        for size, flags in zip(sizes, changes, strict=True)
     ]
 
 
@@ -305,8 +313,7 @@ SELECTION = {
     "useless taken, %": partial(share_taken, name="useless taken"),
 }
 BOUNDS = ("mix", "no_meta", "mix_lora", "bridge")
-USELESS = ("useless_0", "useless_20", "useless_40", "useless_60")
-DEMONSTRATIONS = ("demonstrations_16", "demonstrations_64", "demonstrations_256", "demonstrations_1024")
+SUPERVISION = ("useless_0", "useless_20", "clean", "useless_60", "demonstrations_16", "demonstrations_1024")
 
 
 class Table(NamedTuple):
@@ -327,7 +334,7 @@ TABLES = {
     "effect": Table(effect_cells, EFFECT, 5),
     "order": Table(order_cells, GAIN, 5),
     "selection": Table(selection_cells, SELECTION, 5),
-    "beta": Table(partial(sweep_cells, flag="beta", values=("1e-4", "4e-4", "1e-3", "4e-3"), against="1e-3"), GAIN, 5),
+    "beta": Table(partial(sweep_cells, flag="beta", values=("2e-4", "5e-4", "2e-3", "8e-3"), against="2e-3"), GAIN, 5),
     "lambda": Table(lambda_cells, ACCURACY, 5),
     "lora": Table(lora_cells, ACCURACY, 5),
     "noise": Table(
@@ -335,7 +342,7 @@ TABLES = {
                 methods=("rl", "mix", "mix_lora", "bridge"), against="rl"), ACCURACY, 5,
     ),
     "supervision": Table(
-        partial(variant_cells, flag="task", names=USELESS + DEMONSTRATIONS, methods=BOUNDS, against="mix"), ACCURACY, 5
+        partial(variant_cells, flag="task", names=SUPERVISION, methods=BOUNDS, against="mix"), ACCURACY, 5
     ),
 }  # fmt: skip
 

@@ -14,10 +14,8 @@ def task(s, **changes):
     return arithmetic.chains(s.seed, s.eval_problems, **changes)
 
 
-useless_0, useless_20, useless_40, useless_60 = (partial(task, useless=share) for share in (0.0, 0.2, 0.4, 0.6))
-demonstrations_16, demonstrations_64, demonstrations_256, demonstrations_1024 = (
-    partial(task, useless=0.0, demonstrations=number) for number in (16, 64, 256, 1024)
-)
+useless_0, useless_20, useless_60 = (partial(task, useless=share) for share in (0.0, 0.2, 0.6))  # of 256
+demonstrations_16, demonstrations_1024 = (partial(task, useless=0.0, demonstrations=n) for n in (16, 1024))
 
 
 def noisy(response, problem, p: float) -> float:

@@ -172,7 +172,7 @@ def test_the_noisy_reward_is_flipped_with_its_probability(reward, p):
     assert sum(reward("\\boxed{3}", problem) for _ in range(2000)) / 2000 == pytest.approx(p, abs=0.03)
 
 
-@pytest.mark.parametrize("name", [*compare.USELESS, *compare.DEMONSTRATIONS])
+@pytest.mark.parametrize("name", [v for v in compare.SUPERVISION if v != "clean"])
 def test_a_variant_of_the_task_has_the_number_and_share_in_its_name(name):
     s, _ = parse(["--preset=chains", "--eval-problems=2"])
     task = getattr(variants, name)(s)
