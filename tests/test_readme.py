@@ -56,6 +56,7 @@ def test_every_function_test_and_file_that_a_page_names_exists():
 
 @pytest.mark.parametrize("module", [
     "grading.expression", "grading.scores", "grpo", "infra.run", "logprob", "ops.packed", "rewards", "tasks.arithmetic",
+    "tasks.logic",
 ])  # fmt: skip
 def test_the_examples_in_the_docstrings_are_true(module):
     failed, tried = doctest.testmod(importlib.import_module(module))
