@@ -44,9 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--benchmarks", default="", help=f"paper (the first five) or a list of {NAMES}")
     add("--benchmark-dir", type=expand, default="benchmarks", help="folder of NAME.jsonl, else the hub's")
     add("--data", type=expand, default="", help="problems to evaluate on, .jsonl with question and answer")
-    add(
-        "--problems", type=int, default=0, help="only the first N of each (of a built-in task: N per group)"
-    )
+    add("--problems", type=int, default=0, help="only the first N of each (of a built-in task: N per group)")
     add("--template", help="prompt: qwen-boxed or plain instead of the chat template (default: the run's)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="paper: greedy, one answer; sampled: T 0.6, top-p 0.95")
     add("--samples", type=int, default=0, help="answers per problem (default: the protocol's, by benchmark)")

@@ -58,9 +58,7 @@ class Settings:
     # model and data
     model: str = opt("arithmetic-laptop", "folder, hub name (NAME@REVISION) or built-in model (paper: Qwen2.5-3B)")
     template: str = opt("", "prompt: qwen-boxed, plain, or empty for the model's chat template (paper: SimpleRL's)")
-    task: str = opt(
-        "arithmetic", "arithmetic, logic, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)"
-    )
+    task: str = opt("arithmetic", "arithmetic, logic, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)")
     rl_data: str = opt("", "D_RL instead of a task: comma list of files or hub names, rows with question and answer")
     sft_data: str = opt("", "D_SFT beside rl_data: the same kinds of sources, rows with question and solution", "sft")
     eval_data: str = opt("", "evaluation: benchmarks (math500,aime24,…) or sources; empty: held out of rl_data")
@@ -181,9 +179,7 @@ def check(s: Settings) -> Settings:
     if s.task in BUILTIN_TASKS and not s.rl_data:
         if s.sft_data or s.eval_data:
             given = "sft_data" if s.sft_data else "eval_data"
-            raise SettingError(
-                f"{given} needs rl_data: the built-in {s.task} has its own demonstrations and problems"
-            )
+            raise SettingError(f"{given} needs rl_data: the built-in {s.task} has its own demonstrations and problems")
         if s.model.split("-")[0] in set(BUILTIN_TASKS) - {s.task}:
             right = BUILTIN_TASKS[s.task]
             raise SettingError(f"model {s.model} has no tokens for the task {s.task}: use --preset {right}")
