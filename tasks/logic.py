@@ -14,6 +14,7 @@ tasks/base; tasks/builtin.py trains it.
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from itertools import product
 
 from transformers import PreTrainedTokenizerFast
@@ -94,7 +95,9 @@ def puzzle(rng: random.Random, size: int) -> tuple[str, str, str]:
                 return ask(statements), steps, solutions[0]
 
 
-def distinct_puzzles(rng: random.Random, sizes: tuple, count: int, held_out: set[str]) -> list[tuple[str, str, str]]:
+def distinct_puzzles(
+    rng: random.Random, sizes: tuple, count: int, held_out: frozenset[str]
+) -> list[tuple[str, str, str]]:
     """`count` different problems, their sizes in turn, that share no n-gram of task.py with `held_out`."""
     puzzles: dict[str, tuple[str, str, str]] = {}
     while len(puzzles) < count:
@@ -110,13 +113,15 @@ def evaluation(per_size: int) -> list[Problem]:
         raise DataError(f"eval_problems: the task has {max(EVAL_MAX.values())} of each size, {per_size} asked for")
     problems = []
     for n in EVAL_SIZES:
-        puzzles = distinct_puzzles(random.Random(EVAL_SEED + n), (n,), min(per_size, EVAL_MAX[n]), set())
+        puzzles = distinct_puzzles(random.Random(EVAL_SEED + n), (n,), min(per_size, EVAL_MAX[n]), frozenset())
         problems += [Problem(question, answer, f"n={n}") for question, _, answer in puzzles]
     return problems
 
 
-def held_out() -> set[str]:
-    return {g for p in evaluation(max(EVAL_MAX.values())) for g in ngrams(p.question)}
+@cache
+def held_out() -> frozenset[str]:
+    """The n-grams of all evaluation problems."""
+    return frozenset(g for p in evaluation(max(EVAL_MAX.values())) for g in ngrams(p.question))
 
 
 def task(seed: int, eval_per_size: int, demonstrations: int = PROMPTS, useless: float = 0.0) -> Task:
