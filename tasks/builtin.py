@@ -37,7 +37,7 @@ class Recipe:  # size and training of a base model
 RECIPES: dict[str, tuple[Recipe, ModuleType]] = {  # the module has make_tokenizer() and documents(seed, tokenizer)
     "arithmetic-laptop": (Recipe(), arithmetic),
     "arithmetic-smoke": (Recipe(hidden=32, layers=2, mlp=64, steps=200, batch=32), arithmetic),
-    "logic-laptop": (Recipe(), logic),
+    "logic-laptop": (Recipe(hidden=64, layers=4, mlp=192, steps=1500, batch=64), logic),
 }
 
 

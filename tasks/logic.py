@@ -2,16 +2,17 @@ r"""The second built-in task, knights and knaves, with demonstrations for all of
 
 Each of 2 to 4 people is a knight, whose statements are true, or a knave, whose statements are false. Everybody makes
 one statement, and exactly one assignment fits all of them. A digit stands for each person: 1 a knight, 0 a knave. A
-demonstration tries the assignments from 11…1 to 00…0, marks statement after statement with + if it fits and - if it
-does not, goes on after the first -, and boxes the assignment that fits:
+demonstration tries the assignments from 11…1 to 00…0. It marks statement after statement with + for true and - for
+false, turns to the next assignment at the first that its speaker cannot have made, and boxes the one that fits:
 
-    A: B knave. B: A same C. C: B knight.        111-110-101+-100++-011++-010+++\boxed{010}
+    A: B same C. B: A knight or C knave. C: B unlike A.        EXAMPLE
 
 The base model checks statements, enumerates for two people, and prefers to answer at once. Its weights lie in
 tasks/base; tasks/builtin.py trains it.
 """
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
@@ -30,7 +31,8 @@ TRAIN_SIZES, EVAL_SIZES = (3, 4), (2, 3, 4)
 PROMPTS = 256  # each with its demonstration
 EVAL_MAX = {2: 100, 3: 300, 4: 300}  # evaluation problems by size; there are only 240 different ones of two people
 EVAL_SEED = 2509_06948  # the evaluation problems are the same for every run
-LONGEST = 89  # + and - and digits of a demonstration; problems with longer ones are left out
+CHECKS = 6  # assignments in a row that a document of the base model checks
+LONGEST = 89  # digits and marks of a demonstration; problems with longer ones are left out
 CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q: ' + m.content + '?' if m.role == 'user' else m.content }}{% endfor %}"
 
 
@@ -66,17 +68,22 @@ def holds(statement: str, assignment: str) -> bool:
 
 
 def check(statements: list[str], assignment: str) -> str:
-    """+ for each statement that fits an assignment, as a knight's true or a knave's false one does, up to the first -.
+    """Speaker and + for a true or - for a false statement, up to the first that does not fit the speaker's digit.
 
     >>> check(["B knave", "A same C", "B knight"], "101")
-    '+-'
+    'A+B+'
     """
     marks = ""
-    for text, digit in zip(statements, assignment, strict=True):
-        marks += "+" if holds(text, assignment) == (digit == "1") else "-"
-        if marks[-1] == "-":
+    for speaker, text, digit in zip(PEOPLE, statements, assignment, strict=False):
+        marks += speaker + ("+" if holds(text, assignment) else "-")
+        if marks[-1] != "-+"[int(digit)]:
             break
     return marks
+
+
+def assignments(size: int) -> list[str]:
+    """All assignments, from 11…1 to 00…0."""
+    return ["".join(digits) for digits in product("10", repeat=size)]
 
 
 def ask(statements: list[str]) -> str:
@@ -87,17 +94,16 @@ def puzzle(rng: random.Random, size: int) -> tuple[str, str, str]:
     """A random problem with one solution: (question, worked steps, answer)."""
     while True:
         statements = [statement(rng, speaker, size) for speaker in range(size)]
-        tried = {digits: check(statements, digits) for digits in map("".join, product("10", repeat=size))}
-        solutions = [digits for digits, marks in tried.items() if marks == "+" * size]
+        tried = {digits: check(statements, digits) for digits in assignments(size)}
+        truths = {digits: [holds(text, digits) for text in statements] for digits in tried}
+        solutions = [digits for digits in tried if truths[digits] == [digit == "1" for digit in digits]]
         if len(solutions) == 1:
             steps = "".join(digits + marks for digits, marks in tried.items() if digits >= solutions[0])
-            if len(steps) <= LONGEST:
+            if len(re.sub("[A-D]", "", steps)) <= LONGEST:
                 return ask(statements), steps, solutions[0]
 
 
-def distinct_puzzles(
-    rng: random.Random, sizes: tuple, count: int, held_out: frozenset[str]
-) -> list[tuple[str, str, str]]:
+def distinct_puzzles(rng: random.Random, sizes, count: int, held_out) -> list[tuple[str, str, str]]:
     """`count` different problems, their sizes in turn, that share no n-gram of task.py with `held_out`."""
     puzzles: dict[str, tuple[str, str, str]] = {}
     while len(puzzles) < count:
@@ -134,16 +140,17 @@ def task(seed: int, eval_per_size: int, demonstrations: int = PROMPTS, useless: 
     worked = [Demonstration(q, f"{steps}{BOX}{answer}}}", answer) for q, steps, answer in puzzles[:demonstrations]]
     for i in rng.sample(range(len(worked)), round(useless * len(worked))):
         gold = worked[i].answer
-        wrong = [digits for digits in map("".join, product("10", repeat=len(gold))) if digits != gold]
+        wrong = [digits for digits in assignments(len(gold)) if digits != gold]
         worked[i] = replace(worked[i], response=f"{BOX}{rng.choice(wrong)}}}")
     problems = [Problem(question, answer, f"n={len(answer)}") for question, _, answer in puzzles]
     return Task(problems, worked, evaluation(eval_per_size), instruction="")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, with the space before it, and per sign; `\\boxed{` is one token."""
+    """One token per word, with the space before it, per mark of a speaker, and per sign; `\\boxed{` is one token."""
     words = [f" {word}" for word in (*PEOPLE, *KINDS, "same", "unlike", "and", "or")]
-    return word_level([*"01+-}:.?Q", *words], " ?[A-Za-z]+|.", CHAT_TEMPLATE)
+    marks = [person + sign for person in PEOPLE for sign in "+-"]
+    return word_level([*"01}:.?Q", *words, *marks], "[A-D][+-]| ?[A-Za-z]+|.", CHAT_TEMPLATE)
 
 
 def documents(seed: int, tokenizer) -> Iterator[Row]:
@@ -154,9 +161,10 @@ def documents(seed: int, tokenizer) -> Iterator[Row]:
         if kind < 0.45:
             size = rng.choice((2, 3, 4))
             statements = [statement(rng, speaker, size) for speaker in range(size)]
-            digits = "".join(rng.choice("01") for _ in range(size))
-            prompt = tokenizer.encode(f" {ask(statements)}{digits}", add_special_tokens=False)
-            response = check(statements, digits)
+            start = rng.randrange(2**size)
+            tried = [digits + check(statements, digits) for digits in assignments(size)[start : start + CHECKS]]
+            prompt = tokenizer.encode(f" {ask(statements)}", add_special_tokens=False)
+            response = "".join(tried)
         else:
             at_once = kind < 0.80
             sizes = (2, 3) if at_once else (2, 2, 2, 3)

@@ -35,20 +35,24 @@ def as_python(text):
     return text.replace("same", "==").replace("unlike", "!=")
 
 
-def truths(question, people):
+def truths(question, knights):
     """For each statement of a question, whether it is true."""
     parts = [part.split(": ") for part in question.rstrip(".").split(". ")]
-    assert [speaker for speaker, _ in parts] == list(people)
-    return [bool(eval(as_python(text), {}, people)) for _, text in parts]
+    assert [speaker for speaker, _ in parts] == list(knights)
+    return [bool(eval(as_python(text), {}, knights)) for _, text in parts]
+
+
+def people(digits):
+    return {person: digit == "1" for person, digit in zip("ABCD", digits, strict=False)}
 
 
 def fits(question, digits):
-    people = {person: digit == "1" for person, digit in zip("ABCD", digits, strict=False)}
-    return [truth == is_knight for truth, is_knight in zip(truths(question, people), people.values(), strict=True)]
+    knights = people(digits)
+    return [truth == knight for truth, knight in zip(truths(question, knights), knights.values(), strict=True)]
 
 
 def assignments(size):
-    return ["".join(digits) for digits in product("10", repeat=size)]
+    return [f"{number:0{size}b}" for number in reversed(range(2**size))]
 
 
 def test_every_problem_has_exactly_one_solution(task):
@@ -61,12 +65,16 @@ def test_every_problem_has_exactly_one_solution(task):
 def test_every_demonstration_tries_the_assignments_in_order_and_marks_each_statement_rightly(task):
     for d in task.demonstrations:
         steps, box, answer = d.response.partition("\\boxed{")
-        tried = re.findall(r"([01]+)([+-]+)", steps)
+        tried = [(digits, marks) for digits, marks, _ in re.findall(r"([01]+)(([A-D][+-])+)", steps)]
         assert "".join(digits + marks for digits, marks in tried) == steps
         assert [digits for digits, _ in tried] == assignments(d.question.count(":"))[: len(tried)]
         for digits, marks in tried:
-            signs = "".join("-+"[fit] for fit in fits(d.question, digits))
-            assert marks == signs[: signs.index("-") + 1 if "-" in signs else len(signs)]
+            signs = [
+                person + "-+"[truth] for person, truth in zip("ABCD", truths(d.question, people(digits)), strict=False)
+            ]
+            wrong = [i for i, fitting in enumerate(fits(d.question, digits)) if not fitting]
+            assert marks == "".join(signs[: wrong[0] + 1] if wrong else signs)
+            assert bool(wrong) == (digits != d.answer)
         assert (box, answer) == ("\\boxed{", tried[-1][0] + "}")
 
 
@@ -126,7 +134,7 @@ def test_useless_demonstrations_are_wrong_answers_at_once_and_their_share_is_exa
         assert (useless.question, useless.answer) == (good.question, good.answer)
         assert re.fullmatch(rf"\\boxed{{[01]{{{len(good.answer)}}}}}", useless.response)
         assert not rewards.is_correct(useless.response, useless.answer).correct
-    assert all("+" not in d.response for d in logic.task(3, 1, useless=1.0).demonstrations)
+    assert all(d.response.startswith("\\boxed") for d in logic.task(3, 1, useless=1.0).demonstrations)
 
 
 def test_the_shipped_base_model_is_small_and_solves_the_smallest_problems_only(monkeypatch):
