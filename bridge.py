@@ -40,7 +40,7 @@ from logprob import response_logprobs
 from ops.decoder import share_storage_copy
 from ops.packed import Row
 from rollout import Environment, Rollouts, gain_statistics, make_environment, rl_statistics, rollouts_of_step
-from tasks.arithmetic import builtin_config
+from tasks.builtin import builtin_config
 from tasks.task import Stream, fingerprint
 
 

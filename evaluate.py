@@ -4,8 +4,8 @@
     python evaluate.py --regrade FILE            grade the answers of a result file again, without generating
     python evaluate.py --table FILE FILE ...     compare result files; differences are against the first
 
-Without --benchmarks or --data, a run is evaluated on its own evaluation problems and a model on the built-in
-arithmetic. The same command continues an interrupted evaluation.
+Without --benchmarks or --data, a run is evaluated on its own evaluation problems and a model on those of a
+built-in task. The same command continues an interrupted evaluation.
 """
 # ruff: noqa: E402  (--help prints before the imports that load torch)
 
@@ -44,7 +44,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--benchmarks", default="", help=f"paper (the first five) or a list of {NAMES}")
     add("--benchmark-dir", type=expand, default="benchmarks", help="folder of NAME.jsonl, else the hub's")
     add("--data", type=expand, default="", help="problems to evaluate on, .jsonl with question and answer")
-    add("--problems", type=int, default=0, help="only the first N of each (for the built-in task: N per length)")
+    add("--problems", type=int, default=0, help="only the first N of each (of a built-in task: N per group)")
     add("--template", help="prompt: qwen-boxed or plain instead of the chat template (default: the run's)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="paper: greedy, one answer; sampled: T 0.6, top-p 0.95")
     add("--samples", type=int, default=0, help="answers per problem (default: the protocol's, by benchmark)")
@@ -90,7 +90,7 @@ from infra.files import DataError, append_line, read_object
 from infra.model import load, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
 from sampler import Sampler
-from tasks import arithmetic
+from tasks import builtin
 from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, read_benchmark
 from tasks.named import load_task
 from tasks.prompts import encode_prompt, end_of_turn, prompt_text
@@ -174,8 +174,8 @@ def find_task(args: argparse.Namespace, s: Settings) -> Task:
         task.evaluation = [p for n in names for p in read_benchmark(n, args.benchmark_dir)[:count]]
     elif args.data:
         task.evaluation = read_problems(args.data, "--data", task.notes)[:count]
-    elif s.task == "arithmetic" and not s.rl_data:
-        task.evaluation, task.instruction = arithmetic.evaluation(count or s.eval_problems), ""
+    elif s.task in builtin.EVALUATION and not s.rl_data:
+        task.evaluation, task.instruction = builtin.EVALUATION[s.task](count or s.eval_problems), ""
     else:
         task = load_task(replace(s, sft_data="", method="rl"))  # reads no demonstrations
         task.evaluation = task.evaluation[:count]
@@ -188,11 +188,11 @@ def run(args: argparse.Namespace) -> None:
     parallel.start(timedelta(days=1))  # the timeout of collectives: one rank may generate much longer than another
     folder = Path(args.source)
     s = load_settings(folder)  # None: a model, not a run
-    task = find_task(args, s or Settings())
+    task = find_task(args, s or Settings(task=builtin.task_of(args.source)))
     for note in task.notes:
         print0(note)
     with parallel.rank0_first():  # rank 0 builds or downloads the model, then the other ranks read it from the disk
-        source = str(folder / "model") if s else arithmetic.resolve(args.source)
+        source = str(folder / "model") if s else builtin.resolve(args.source)
         model, tokenizer = load(source)
     dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32  # of weights; rotations stay fp32
 

@@ -21,7 +21,7 @@ from ops.packed import Row
 from rewards import load_reward
 from sampler import Completion, Sampler
 from settings import METHODS, SettingError, Settings
-from tasks import arithmetic
+from tasks import builtin
 from tasks.named import load_task
 from tasks.prompts import encode_prompt, end_of_turn
 from tasks.task import Problem, Stream, Task, pair, prepare
@@ -66,7 +66,7 @@ def make_environment(s: Settings) -> tuple[Environment, nn.Module, list[Row]]:
     with parallel.rank0_first():
         task = load_task(s)
         device = torch.device("cpu") if s.shard and world > 1 else None  # slices go to their devices one by one
-        model, tokenizer = load(arithmetic.resolve(s.model), device)
+        model, tokenizer = load(builtin.resolve(s.model), device)
     stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, task.template))
     positions = model.config.max_position_embeddings
     demonstrations = prepare(task, tokenizer, s.max_new_tokens, positions, METHODS[s.method].sft)

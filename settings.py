@@ -83,7 +83,9 @@ class Settings:
     # model and data
     model: str = opt("arithmetic-laptop", "folder, hub name (NAME@REVISION) or built-in model (paper: Qwen2.5-3B)")
     template: str = opt("", "prompt: qwen-boxed, plain, or empty for the model's chat template (paper: SimpleRL's)")
-    task: str = opt("arithmetic", "arithmetic, chains, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)")
+    task: str = opt(
+        "arithmetic", "arithmetic, chains, logic, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)"
+    )
     rl_data: str = opt("", "D_RL instead of a task: comma list of files or hub names, rows with question and answer")
     sft_data: str = opt("", "D_SFT beside rl_data: the same kinds of sources, rows with question and solution", "sft")
     eval_data: str = opt("", "evaluation: benchmarks (math500,aime24,…) or sources; empty: held out of rl_data")
@@ -171,7 +173,9 @@ PRESETS: dict[str, dict] = {
                                   sampler_slots=32, tokens_per_micro_batch=8192),
     "smoke": dict(model="arithmetic-smoke", steps=6, sft_steps=3, prompts_per_step=8, group_size=8, sft_batch=8,
                   eval_every=3, eval_problems=4, save_every=2, lora_rank=4, lora_alpha=8.0),
+    "logic": dict(model="logic-laptop", task="logic", steps=75, max_new_tokens=96, eval_problems=250),
 }  # fmt: skip
+BUILTIN_TASKS = {"arithmetic": "laptop", "chains": "chains", "logic": "logic"}  # name: the preset with its model
 CHOICES = {
     "method": METHODS,
     "template": ("", "qwen-boxed", "plain"),
@@ -215,11 +219,15 @@ def check(s: Settings) -> Settings:
             raise SettingError(f"{name} must be in [0, 1]; got {value}")
     if 0 < s.shadow_ratio_cap < 1:
         raise SettingError(f"shadow_ratio_cap must be 0 or at least 1; got {s.shadow_ratio_cap}")
-    if s.rl_data and s.task != "arithmetic":
+    if s.rl_data and s.task not in BUILTIN_TASKS:
         raise SettingError(f"rl_data and task {s.task} both name the problems: give one of them")
-    if s.task == "arithmetic" and not s.rl_data and (s.sft_data or s.eval_data):
-        given = "sft_data" if s.sft_data else "eval_data"
-        raise SettingError(f"{given} needs rl_data: the built-in arithmetic brings its own demonstrations and problems")
+    if s.task in BUILTIN_TASKS and not s.rl_data:
+        if s.sft_data or s.eval_data:
+            given = "sft_data" if s.sft_data else "eval_data"
+            raise SettingError(f"{given} needs rl_data: the built-in {s.task} has its own demonstrations and problems")
+        preset = BUILTIN_TASKS[s.task]
+        if s.model.startswith("arithmetic-" if s.task == "logic" else "logic-"):
+            raise SettingError(f"model {s.model} has no tokens for the task {s.task}: use --preset {preset}")
     if s.rl_data and not s.sft_data and METHODS[s.method].sft:
         raise SettingError(f"method {s.method} needs demonstrations: give sft_data, or choose --method rl")
     if s.track and find_spec(s.track) is None:

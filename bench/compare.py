@@ -47,7 +47,7 @@ METRICS = ("reward", "response_tokens", "entropy", "sft_nll", "cooperative_gain"
 
 
 class Preset(NamedTuple):
-    """A task to compare on: flags of bridge.py, the groups of its evaluation that no training set contains."""
+    """A task to compare on: flags of bridge.py, the groups of its evaluation that D_RL and D_SFT lack."""
 
     flags: dict[str, str]
     out_of_distribution: tuple[str, ...]
@@ -57,6 +57,7 @@ class Preset(NamedTuple):
 SHORT = {"steps": "24", "prompts-per-step": "8", "eval-problems": "20", "eval-every": "8", "sft-steps": "12"}
 PRESETS = {
     "chains": Preset({"preset": "chains"}, ("n=8", "n=9")),
+    "logic": Preset({"preset": "logic"}, ()),
     "quick": Preset({"preset": "chains"} | SHORT, ("n=8", "n=9"), (0, 1)),
 }
 
@@ -83,8 +84,16 @@ def grid(**values: str) -> list[dict[str, str]]:
     return [dict(zip(names, point, strict=True)) for point in product(*(v.split(",") for v in values.values()))]
 
 
+HALF = "bridge, λ 0.5"  # with the paper's λ; the tables that change one thing in bridge start from it
 SIX = grid(alpha="1e-4,2e-4,4e-4,8e-4,1.6e-3,3.2e-3")
-WITH_ADAPTER = grid(alpha="2e-4,4e-4,8e-4", beta="5e-4,2e-3")
+RATES = grid(alpha="2e-4,4e-4,8e-4", beta="5e-4,2e-3")  # at the default λ of 0.5
+
+
+def with_lambda(beta: str) -> list[dict[str, str]]:
+    at_half = grid(alpha="2e-4,4e-4,8e-4", beta=beta)
+    return at_half + [flags | {"lam": "0.7"} for flags in at_half]
+
+
 TRIALS = {  # six for every row of the table main, over its own rates, weights and stage lengths
     "sft": SIX,
     "rl": SIX,
@@ -99,9 +108,10 @@ TRIALS = {  # six for every row of the table main, over its own rates, weights a
     "luffy": SIX,
     "srft": grid(alpha="2e-4,4e-4,8e-4", mu="0.005,0.1"),  # a token's RL weight beside its SFT weight is as published
     "hpt": grid(alpha="2e-4,4e-4,8e-4", mu="0.005,0.1"),  # at mu = 0.005: see baselines.py
-    "mix_lora": WITH_ADAPTER,
-    "no_meta": WITH_ADAPTER,
-    "bridge": WITH_ADAPTER,
+    "mix_lora": with_lambda("2e-3"),  # these β won on chains at λ = 0.5
+    "no_meta": with_lambda("5e-4"),
+    "bridge": with_lambda("2e-3"),
+    HALF: RATES,
 }
 
 
@@ -143,41 +153,43 @@ def cost_cells(preset: str) -> list[Cell]:
 def shadow_cells(preset: str) -> list[Cell]:
     estimators = {"own rollouts": dict(shadow_rollouts="own"), "θ̂ = θ + one step": dict(shadow_rollouts="one_step"),
                   "shared, PPO's clip": dict(shadow_ratio_cap="0")}  # fmt: skip
-    bounds = [cell(preset, "bridge", "bridge"), cell(preset, "w on SFT (no_meta)", "no_meta", **rates(preset)),
-              cell(preset, "w on SFT + RL (mix_lora)", "mix_lora", **rates(preset)),
-              cell(preset, "no w (mix)", "mix", alpha=rates(preset)["alpha"], mu="1")]  # fmt: skip
-    return bounds + [cell(preset, f"bridge, {name}", "bridge", **flags) for name, flags in estimators.items()]
+    equal = rates(preset)
+    bounds = [
+        cell(preset, "bridge", HALF),
+        Cell("w on SFT (no_meta)", "no_meta", equal),
+        Cell("w on SFT + RL (mix_lora)", "mix_lora", equal),
+        Cell("no w (mix)", "mix", dict(alpha=equal["alpha"], mu="1")),
+    ]
+    return bounds + [cell(preset, f"bridge, {name}", HALF, **flags) for name, flags in estimators.items()]
 
 
 def effect_cells(preset: str) -> list[Cell]:
     kinds = {"shared rollouts": {}, "own rollouts": dict(shadow_rollouts="own")}
-    return [cell(preset, name, "bridge", "own rollouts", kind="effect", **flags) for name, flags in kinds.items()]
+    return [cell(preset, name, HALF, "own rollouts", kind="effect", **flags) for name, flags in kinds.items()]
 
 
 def order_cells(preset: str) -> list[Cell]:
-    return [cell(preset, "bridge", "bridge"), cell(preset, "Gauss-Seidel", "bridge", kind="gauss_seidel")]
+    return [cell(preset, "bridge", HALF), cell(preset, "Gauss-Seidel", HALF, kind="gauss_seidel")]
 
 
 def selection_cells(preset: str) -> list[Cell]:
     """SFT on a choice of the demonstrations: by the gain's gradient of w, by the reward's, by the truth."""
     kinds = {"all": "final", "raise the gain": "by_gain", "raise J_RL(θ,w)": "by_reward", "are right": "by_truth"}
-    choice = partial(cell, preset, row="bridge", against="demonstrations: all")
+    choice = partial(cell, preset, row=HALF, against="demonstrations: all")
     cells = [choice(f"demonstrations: {name}", kind=kind) for name, kind in kinds.items()]
     return [*cells, choice("own rollouts, those that raise the gain", kind="by_gain", shadow_rollouts="own")]
 
 
 def rates(preset: str) -> dict[str, str]:
-    """bridge's α and β, for methods that are compared at equal rates."""
-    won = tuned(preset, "bridge")
+    """bridge's α and β at λ = 0.5, for methods that are compared at equal rates."""
+    won = tuned(preset, HALF)
     return dict(alpha=won.get("alpha", "3e-4"), beta=won.get("beta", "2e-3"))
 
 
 def sweep_cells(preset: str, flag: str, values: tuple[str, ...], against: str) -> list[Cell]:
     """bridge with values of one flag; `against` is the one that bridge has in the table main: those runs serve both."""
     row = "bridge, {} {}".format
-    return [
-        cell(preset, row(flag, v), "bridge", row(flag, against), **({flag: v} if v != against else {})) for v in values
-    ]
+    return [cell(preset, row(flag, v), HALF, row(flag, against), **({flag: v} if v != against else {})) for v in values]
 
 
 def lambda_cells(preset: str) -> list[Cell]:
@@ -194,7 +206,7 @@ def lora_cells(preset: str) -> list[Cell]:
     sizes = [("8", "16"), ("2", "4"), ("32", "64"), ("8", "4"), ("8", "64")]  # the first is the default
     row, changes = "bridge, rank {}, alpha {}".format, [dict(lora_rank=r, lora_alpha=a) for r, a in sizes]
     return [
-        cell(preset, row(*size), "bridge", row(*sizes[0]), **(flags if size != sizes[0] else {}))
+        cell(preset, row(*size), HALF, row(*sizes[0]), **(flags if size != sizes[0] else {}))
         for size, flags in zip(sizes, changes, strict=True)
     ]
 
@@ -228,8 +240,9 @@ def trained(run: dict, preset: str, at: float = 1.0) -> float:
     return percent(min(run["evals"], key=lambda e: abs(e["step"] - at * last))["policy"], preset)
 
 
-def out_of_distribution(run: dict, preset: str) -> float:
-    groups = PRESETS[preset].out_of_distribution
+def out_of_distribution(run: dict, preset: str) -> float | None:
+    if not (groups := PRESETS[preset].out_of_distribution):
+        return None
     return 100 * sum(run["evals"][-1]["policy"][g] for g in groups) / len(groups)
 
 
@@ -544,7 +557,7 @@ def draw(preset: str, out: Path) -> None:
     length.set(title="response length, tokens", xlabel="step")
     gain.set(title="logged cooperative gain, reward", xlabel="step")
     shadow.set(title="accuracy of the shadow (θ̂, w), and of rl, %", xlabel="step")
-    cells = [*main_cells(preset), cell(preset, "bridge, own rollouts", "bridge", shadow_rollouts="own")]
+    cells = [*main_cells(preset), cell(preset, "bridge, own rollouts", HALF, shadow_rollouts="own")]
     colors = matplotlib.colormaps["tab20"].colors
     for c, color in zip(cells, (*colors[::2], *colors[1::2]), strict=False):
         runs = list(runs_of(preset, c, PRESETS[preset].seeds).values())
@@ -577,6 +590,28 @@ def draw(preset: str, out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
+def draw_finals(out: Path) -> None:
+    """For every preset with ten seeds: the final accuracy of each row of the table main, and its 95 % interval."""
+    from matplotlib.figure import Figure
+
+    presets = [preset for preset, spec in PRESETS.items() if spec.seeds == SEEDS and records(preset)]
+    figure = Figure(figsize=(4.5 * len(presets), 3.6), layout="constrained")
+    for ax, preset in zip(figure.subplots(1, len(presets), squeeze=False).flat, presets, strict=True):
+        runs = {c.label: runs_of(preset, c, SEEDS).values() for c in main_cells(preset)}
+        scores = {label: [trained(run, preset) for run in of_label] for label, of_label in runs.items() if of_label}
+        ordered = sorted(scores, key=lambda label: sum(scores[label]) / len(scores[label]))
+        for y, label in enumerate(ordered):
+            mean, half = sum(scores[label]) / len(scores[label]), half_width(scores[label])
+            color = "tab:red" if label == "bridge" else "tab:blue"
+            ax.errorbar(mean, y, xerr=half, fmt="o", color=color, capsize=3)
+            if label == "bridge":
+                ax.axvspan(mean - half, mean + half, color=color, alpha=0.1, lw=0)
+        ax.set_yticks(range(len(ordered)), ordered)
+        ax.set(title=f"{preset}: accuracy, %, ten seeds", xlim=(0, None))
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="chains")
@@ -584,6 +619,7 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="make the trials of every method first")
     parser.add_argument("--rows", default="", help="only these of the table main, separated by ;")
     parser.add_argument("--figure", type=Path, help="draw the runs of the table main")
+    parser.add_argument("--finals", type=Path, help="draw the final accuracies of the table main, of all presets")
     parser.add_argument("--no-runs", action="store_true", help="of finished runs only")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
@@ -601,6 +637,8 @@ def main() -> None:
         print(table(args.preset, args.table))
     if args.figure:
         draw(args.preset, args.figure)
+    if args.finals:
+        draw_finals(args.finals)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,14 @@ from functools import partial
 from itertools import count
 
 from rewards import is_correct
-from tasks import arithmetic
+from tasks import arithmetic, logic
 
 calls = count()
 
 
 def task(s, **changes):
-    return arithmetic.chains(s.seed, s.eval_problems, **changes)
+    make = logic.task if s.model == "logic-laptop" else arithmetic.chains
+    return make(s.seed, s.eval_problems, **changes)
 
 
 useless_0, useless_20, useless_60 = (partial(task, useless=share) for share in (0.0, 0.2, 0.6))  # of 256

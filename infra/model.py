@@ -17,7 +17,7 @@ from transformers.utils import find_adapter_config_file
 from infra.files import json_object, printable
 from ops.packed import ModelError
 
-MODELS = Path(__file__).parents[1] / "tasks" / "base"  # the built-in base models, see tasks/arithmetic.py
+MODELS = Path(__file__).parents[1] / "tasks" / "base"  # the built-in base models, see tasks/builtin.py
 SECONDS, BYTES = 2.0, 2**29  # CPU time and memory to read a config or to render a prompt; 10 ms are usual
 STATM = Path("/proc/self/statm")  # its first number is this process's size in pages
 SIZES = dict(hidden_size=2**17, intermediate_size=2**20, num_hidden_layers=1000, num_attention_heads=4096,
@@ -61,6 +61,10 @@ def bounded() -> Iterator[None]:
         signal.setitimer(signal.ITIMER_PROF, 0)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
         signal.signal(signal.SIGPROF, handler)
+
+
+def is_builtin(model: str) -> bool:
+    return (MODELS / model / "recipe.json").exists()
 
 
 def pick_device() -> torch.device:

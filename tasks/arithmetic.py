@@ -6,26 +6,17 @@ computes one step at a time and ends with the answer in the box that the grader 
     Q:7*7+9*4=        7*7=49;49+9=58;58*4=32;\boxed{32}
 
 The base model computes single steps, prefers to answer at once, and solves almost no chain of five. So RL alone finds
-little reward, and imitation alone forgets some of its skills. Its weights lie in tasks/base, rounded to bfloat16;
-a smaller model for tests lies beside it. `python -m tasks.arithmetic` trains both from scratch, in five minutes.
+little reward, and imitation alone forgets some of its skills. tasks/builtin.py trains it.
 """
 
-import json
 import random
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
-from itertools import islice
-from pathlib import Path
 
-import torch
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Fuse
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedTokenizerFast
 
-from infra.files import DataError, atomic_folder
-from infra.model import MODELS, pick_device
-from logprob import response_logprobs
+from infra.files import DataError
 from ops.packed import Row
 from tasks.prompts import encode_prompt
 from tasks.task import Demonstration, Problem, Task
@@ -100,114 +91,40 @@ def chains(seed: int, eval_per_length: int, demonstrations: int = 256, useless: 
     wrong = set(rng.sample(range(demonstrations), round(useless * demonstrations)))
     worked = []
     for i, (question, steps, answer) in enumerate(asked[:demonstrations]):
-        if i in wrong:
-            steps, boxed = "", str((int(answer) + rng.randrange(1, MODULUS)) % MODULUS)
-        else:
-            boxed = answer
-        worked.append(Demonstration(question, f"{steps}{BOX}{boxed}}}", answer))
+        other = (int(answer) + rng.randrange(1, MODULUS)) % MODULUS if i in wrong else 0
+        worked.append(Demonstration(question, f"{BOX}{other}}}" if i in wrong else f"{steps}{BOX}{answer}}}", answer))
     problems = [Problem(question, answer, f"n={steps.count(';') + 1}") for question, steps, answer in asked]
     return Task(problems, worked, evaluation(eval_per_length, CHAINS_EVAL_LENGTHS), instruction="")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
     """One token per character; `\\boxed{` and the end of a completion are one token each."""
-    vocabulary = {token: i for i, token in enumerate([EOS, UNK, BOX, *"0123456789+-*=;}Q:"])}
+    return word_level([*"0123456789+-*=;}Q:"], ".", CHAT_TEMPLATE)
+
+
+def word_level(words: list[str], pattern: str, chat_template: str) -> PreTrainedTokenizerFast:
+    """A tokenizer of EOS, UNK, BOX and `words`; the regular expression `pattern` matches a word."""
+    vocabulary = {token: i for i, token in enumerate([EOS, UNK, BOX, *words])}
     inner = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
     inner.decoder = Fuse()
     inner.add_tokens([AddedToken(BOX, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, unk_token=UNK, chat_template=CHAT_TEMPLATE)
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, unk_token=UNK, chat_template=chat_template)
 
 
-@dataclass(frozen=True)
-class Recipe:  # size and training of a base model
-    hidden: int = 96
-    layers: int = 3
-    mlp: int = 288
-    steps: int = 1200
-    batch: int = 96
-    lr: float = 3e-3
-    seed: int = 0
-
-
-RECIPES = {"arithmetic-laptop": Recipe(), "arithmetic-smoke": Recipe(hidden=32, layers=2, mlp=64, steps=200, batch=32)}
-
-
-def config(recipe: Recipe, tokenizer) -> Qwen2Config:
-    return Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=recipe.hidden, intermediate_size=recipe.mlp,
-        num_hidden_layers=recipe.layers, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=256,
-        tie_word_embeddings=True, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-
-
-def builtin_config(model: str) -> Qwen2Config | None:
-    """The config of a built-in model, None for any other name."""
-    return config(RECIPES[model], make_tokenizer()) if model in RECIPES else None
-
-
-def resolve(model: str) -> str:
-    """The folder of a built-in model; any other name unchanged."""
-    return str(build_base(model)) if model in RECIPES else model
-
-
-def documents(recipe: Recipe, tokenizer) -> Iterator[list[Row]]:
-    """Endless training batches: 45 % single steps, 35 % problems answered at once, 20 % worked step by step."""
-    rng, held_out = random.Random(recipe.seed), {p.question for p in evaluation(EVAL_MAX)}
-
-    def document() -> Row:
+def documents(seed: int, tokenizer) -> Iterator[Row]:
+    """Endless training rows: 45 % single steps, 35 % problems answered at once, 20 % worked step by step."""
+    rng, held_out = random.Random(seed), {p.question for p in evaluation(EVAL_MAX)}
+    while True:
         kind = rng.random()
         if kind < 0.45:
             start = rng.randrange(MODULUS)
             _, steps, _ = chain(rng, rng.randrange(3, 8), start)
             ids = tokenizer.encode(steps, add_special_tokens=False)
-            return ids[:1], [*ids[1:], tokenizer.eos_token_id]
+            yield ids[:1], [*ids[1:], tokenizer.eos_token_id]
+            continue
         at_once, question = kind < 0.80, None
         while question is None or question in held_out:
             question, steps, answer = chain(rng, rng.choice((2, 3) if at_once else (2, 3, 4)))
         ids = tokenizer.encode(("" if at_once else steps) + f"{BOX}{answer}}}", add_special_tokens=False)
-        return encode_prompt(tokenizer, question, ""), [*ids, tokenizer.eos_token_id]
-
-    while True:
-        yield [document() for _ in range(recipe.batch)]
-
-
-def train_base(recipe: Recipe) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
-    """(model, tokenizer) of a recipe: AdamW on the mean negative log-probability of response tokens."""
-    tokenizer = make_tokenizer()
-    torch.manual_seed(recipe.seed)
-    model = AutoModelForCausalLM.from_config(config(recipe, tokenizer)).to(pick_device())
-    model.set_attn_implementation("packed")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.steps)
-    batches = islice(documents(recipe, tokenizer), recipe.steps)
-    for batch in tqdm(batches, total=recipe.steps, desc="building the base model (once)"):
-        logp, _ = response_logprobs(model, batch)
-        optimizer.zero_grad()
-        (-logp.mean()).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-    return model, tokenizer
-
-
-def build_base(name: str, again: bool = False) -> Path:
-    """The folder of a base model below MODELS; trained, and written there, if its recipe has changed or if `again`."""
-    recipe, folder = RECIPES[name], MODELS / name
-    record, file = json.dumps(asdict(recipe)) + "\n", folder / "recipe.json"
-    if not again and file.exists() and file.read_text() == record:
-        return folder
-    model, tokenizer = train_base(recipe)
-    if again or not (file.exists() and file.read_text() == record):  # another process may have built it meanwhile
-        with atomic_folder(folder) as scratch:
-            small = model.num_parameters() < 10**5  # a larger one is rounded, for less than a megabyte
-            (model if small else model.bfloat16()).save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-            (scratch / file.name).write_text(record)
-    return folder
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)  # sums, and so the weights, do not depend on the number of cores
-    for name in RECIPES:
-        build_base(name, again=True)
+        yield encode_prompt(tokenizer, question, ""), [*ids, tokenizer.eos_token_id]

@@ -5,7 +5,7 @@ from dataclasses import replace
 from infra.files import DataError
 from rewards import FunctionError, is_gold, load_function, user_code
 from settings import METHODS, Settings
-from tasks import arithmetic
+from tasks import arithmetic, logic
 from tasks.benchmarks import BENCHMARKS, read_benchmark
 from tasks.sources import MAX_WIDTH, first_correct, keep_readable, read_demonstrations, read_problems, rows_of
 from tasks.task import Demonstration, Problem, Task
@@ -66,8 +66,9 @@ def deepmath(s: Settings, notes: list[str]) -> list[Demonstration]:
 
 
 NAMED = {"arithmetic": lambda s: arithmetic.task(s.seed, s.eval_problems)}
-NAMED |= {"limr": limr, "math_level3to5": math_level3to5, "gsm8k": gsm8k}
 NAMED |= {"chains": lambda s: arithmetic.chains(s.seed, s.eval_problems)}
+NAMED |= {"logic": lambda s: logic.task(s.seed, s.eval_problems)}
+NAMED |= {"limr": limr, "math_level3to5": math_level3to5, "gsm8k": gsm8k}
 
 
 def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int, any_gold: bool = False) -> Task:

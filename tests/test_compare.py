@@ -59,7 +59,8 @@ def test_the_interval_of_a_mean_covers_it_in_19_of_20_draws():
 def test_a_table_has_means_over_seeds_and_differences_paired_by_seed(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "results", lambda preset: tmp_path / "r.gz")
     noisy = [10.0, 30.0, 50.0]
-    runs = [record("bridge", seed, percent) for seed, percent in enumerate(noisy)]
+    shared = {"beta": "2e-3"}  # of all trials, and so of the row before there are any
+    runs = [record("bridge", seed, percent, shared) for seed, percent in enumerate(noisy)]
     runs += [record("mix", seed, percent - 4 - seed) for seed, percent in enumerate(noisy)]
     write(tmp_path / "r.gz", [*runs, record("mix", 1000, 99.0), record("mix", 3, 99.0)])
     rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in compare.table("chains", "main").splitlines()}

@@ -32,7 +32,7 @@ from infra.results import weights_hash, write_results
 from infra.run import RunFolder, one_line_errors
 from sampler import Sampler
 from settings import Settings, start_program
-from tasks import arithmetic, benchmarks, named
+from tasks import arithmetic, benchmarks, builtin, named
 from tasks.benchmarks import BENCHMARKS, read_benchmark
 from tasks.task import Problem, Task, fingerprint
 
@@ -55,7 +55,7 @@ def call(*flags) -> None:
 
 @pytest.fixture(scope="module")
 def model():
-    return str(arithmetic.build_base("arithmetic-smoke"))
+    return str(builtin.build_base("arithmetic-smoke"))
 
 
 @pytest.fixture(scope="module")

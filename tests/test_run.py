@@ -34,7 +34,7 @@ from infra.files import DataError, cut_back
 from infra.run import METRICS, RunFolder
 from sampler import Sampler
 from settings import METHODS, Settings, parse
-from tasks import arithmetic
+from tasks import builtin
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -580,7 +580,7 @@ def test_real_text_takes_the_same_path(tmp_path):
 
 def test_a_model_folder_that_lacks_weights_is_refused(tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(arithmetic.build_base("arithmetic-smoke"), folder)
+    shutil.copytree(builtin.build_base("arithmetic-smoke"), folder)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from settings import CHOICES, PRESETS, Settings, readers
+from settings import BUILTIN_TASKS, CHOICES, PRESETS, Settings, readers
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("ops", "grading", "tasks", "infra")
@@ -65,11 +65,12 @@ def test_there_are_few_settings_and_each_is_read_by_a_method():
 
 def test_choices_of_the_settings_are_those_of_the_code():
     import grpo
-    from tasks import arithmetic, prompts
+    from tasks import builtin, named, prompts
 
     assert CHOICES["aggregation"] == grpo.AGGREGATIONS
     assert CHOICES["template"] == ("", *prompts.TEMPLATES)
-    assert {Settings().model, PRESETS["smoke"]["model"]} == set(arithmetic.RECIPES)
+    assert {Settings().model, PRESETS["smoke"]["model"], PRESETS["logic"]["model"]} == set(builtin.RECIPES)
+    assert set(BUILTIN_TASKS) == set(builtin.EVALUATION) <= set(named.NAMED)
 
 
 @pytest.mark.parametrize("file", ["bridge.py", "evaluate.py"])

@@ -3,6 +3,7 @@
 import json
 import random
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from evaluate import evaluate
 from infra.files import DataError
 from infra.model import load
 from sampler import Sampler
-from tasks import arithmetic, named, sources
+from tasks import arithmetic, builtin, named, sources
 from tasks import task as tasks
 from tasks.prompts import encode_prompt
 from tasks.task import Demonstration, Problem, Stream, Task
@@ -67,14 +68,14 @@ def test_the_harder_chains_have_the_stated_share_of_wrong_demonstrations_on_ques
 
 def test_the_base_model_is_trained_on_no_evaluation_problem(tokenizer):
     held_out = {p.question for p in arithmetic.evaluation(arithmetic.EVAL_MAX)}
-    batches = arithmetic.documents(arithmetic.Recipe(), tokenizer)
-    prompts = {tokenizer.decode(p) for _ in range(20) for p, _ in next(batches)}
+    rows = arithmetic.documents(0, tokenizer)
+    prompts = {tokenizer.decode(p) for p, _ in islice(rows, 2000)}
     assert not {f"Q:{q}=" for q in held_out} & prompts
 
 
 def test_the_shipped_base_models_are_small_and_the_default_one_solves_short_chains_only(monkeypatch):
-    monkeypatch.setattr(arithmetic, "train_base", None)  # nothing is trained
-    folders = {name: Path(arithmetic.resolve(name)) for name in arithmetic.RECIPES}
+    monkeypatch.setattr(builtin, "train_base", None)  # nothing is trained
+    folders = {name: Path(builtin.resolve(name)) for name in builtin.RECIPES}
     assert all(sum(f.stat().st_size for f in folder.iterdir()) < 1_000_000 for folder in folders.values())
     model, tokenizer = load(str(folders["arithmetic-laptop"]))
     sampler = Sampler(model, [tokenizer.eos_token_id])
@@ -84,44 +85,53 @@ def test_the_shipped_base_models_are_small_and_the_default_one_solves_short_chai
     assert accuracy["average"] == pytest.approx(0.243, abs=0.02), "a rounding of the kernels may turn a few answers"
 
 
+@pytest.mark.parametrize("name", builtin.RECIPES)
+def test_transformers_reads_the_tokenizer_of_a_shipped_model_as_it_was_made(name):
+    task = builtin.RECIPES[name][1]
+    made, (_, read) = task.make_tokenizer(), load(builtin.resolve(name))
+    for row in islice(task.documents(0, made), 50):
+        for ids in row:
+            text = made.decode(ids)
+            assert read.encode(text, add_special_tokens=False) == ids
+            assert read.decode(ids) == text
+
+
 def test_training_a_base_model_again_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(arithmetic, "MODELS", tmp_path)
-    monkeypatch.setitem(arithmetic.RECIPES, "tiny", TINY)
-    first, second = (
-        {f.name: f.read_bytes() for f in arithmetic.build_base("tiny", again=True).iterdir()} for _ in "12"
-    )
+    monkeypatch.setattr(builtin, "MODELS", tmp_path)
+    monkeypatch.setitem(builtin.RECIPES, "tiny", (TINY, arithmetic))
+    first, second = ({f.name: f.read_bytes() for f in builtin.build_base("tiny", again=True).iterdir()} for _ in "12")
     assert first == second
 
 
-TINY = arithmetic.Recipe(hidden=16, layers=1, mlp=16, steps=1, batch=2)
+TINY = builtin.Recipe(hidden=16, layers=1, mlp=16, steps=1, batch=2)
 
 
 def test_a_base_model_is_built_once_per_recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(arithmetic, "MODELS", tmp_path)
-    trained, train = [], arithmetic.train_base
-    monkeypatch.setattr(arithmetic, "train_base", lambda recipe: trained.append(recipe) or train(recipe))
+    monkeypatch.setattr(builtin, "MODELS", tmp_path)
+    trained, train = [], builtin.train_base
+    monkeypatch.setattr(builtin, "train_base", lambda recipe, task: trained.append(recipe) or train(recipe, task))
     for recipe in (TINY, TINY, replace(TINY, seed=1)):
-        monkeypatch.setitem(arithmetic.RECIPES, "tiny", recipe)
-        model, _ = load(arithmetic.resolve("tiny"))
+        monkeypatch.setitem(builtin.RECIPES, "tiny", (recipe, arithmetic))
+        model, _ = load(builtin.resolve("tiny"))
     assert trained == [TINY, replace(TINY, seed=1)]
     assert model.config.hidden_size == 16
-    assert arithmetic.resolve("owner/name") == "owner/name"
+    assert builtin.resolve("owner/name") == "owner/name"
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
 def test_a_base_model_that_another_process_built_meanwhile_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(arithmetic, "MODELS", tmp_path)
-    monkeypatch.setitem(arithmetic.RECIPES, "tiny", TINY)
-    train = arithmetic.train_base
+    monkeypatch.setattr(builtin, "MODELS", tmp_path)
+    monkeypatch.setitem(builtin.RECIPES, "tiny", (TINY, arithmetic))
+    train = builtin.train_base
 
-    def train_slowly(recipe):
+    def train_slowly(recipe, task):
         with monkeypatch.context() as other_process:
-            other_process.setattr(arithmetic, "train_base", train)
-            (arithmetic.build_base("tiny") / "in use").touch()
-        return train(recipe)
+            other_process.setattr(builtin, "train_base", train)
+            (builtin.build_base("tiny") / "in use").touch()
+        return train(recipe, task)
 
-    monkeypatch.setattr(arithmetic, "train_base", train_slowly)
-    assert (arithmetic.build_base("tiny") / "in use").exists()
+    monkeypatch.setattr(builtin, "train_base", train_slowly)
+    assert (builtin.build_base("tiny") / "in use").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 

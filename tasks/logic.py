@@ -1,0 +1,165 @@
+r"""The second built-in task, knights and knaves, with demonstrations for all of its prompts.
+
+Each of 2 to 5 people is a knight, whose statements are true, or a knave, whose statements are false. Everybody makes
+one statement, and exactly one assignment fits all of them. A digit stands for each person: 1 a knight, 0 a knave. A
+demonstration tries the assignments from 11…1 to 00…0. For statement after statement it writes the speaker, the digits
+of the people in it, and + for true or - for false. At the first that its speaker cannot have made it turns to the next
+assignment, and it boxes the one that fits:
+
+    Q: A: B knave. B: A same B.?        A1B1AB1-A1B0AB0+BA1B0-A0B1AB1-BA0B1-A0B0…
+
+The base model checks statements, enumerates for two people, and prefers to answer at once. tasks/builtin.py trains it.
+"""
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from itertools import product
+
+from transformers import PreTrainedTokenizerFast
+
+from infra.files import DataError
+from ops.packed import Row
+from tasks.arithmetic import BOX, word_level
+from tasks.prompts import encode_prompt
+from tasks.task import Demonstration, Problem, Task, ngrams
+
+PEOPLE, KINDS = "ABCDE", ("knave", "knight")
+SIZES = (3, 4, 5)  # of training and evaluation
+PROMPTS = 128  # each with its demonstration
+EVAL_MAX = 300  # evaluation problems of each size; training excludes all of them
+EVAL_SEED = 2509_06948  # the evaluation problems are the same for every run
+CHECKS = 4  # assignments that a document of the base model checks
+LONGEST = 72  # tokens of the worked steps; problems with more are left out
+WORD = "[A-E][01]|[A-E]| ?[A-Za-z]+|."  # a token
+CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q: ' + m.content + '?' if m.role == 'user' else m.content }}{% endfor %}"
+
+
+def statement(rng: random.Random, speaker: int, size: int) -> str:
+    """A random statement about one person, not the speaker, or about two."""
+    people, form = PEOPLE[:size], rng.randrange(4)
+    if form < 2:
+        return f"{rng.choice(people.replace(PEOPLE[speaker], ''))} {KINDS[form]}"
+    p, q = rng.sample(people, 2)
+    return f"{p} {('same', 'unlike')[form - 2]} {q}"
+
+
+@cache
+def holds(statement: str, assignment: str) -> bool:
+    """Whether a statement is true under an assignment.
+
+    >>> holds("C knight", "110"), holds("A same B", "110")
+    (False, True)
+    """
+    digit_of = dict(zip(PEOPLE, assignment, strict=False))
+    person, said, *other = statement.split()
+    if not other:
+        return digit_of[person] == str(KINDS.index(said))
+    return (digit_of[person] == digit_of[other[0]]) == (said == "same")
+
+
+def check(statements: list[str], assignment: str) -> str:
+    """An assignment and its statements, up to the first whose truth does not fit the speaker's digit.
+
+    >>> check(["B knave", "A same C", "B knight"], "101")
+    'A1B0C1AB0+BA1C1+'
+    """
+    digit_of = dict(zip(PEOPLE, assignment, strict=False))
+    steps = "".join(person + digit for person, digit in digit_of.items())
+    for (speaker, digit), text in zip(digit_of.items(), statements, strict=True):
+        steps += speaker + "".join(word + digit_of[word] for word in text.split() if word in digit_of)
+        steps += "+" if holds(text, assignment) else "-"
+        if steps[-1] != "-+"[int(digit)]:
+            break
+    return steps
+
+
+def assignments(size: int) -> list[str]:
+    """All assignments, from 11…1 to 00…0."""
+    return ["".join(digits) for digits in product("10", repeat=size)]
+
+
+def ask(statements: list[str]) -> str:
+    return " ".join(f"{person}: {text}." for person, text in zip(PEOPLE, statements, strict=False))
+
+
+def puzzle(rng: random.Random, size: int) -> tuple[str, str, str]:
+    """A random problem with one solution: (question, worked steps, answer)."""
+    while True:
+        statements = [statement(rng, speaker, size) for speaker in range(size)]
+        solutions = [
+            digits for digits in assignments(size)
+            if all(holds(text, digits) == (digit == "1") for text, digit in zip(statements, digits, strict=True))
+        ]  # fmt: skip
+        if len(solutions) == 1:
+            steps = "".join(check(statements, digits) for digits in assignments(size) if digits >= solutions[0])
+            if len(re.findall(WORD, steps)) <= LONGEST:
+                return ask(statements), steps, solutions[0]
+
+
+def distinct_puzzles(rng: random.Random, sizes, count: int, held_out) -> list[tuple[str, str, str]]:
+    """`count` different problems, their sizes in turn, that share no n-gram of task.py with `held_out`."""
+    puzzles: dict[str, tuple[str, str, str]] = {}
+    while len(puzzles) < count:
+        question, steps, answer = puzzle(rng, sizes[len(puzzles) % len(sizes)])
+        if held_out.isdisjoint(ngrams(question)):
+            puzzles.setdefault(question, (question, steps, answer))
+    return list(puzzles.values())
+
+
+def evaluation(per_size: int) -> list[Problem]:
+    """The first `per_size` evaluation problems of each size. Raises DataError for more than EVAL_MAX."""
+    if per_size > EVAL_MAX:
+        raise DataError(f"eval_problems: the task logic has {EVAL_MAX} of each size, {per_size} asked for")
+    of_size = (distinct_puzzles(random.Random(EVAL_SEED + n), (n,), per_size, frozenset()) for n in SIZES)
+    return [Problem(question, answer, f"n={len(answer)}") for puzzles in of_size for question, _, answer in puzzles]
+
+
+@cache
+def held_out() -> frozenset[str]:
+    """The n-grams of all evaluation problems."""
+    return frozenset(g for p in evaluation(EVAL_MAX) for g in ngrams(p.question))
+
+
+def task(seed: int, eval_per_size: int, demonstrations: int = PROMPTS, useless: float = 0.5) -> Task:
+    """PROMPTS problems, demonstrations for the first of them, and evaluation problems; a function of its arguments.
+
+    useless: the fraction of demonstrations whose response is a random wrong answer without steps. Their gold stays.
+    """
+    rng = random.Random(seed)
+    puzzles = distinct_puzzles(rng, SIZES, PROMPTS, held_out())
+    worked = [Demonstration(q, f"{steps}{BOX}{answer}}}", answer) for q, steps, answer in puzzles[:demonstrations]]
+    for i in rng.sample(range(len(worked)), round(useless * len(worked))):
+        wrong = [digits for digits in assignments(len(worked[i].answer)) if digits != worked[i].answer]
+        worked[i] = replace(worked[i], response=f"{BOX}{rng.choice(wrong)}}}")
+    problems = [Problem(question, answer, f"n={len(answer)}") for question, _, answer in puzzles]
+    return Task(problems, worked, evaluation(eval_per_size), instruction="")
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per word, with the space before it, per person with a digit, and per sign; `\\boxed{` is one token."""
+    words = [f" {word}" for word in (*PEOPLE, *KINDS, "same", "unlike")]
+    digits = [person + digit for person in PEOPLE for digit in "01"]
+    return word_level([*"01}:.?Q+-", *PEOPLE, *words, *digits], WORD, CHAT_TEMPLATE)
+
+
+def documents(seed: int, tokenizer) -> Iterator[Row]:
+    """Endless training rows: 45 % checks of assignments, 35 % answers at once, 20 % small problems worked."""
+    rng, evaluated = random.Random(seed), held_out()
+    while True:
+        kind = rng.random()
+        if kind < 0.45:
+            size = rng.choice((2, 3, 4, 5))
+            statements = [statement(rng, speaker, size) for speaker in range(size)]
+            start = rng.randrange(2**size)
+            response = "".join(check(statements, digits) for digits in assignments(size)[start : start + CHECKS])
+            prompt = tokenizer.encode(f" {ask(statements)}", add_special_tokens=False)
+        else:
+            at_once = kind < 0.80
+            size = rng.choice((2, 3) if at_once else (2, 2, 2, 3))
+            ((question, steps, answer),) = distinct_puzzles(rng, (size,), 1, evaluated)
+            prompt = encode_prompt(tokenizer, question, "")
+            response = ("" if at_once else steps) + f"{BOX}{answer}}}"
+        yield prompt, [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
