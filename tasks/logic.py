@@ -124,12 +124,12 @@ def held_out() -> frozenset[str]:
 
 
 def task(seed: int, eval_per_size: int, demonstrations: int = PROMPTS, useless: float = 0.5) -> Task:
-    """PROMPTS problems, demonstrations for the first of them, and evaluation problems; a function of its arguments.
+    """PROMPTS problems or more, demonstrations for the first of them, evaluation problems; all follow from the arguments.
 
     useless: the fraction of demonstrations whose response is a random wrong answer without steps. Their gold stays.
     """
     rng = random.Random(seed)
-    puzzles = distinct_puzzles(rng, SIZES, PROMPTS, held_out())
+    puzzles = distinct_puzzles(rng, SIZES, max(PROMPTS, demonstrations), held_out())
     worked = [Demonstration(q, f"{steps}{BOX}{answer}}}", answer) for q, steps, answer in puzzles[:demonstrations]]
     for i in rng.sample(range(len(worked)), round(useless * len(worked))):
         wrong = [digits for digits in assignments(len(worked[i].answer)) if digits != worked[i].answer]

@@ -174,11 +174,12 @@ def test_the_noisy_reward_is_flipped_with_its_probability(reward, p):
 
 
 @pytest.mark.parametrize("name", [v for v in compare.SUPERVISION if v != "clean"])
-def test_a_variant_of_the_task_has_the_number_and_share_in_its_name(name):
-    s, _ = parse(["--preset=chains", "--eval-problems=2"])
+@pytest.mark.parametrize(("preset", "all_of_them"), [("chains", 256), ("logic", 128)])
+def test_a_variant_of_the_task_has_the_number_and_share_in_its_name(name, preset, all_of_them):
+    s, _ = parse([f"--preset={preset}", "--eval-problems=2"])
     task = getattr(variants, name)(s)
     kind, number = name.split("_")
     wrong = sum(not rewards.is_correct(d.response, d.answer).correct for d in task.demonstrations)
-    share, count = (int(number) / 100, 256) if kind == "useless" else (0, int(number))
+    share, count = (int(number) / 100, all_of_them) if kind == "useless" else (0, int(number))
     assert len(task.demonstrations) == count
     assert wrong == round(share * count)
