@@ -124,7 +124,7 @@ def held_out() -> frozenset[str]:
 
 
 def task(seed: int, eval_per_size: int, demonstrations: int = PROMPTS, useless: float = 0.5) -> Task:
-    """PROMPTS problems or more, demonstrations for the first of them, evaluation problems; all follow from the arguments.
+    """PROMPTS problems or more, demonstrations for the first of them, and evaluation problems: a function of the seed.
 
     useless: the fraction of demonstrations whose response is a random wrong answer without steps. Their gold stays.
     """
