@@ -90,6 +90,7 @@ RATES = grid(alpha="2e-4,4e-4,8e-4", beta="5e-4,2e-3")  # at the default λ of 0
 
 
 def with_lambda(beta: str) -> list[dict[str, str]]:
+    """Trials of a method with an adapter: three α at the default λ of 0.5 and at 0.7."""
     at_half = grid(alpha="2e-4,4e-4,8e-4", beta=beta)
     return at_half + [flags | {"lam": "0.7"} for flags in at_half]
 
@@ -511,13 +512,15 @@ def with_interval(values: list[float], sign: str = "") -> str:
 
 
 def table(preset: str, name: str) -> str:
-    """Markdown: one row for each cell, means with intervals, and the paired difference of the first column."""
+    """Markdown: a row for each cell with runs, means with intervals, and the paired difference of the first column."""
     spec, by_cell = TABLES[name], {}
     for c in spec.cells(preset):
         by_cell[c.label] = c, runs_of(preset, c, seeds(preset, name))
     first = next(iter(spec.columns.values()))
     lines = [f"| | {' | '.join(spec.columns)} | difference | to | seeds |", "|---" * (len(spec.columns) + 4) + "|"]
     for label, (c, runs) in by_cell.items():
+        if not runs:
+            continue
         cells = []
         for column in spec.columns.values():
             values = [v for v in (column(r, preset) for r in runs.values()) if v is not None]
