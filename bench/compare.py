@@ -175,7 +175,8 @@ def order_cells(preset: str) -> list[Cell]:
 
 def selection_cells(preset: str) -> list[Cell]:
     """SFT on a choice of the demonstrations: by the gain's gradient of w, by the reward's, by the truth."""
-    kinds = {"all": "final", "raise the gain": "by_gain", "raise J_RL(θ,w)": "by_reward", "are right": "by_truth"}
+    kinds = {"all": "final", "raise the gain": "by_gain", "raise the gain, all visits": "by_gain_over_visits",
+             "raise J_RL(θ,w)": "by_reward", "are right": "by_truth"}  # fmt: skip
     choice = partial(cell, preset, row=HALF, against="demonstrations: all")
     cells = [choice(f"demonstrations: {name}", kind=kind) for name, kind in kinds.items()]
     return [*cells, choice("own rollouts, those that raise the gain", kind="by_gain", shadow_rollouts="own")]

@@ -3,6 +3,7 @@
 Each function changes bridge.py in this process only, which then makes one run.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -97,12 +98,13 @@ def gauss_seidel() -> None:
     probe(right_of_many)
 
 
-def selected(direction: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None) -> None:
+def selected(direction: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None, visits: bool = False) -> None:
     """SFT, of θ and of w, takes only demonstrations that a small step of w along `direction` makes more likely.
 
     direction: of (∇_w L_RL(θ,w), ∇_w L_RL(θ̂,w)), to be descended. None: the right ones are known. The first-order
     change of log π is the inner product of the demonstration's gradient of w with the direction; two forward passes
-    measure it for all demonstrations. If none is chosen, all are taken.
+    measure it for all demonstrations. If none is chosen, all are taken. visits: the sum of the changes over all visits
+    of the demonstration decides, not the change of this step.
     """
     take, sft_pass, taken, w, kept = bridge.parallel.take_gradients, bridge.sft_pass, [], [], []
 
@@ -127,12 +129,15 @@ def selected(direction: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | N
                 with torch.no_grad():
                     logps.append(response_logprobs(model, demonstrations)[0].split(lengths))
                 shift(step, -sign)
-            useful = [(after.mean() > before.mean()).item() for before, after in zip(*logps, strict=True)]
+            for row, before, after in zip(demonstrations, *logps, strict=True):
+                change[str(row)] = change[str(row)] * visits + (after.mean() - before.mean()).item()
+            useful = [change[str(row)] > 0 for row in demonstrations]
         chosen = [row for row, yes in zip(demonstrations, useful, strict=True) if yes]
         kept.extend((useful_rows[str(row)], yes) for row, yes in zip(demonstrations, useful, strict=True))
         return sft_pass(model, chosen or demonstrations, weight, s)
 
     useful_rows: dict[str, bool] = {}
+    change: dict[str, float] = defaultdict(float)
 
     def shares(run: bridge.Run, step: int) -> dict:
         """Of the useful and of the useless demonstrations since the last evaluation: the share that was taken."""
@@ -147,13 +152,19 @@ def selected(direction: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | N
     probe(shares)
 
 
+def gain(g_rl: list[Tensor], g_rl_hat: list[Tensor]) -> list[Tensor]:
+    """The gradient of −(J_RL(θ,w) − J_RL(θ̂,w))."""
+    return [a - b for a, b in zip(g_rl, g_rl_hat, strict=True)]
+
+
 KINDS: dict[str, Callable[[], None] | None] = {
     "tuning": None,  # no evaluation but the last
     "cost": None,  # the same, one run at a time
     "final": lambda: probe(right_of_many),
     "effect": effect_of_w,
     "gauss_seidel": gauss_seidel,
-    "by_gain": lambda: selected(lambda g_rl, g_rl_hat: [a - b for a, b in zip(g_rl, g_rl_hat, strict=True)]),
+    "by_gain": lambda: selected(gain),
+    "by_gain_over_visits": lambda: selected(gain, visits=True),
     "by_reward": lambda: selected(lambda g_rl, _: g_rl),
     "by_truth": lambda: selected(None),
 }
