@@ -101,8 +101,7 @@ def build_base(name: str, again: bool = False) -> Path:
     model, tokenizer = train_base(recipe, task)
     if again or not (file.exists() and file.read_text() == record):  # another process may have built it meanwhile
         with atomic_folder(folder) as scratch:
-            small = model.num_parameters() < 10**5  # a larger one is rounded, for less than a megabyte
-            (model if small else model.bfloat16()).save_pretrained(scratch)
+            (model if model.num_parameters() < 10**5 else model.bfloat16()).save_pretrained(scratch)  # below 1 MB
             tokenizer.save_pretrained(scratch)
             (scratch / file.name).write_text(record)
     return folder

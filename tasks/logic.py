@@ -31,7 +31,6 @@ SIZES = (3, 4, 5)  # of training and evaluation
 PROMPTS = 128  # each with its demonstration
 EVAL_MAX = 300  # evaluation problems of each size; training excludes all of them
 EVAL_SEED = 2509_06948  # the evaluation problems are the same for every run
-CHECKS = 4  # assignments that a document of the base model checks
 LONGEST = 72  # tokens of the worked steps; problems with more are left out
 WORD = "[A-E][01]|[A-E]| ?[A-Za-z]+|."  # a token
 CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q: ' + m.content + '?' if m.role == 'user' else m.content }}{% endfor %}"
@@ -154,7 +153,7 @@ def documents(seed: int, tokenizer) -> Iterator[Row]:
             size = rng.choice((2, 3, 4, 5))
             statements = [statement(rng, speaker, size) for speaker in range(size)]
             start = rng.randrange(2**size)
-            response = "".join(check(statements, digits) for digits in assignments(size)[start : start + CHECKS])
+            response = "".join(check(statements, digits) for digits in assignments(size)[start : start + 4])
             prompt = tokenizer.encode(f" {ask(statements)}", add_special_tokens=False)
         else:
             at_once = kind < 0.80
