@@ -1,5 +1,6 @@
 """Whole runs of bridge.py on the smoke preset: outputs, exact resume, and what happens when things go wrong."""
 
+import io
 import json
 import math
 import os
@@ -228,6 +229,21 @@ def test_a_checkpoint_with_facts_of_another_step_is_damaged(tmp_path):
     checkpoint.save(tmp_path, 1, {"step": 2}, {"x": torch.ones(2)})
     with pytest.raises(OSError, match="damaged"):
         checkpoint.newest(tmp_path)
+
+
+def test_getattr_in_a_checkpoint_names_a_memory_format_and_nothing_else():
+    class Member:
+        def __init__(self, *arguments):
+            self.arguments = arguments
+
+        def __reduce__(self):
+            return getattr, self.arguments
+
+    formats = checkpoint.dcp.metadata._MEM_FORMAT_ENCODING
+    read = lambda member: checkpoint._Unpickler(io.BytesIO(pickle.dumps(member))).load()  # noqa: E731
+    assert read(Member(formats, "TORCH_CONTIGUOUS_FORMAT")) is formats.TORCH_CONTIGUOUS_FORMAT
+    with pytest.raises(KeyError):
+        read(Member(Path, "home"))
 
 
 def test_a_checkpoint_that_would_call_something_is_not_opened(tmp_path, capsys):
