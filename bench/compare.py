@@ -205,11 +205,9 @@ def lambda_cells(preset: str) -> list[Cell]:
 
 
 def lora_cells(preset: str) -> list[Cell]:
-    sizes = [("8", "16"), ("2", "4"), ("32", "64"), ("8", "4"), ("8", "64")]  # the first is the default
-    row, changes = "bridge, rank {}, alpha {}".format, [dict(lora_rank=r, lora_alpha=a) for r, a in sizes]
-    return [
-        cell(preset, row(*size), HALF, row(*sizes[0]), **(flags if size != sizes[0] else {}))
-        for size, flags in zip(sizes, changes, strict=True)
+    default, sizes = "bridge, rank 8, alpha 16", (("2", "4"), ("32", "64"), ("8", "4"), ("8", "64"))
+    return [cell(preset, default, HALF, default)] + [
+        cell(preset, f"bridge, rank {r}, alpha {a}", HALF, default, lora_rank=r, lora_alpha=a) for r, a in sizes
     ]
 
 

@@ -11,6 +11,7 @@ little reward, and imitation alone forgets some of its skills. tasks/builtin.py 
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Fuse
@@ -88,11 +89,10 @@ def chains(seed: int, eval_per_length: int, demonstrations: int = 256, useless: 
     """
     rng, taken = random.Random(seed), {p.question for p in evaluation(EVAL_MAX, CHAINS_EVAL_LENGTHS)}
     asked = distinct_chains(rng, CHAINS_LENGTHS, max(CHAINS_PROMPTS, demonstrations), taken)
-    wrong = set(rng.sample(range(demonstrations), round(useless * demonstrations)))
-    worked = []
-    for i, (question, steps, answer) in enumerate(asked[:demonstrations]):
-        other = (int(answer) + rng.randrange(1, MODULUS)) % MODULUS if i in wrong else 0
-        worked.append(Demonstration(question, f"{BOX}{other}}}" if i in wrong else f"{steps}{BOX}{answer}}}", answer))
+    worked = [Demonstration(q, f"{steps}{BOX}{answer}}}", answer) for q, steps, answer in asked[:demonstrations]]
+    for i in sorted(rng.sample(range(demonstrations), round(useless * demonstrations))):
+        other = (int(worked[i].answer) + rng.randrange(1, MODULUS)) % MODULUS
+        worked[i] = replace(worked[i], response=f"{BOX}{other}}}")
     problems = [Problem(question, answer, f"n={steps.count(';') + 1}") for question, steps, answer in asked]
     return Task(problems, worked, evaluation(eval_per_length, CHAINS_EVAL_LENGTHS), instruction="")
 

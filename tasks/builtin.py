@@ -57,10 +57,8 @@ def config(recipe: Recipe, tokenizer) -> PretrainedConfig:
 
 def builtin_config(model: str) -> PretrainedConfig | None:
     """The config of a built-in model, None for any other name."""
-    if model not in RECIPES:
-        return None
-    recipe, task = RECIPES[model]
-    return config(recipe, task.make_tokenizer())
+    recipe, task = RECIPES.get(model, (None, None))
+    return config(recipe, task.make_tokenizer()) if recipe else None
 
 
 def task_of(model: str) -> str:

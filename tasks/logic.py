@@ -1,12 +1,11 @@
-r"""The second built-in task, knights and knaves, with demonstrations for all of its prompts.
+r"""A built-in task of another kind, knights and knaves, with demonstrations for all of its prompts.
 
-Each of 2 to 5 people is a knight, whose statements are true, or a knave, whose statements are false. Everybody makes
-one statement, and exactly one assignment fits all of them. A digit stands for each person: 1 a knight, 0 a knave. A
-demonstration tries the assignments from 11…1 to 00…0. For statement after statement it writes the speaker, the digits
-of the people in it, and + for true or - for false. At the first that its speaker cannot have made it turns to the next
-assignment, and it boxes the one that fits:
+Each of 2 to 5 people is a knight (digit 1), whose statements are true, or a knave (0), whose statements are false.
+Everybody makes one statement; exactly one assignment fits all of them. A demonstration tries the assignments from 11…1
+to 00…0: it checks statement after statement (speaker, digits of the people in it, + if true and - if false) up to the
+first that does not fit its speaker. It boxes the assignment that fits:
 
-    Q: A: B knave. B: A same B.?        A1B1AB1-A1B0AB0+BA1B0-A0B1AB1-BA0B1-A0B0…
+    Q: A: B knave. B: A same B.?        A1B1AB1-A1B0AB0+BA1B0-\boxed{10}
 
 The base model checks statements, enumerates for two people, and prefers to answer at once. tasks/builtin.py trains it.
 """
@@ -22,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 
 from infra.files import DataError
 from ops.packed import Row
-from tasks.arithmetic import BOX, word_level
+from tasks.arithmetic import BOX, EVAL_SEED, word_level
 from tasks.prompts import encode_prompt
 from tasks.task import Demonstration, Problem, Task, ngrams
 
@@ -30,7 +29,6 @@ PEOPLE, KINDS = "ABCDE", ("knave", "knight")
 SIZES = (3, 4, 5)  # of training and evaluation
 PROMPTS = 128  # each with its demonstration
 EVAL_MAX = 300  # evaluation problems of each size; training excludes all of them
-EVAL_SEED = 2509_06948  # the evaluation problems are the same for every run
 LONGEST = 72  # tokens of the worked steps; problems with more are left out
 WORD = "[A-E][01]|[A-E]| ?[A-Za-z]+|."  # a token
 CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q: ' + m.content + '?' if m.role == 'user' else m.content }}{% endfor %}"
@@ -108,12 +106,16 @@ def distinct_puzzles(rng: random.Random, sizes, count: int, held_out) -> list[tu
     return list(puzzles.values())
 
 
+@cache
+def evaluation_puzzles(size: int) -> list[tuple[str, str, str]]:
+    return distinct_puzzles(random.Random(EVAL_SEED + size), (size,), EVAL_MAX, frozenset())
+
+
 def evaluation(per_size: int) -> list[Problem]:
     """The first `per_size` evaluation problems of each size. Raises DataError for more than EVAL_MAX."""
     if per_size > EVAL_MAX:
         raise DataError(f"eval_problems: the task logic has {EVAL_MAX} of each size, {per_size} asked for")
-    of_size = (distinct_puzzles(random.Random(EVAL_SEED + n), (n,), per_size, frozenset()) for n in SIZES)
-    return [Problem(question, answer, f"n={len(answer)}") for puzzles in of_size for question, _, answer in puzzles]
+    return [Problem(q, answer, f"n={n}") for n in SIZES for q, _, answer in evaluation_puzzles(n)[:per_size]]
 
 
 @cache
@@ -133,7 +135,7 @@ def task(seed: int, eval_per_size: int, demonstrations: int = PROMPTS, useless: 
     for i in rng.sample(range(len(worked)), round(useless * len(worked))):
         wrong = [digits for digits in assignments(len(worked[i].answer)) if digits != worked[i].answer]
         worked[i] = replace(worked[i], response=f"{BOX}{rng.choice(wrong)}}}")
-    problems = [Problem(question, answer, f"n={len(answer)}") for question, _, answer in puzzles]
+    problems = [Problem(q, answer, f"n={len(answer)}") for q, _, answer in puzzles]
     return Task(problems, worked, evaluation(eval_per_size), instruction="")
 
 
