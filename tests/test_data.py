@@ -1089,7 +1089,7 @@ def test_the_line_of_an_error_is_named_for_a_relative_path_too(tmp_path, monkeyp
 
 
 def test_an_unknown_task_is_refused_with_the_known_ones():
-    known = r"arithmetic, chains, logic, limr, .* or FILE\.py:F"
+    known = r"arithmetic, chains, logic, legs, limr, .* or FILE\.py:F"
     with pytest.raises(rewards.FunctionError, match=rf"^task: 'gsm' must be one of {known}"):
         named.load_task(settings.Settings(task="gsm"))
     with pytest.raises(rewards.FunctionError, match=r"^task: 'own\.txt:f' must be FILE\.py:FUNCTION"):

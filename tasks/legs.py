@@ -1,0 +1,90 @@
+r"""A task in English for a pretrained model: how many legs, wheels or sides one or two kinds of things have together.
+
+    How many legs do 3 spiders and 1 duck have?
+    A spider has 8 legs, a duck 2: 3*8 + 1*2 = 24 + 2 = \boxed{26}
+
+The model has to know the things and to calculate. A pretrained model boxes no answer by itself, so RL alone has no
+reward. Demonstrations show a third of the things, D_RL asks for a second third, too, and evaluation for all.
+"""
+
+import random
+
+from infra.files import DataError
+from tasks.arithmetic import BOX, EVAL_SEED
+from tasks.task import Demonstration, Problem, Task
+
+THINGS: dict[str, tuple[dict[str, int], ...]] = {  # in demonstrations and D_RL; in D_RL; in neither
+    "legs": (
+        dict(spider=8, ant=6, cow=4, dog=4, frog=4, duck=2, owl=2),
+        dict(beetle=6, cat=4, horse=4, lion=4, scorpion=8, parrot=2, hen=2),
+        dict(bee=6, rabbit=4, tiger=4, eagle=2, chicken=2),
+    ),
+    "wheels": (
+        dict(unicycle=1, bicycle=2, tricycle=3, car=4),
+        dict(wheelbarrow=1, motorcycle=2, taxi=4, scooter=2),
+        dict(motorbike=2, van=4, skateboard=4),
+    ),
+    "sides": (
+        dict(triangle=3, square=4, hexagon=6),
+        dict(pentagon=5, rectangle=4, octagon=8),
+        dict(heptagon=7, parallelogram=4),
+    ),
+}
+SHOWN, ASKED, NEW = slice(0, 1), slice(0, 2), slice(2, 3)
+MOST = 9  # of one thing
+KINDS = (1, 2, 2, 2)  # of things in a question of training
+DEMONSTRATIONS, PROMPTS = 256, 512
+GROUPS = {"one thing": (ASKED, (1,)), "two things": (ASKED, (2,)), "new things": (NEW, (1, 2))}  # of evaluation
+EVAL_MAX = 100  # evaluation problems of each group; training excludes all of them
+
+
+def question(rng: random.Random, tables: slice, kinds: int) -> tuple[str, str, str]:
+    """(question, worked line, answer) about one or two kinds of things from some of the tables."""
+    part = rng.choice(list(THINGS))
+    number_of = {thing: number for table in THINGS[part][tables] for thing, number in table.items()}
+    counts = {thing: rng.randint(1, MOST) for thing in rng.sample(sorted(number_of), kinds)}
+    asked = " and ".join(f"{count} {thing}{'s' * (count > 1)}" for thing, count in counts.items())
+    verb = "does" if list(counts.values()) == [1] else "do"
+    first, *others = counts
+    facts = [
+        f"{first.capitalize()}s have {number_of[first]} {part}",
+        *(f"{thing}s {number_of[thing]}" for thing in others),
+    ]
+    sums = [" + ".join(f"{count}*{number_of[thing]}" for thing, count in counts.items())]
+    products = [count * number_of[thing] for thing, count in counts.items()]
+    if others:
+        sums.append(" + ".join(map(str, products)))
+    answer = str(sum(products))
+    line = f"{', '.join(facts)}: {' = '.join(sums)} = {BOX}{answer}}}"
+    return f"How many {part} {verb} {asked} have?", line, answer
+
+
+def distinct(rng: random.Random, tables: slice, kinds: tuple[int, ...], count: int, taken: set[str]) -> list[tuple]:
+    """`count` different questions with lines and answers, none of them in `taken`."""
+    found: dict[str, tuple[str, str, str]] = {}
+    while len(found) < count:
+        row = question(rng, tables, rng.choice(kinds))
+        if row[0] not in taken:
+            found[row[0]] = row
+    return list(found.values())
+
+
+def evaluation(per_group: int) -> list[Problem]:
+    """The first `per_group` evaluation problems of each group. Raises DataError for more than EVAL_MAX."""
+    if per_group > EVAL_MAX:
+        raise DataError(f"eval_problems: the task legs has {EVAL_MAX} of each group, {per_group} asked for")
+    drawn = {
+        group: distinct(random.Random(EVAL_SEED + i), *of, EVAL_MAX, set())
+        for i, (group, of) in enumerate(GROUPS.items())
+    }
+    return [Problem(q, answer, group) for group, rows in drawn.items() for q, _, answer in rows[:per_group]]
+
+
+def task(seed: int, eval_per_group: int) -> Task:
+    """Problems and demonstrations, a function of the seed, and evaluation problems; a demonstration is no problem."""
+    rng, taken = random.Random(seed), {p.question for p in evaluation(EVAL_MAX)}
+    shown = distinct(rng, SHOWN, KINDS, DEMONSTRATIONS, taken)
+    worked = [Demonstration(q, line, answer) for q, line, answer in shown]
+    asked = distinct(rng, ASKED, KINDS, PROMPTS, taken | {q for q, _, _ in shown})
+    problems = [Problem(q, answer, f"{1 + (' and ' in q)} thing") for q, _, answer in asked]
+    return Task(problems, worked, evaluation(eval_per_group), instruction="")
