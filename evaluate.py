@@ -12,6 +12,7 @@ built-in task. The same command continues an interrupted evaluation.
 import argparse
 import os
 import sys
+import time
 import zlib
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -32,6 +33,7 @@ PROTOCOLS = {
     "paper": Sampling(max_new_tokens=5000),
     "sampled": Sampling(temperature=0.6, top_p=0.95, max_new_tokens=8192, samples=None),
 }
+SECONDS = 5.0  # of decoding, from which the time of an evaluation is estimated
 NAMES = "math500,minerva_math,olympiadbench,aime24,amc23,gsm8k,gpqa,mmlu_pro"  # see tasks/benchmarks.py
 
 
@@ -98,24 +100,54 @@ from tasks.sources import read_problems
 from tasks.task import Problem, Task, check_evaluation, fingerprint
 
 
+class Progress:
+    """A bar over the tokens that this rank generates at most; it shrinks whenever an answer ends before its limit."""
+
+    def __init__(self, answers: int, limit: int, announce: bool = False):
+        """limit: tokens of an answer; announce: print speed and longest time once, after SECONDS of decoding."""
+        most = answers * limit
+        self.bar = tqdm(total=most, unit="tok", unit_scale=True, leave=False, disable=parallel.rank() > 0)
+        self.answers, self.limit, self.announce = answers, limit, announce and parallel.rank() == 0
+        self.calls = self.ended = 0
+
+    def __call__(self, tokens: int, ended: list[int]) -> None:
+        """Counts `tokens` new ones, and the answers that ended, by their lengths."""
+        self.bar.total -= sum(self.limit - length for length in ended)
+        self.ended += len(ended)
+        self.bar.set_postfix_str(f"{self.ended} of {self.answers} answers", refresh=False)
+        self.bar.update(tokens)
+        self.calls += 1
+        if self.calls == 2:  # the first call follows the prompts, the second one a step that may compile kernels
+            self.start, self.before = time.monotonic(), self.bar.n
+        elif self.announce and self.calls > 2 and (seconds := time.monotonic() - self.start) > SECONDS:
+            self.announce, rate = False, (self.bar.n - self.before) / seconds
+            longest = tqdm.format_interval((self.bar.total - self.bar.n) / rate)
+            speed = f"{rate:,.0f} tokens/s in the first {seconds:.0f} s of decoding"
+            print0(f"{speed}: {longest} more if no answer ends early; most do, but longer answers are slower")
+
+
+def share_of(items: list) -> list:
+    """The items of this rank."""
+    return items[parallel.rank() :: parallel.world_size()]
+
+
 def answer(
-    sampler: Sampler, tokenizer, task: Task, problems: list[Problem], keys: list[tuple[int, ...]], sampling: Sampling
-) -> list[dict]:
+    sampler: Sampler, tokenizer, task: Task, problems: list[Problem], keys: list[tuple[int, ...]], sampling: Sampling,
+    progress: Progress | None = None,
+) -> list[dict]:  # fmt: skip
     """One graded record per problem and sample, of all ranks; each rank answers its share.
 
     keys: one per problem; the last number is the problem's id, and sample i is drawn from the seed (*key, i).
     """
-    share = slice(parallel.rank(), None, parallel.world_size())
-    problems, keys = problems[share], keys[share]
+    problems, keys = share_of(problems), share_of(keys)
     asked = [(tokenizer, p.question, task.instruction, task.template) for p in problems]
     prompts = [(prompt_text(*a), encode_prompt(*a)) for a in asked]  # side by side, so that each is rendered once
     completions = []
     if problems:  # a rank has none if there are fewer problems than ranks
-        with tqdm(total=sampling.samples * len(problems), leave=False, disable=parallel.rank() > 0) as bar:
-            completions = sampler.generate(
-                [ids for _, ids in prompts], keys, sampling.samples, sampling.max_new_tokens, sampling.temperature,
-                sampling.top_p, progress=bar.update,
-            )  # fmt: skip
+        completions = sampler.generate(
+            [ids for _, ids in prompts], keys, sampling.samples, sampling.max_new_tokens, sampling.temperature,
+            sampling.top_p, progress,
+        )  # fmt: skip
     records = []
     for problem, key, (text, _), samples in zip(problems, keys, prompts, completions, strict=True):
         for i, completion in enumerate(samples):
@@ -132,7 +164,10 @@ def answer(
 def evaluate(sampler: Sampler, tokenizer, task: Task, max_new_tokens: int) -> tuple[dict[str, float], list[dict]]:
     """({group: greedy pass@1, "average": their plain mean}, records) of task.evaluation. All ranks call it."""
     keys = [(0, i) for i in range(len(task.evaluation))]
-    records = answer(sampler, tokenizer, task, task.evaluation, keys, Sampling(max_new_tokens=max_new_tokens))
+    progress = Progress(len(share_of(keys)), max_new_tokens)
+    with progress.bar:
+        greedy = Sampling(max_new_tokens=max_new_tokens)
+        records = answer(sampler, tokenizer, task, task.evaluation, keys, greedy, progress)
     accuracy = {group: float(verdicts(rows).mean()) for group, rows in sorted(by_problem(records).items())}
     return accuracy | {"average": sum(accuracy.values()) / len(accuracy)}, records
 
@@ -227,14 +262,21 @@ def run(args: argparse.Namespace) -> None:
     sampler = Sampler(model, stop, slots=args.slots, dtype=dtype)
     del model
     answered = {(r["group"], r["id"]) for r in records}
+    parts = []  # (group, ids of the problems that are answered between two writes)
     for group, problems in groups.items():
         todo = [i for i in range(len(problems)) if (group, i) not in answered]
-        size = parallel.world_size() * max(1, 2 * args.slots // samples[group])  # problems between two writes
-        for start in range(0, len(todo), size):
-            ids = todo[start : start + size]
+        size = parallel.world_size() * max(1, 2 * args.slots // samples[group])
+        parts += [(group, todo[start : start + size]) for start in range(0, len(todo), size)]
+    count, own = (sum(len(of(ids)) * samples[group] for group, ids in parts) for of in (list, share_of))
+    asked = f"{sum(len(ids) for _, ids in parts)} problems, {count} answers of at most {limit} tokens"
+    print0(f"{asked}, {args.slots * parallel.world_size()} at once: at most {count * limit:,} tokens")
+    progress = Progress(own, limit, announce=True)
+    with progress.bar:
+        for group, ids in parts:
             keys = [(args.seed, zlib.crc32(group.encode()), i) for i in ids]
             with_count = replace(sampling, samples=samples[group])
-            graded = answer(sampler, tokenizer, task, [problems[i] for i in ids], keys, with_count)
+            chosen = [groups[group][i] for i in ids]
+            graded = answer(sampler, tokenizer, task, chosen, keys, with_count, progress)
             records += graded
             if parallel.rank() == 0:
                 for record in graded:

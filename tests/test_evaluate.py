@@ -347,6 +347,38 @@ def test_training_evaluates_greedily_and_averages_over_groups(model):
     assert [r["question"] for r in sorted(records, key=lambda r: r["id"])] == [p.question for p in task.evaluation]
 
 
+def test_the_bar_counts_tokens_and_its_total_falls_with_every_early_end():
+    progress = evaluate.Progress(answers=3, limit=100)
+    with progress.bar as bar:
+        progress(3, [])
+        assert (bar.n, bar.total) == (3, 300)
+        progress(30, [10, 7])
+        assert (bar.n, bar.total) == (33, 300 - 90 - 93)
+        assert bar.postfix == "2 of 3 answers"
+        progress(84, [100])
+        assert bar.n == bar.total == 117
+
+
+def test_the_expected_time_is_announced_once_after_seconds_of_decoding_and_bounds_all_tokens(monkeypatch, capsys):
+    clock = iter([100.0, 103.0, 106.0])  # the first call follows the prompts and starts no clock
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
+    progress = evaluate.Progress(answers=2, limit=1000, announce=True)
+    with progress.bar:
+        for tokens in (2, 2, 30, 30, 30):
+            progress(tokens, [])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("10 tokens/s in the first 6 s of decoding: 03:13 more if no answer ends early;")  # 1936 left
+
+
+def test_an_evaluation_says_before_it_starts_how_many_tokens_it_may_take(model, greedy, tmp_path, capsys):
+    out = tmp_path / "a.jsonl"
+    out.write_text("".join(greedy.read_text().splitlines(keepends=True)[:6]))  # the header and 5 of 12 answers
+    call(model, *GREEDY, "--slots", 2, "--out", out)
+    assert capsys.readouterr().out.startswith(
+        "7 problems, 7 answers of at most 16 tokens, 2 at once: at most 112 tokens"
+    )
+
+
 def test_a_benchmark_runs_from_its_file_to_its_report(model, tmp_path, capsys):
     rows = [dict(problem="1+1", answer="2", level=n % 2, subject="s") for n in range(3)]
     (tmp_path / "math500.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
