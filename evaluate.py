@@ -1,6 +1,7 @@
 """Benchmarks: answers of a model, their grades, and numbers with their uncertainty.
 
     python evaluate.py RUN_OR_MODEL [--benchmarks paper] [--protocol sampled] [--out FILE]
+    python evaluate.py RUN_OR_MODEL --ask "How many legs have 3 cats?"      print the answers of base, policy and shadow
     python evaluate.py --regrade FILE            grade the answers of a result file again, without generating
     python evaluate.py --table FILE FILE ...     compare result files; differences are against the first
 
@@ -14,11 +15,12 @@ import os
 import sys
 import time
 import zlib
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from settings import Settings, expand, start_program
+from settings import METHODS, Settings, expand, start_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--top-p", type=float, help="sample from the likeliest tokens that reach this mass (default: the protocol's)")
     add("--max-new-tokens", type=int, default=0, help="tokens per answer (default: the protocol's; a run's own)")
     add("--seed", type=int, default=0, help="of the samples")
+    add("--ask", action="append", metavar="QUESTION", help="print the answers of a run's base, policy and shadow to it")
     add("--slots", type=int, default=64, help="answers decoded at once per process; lower it if memory runs out")
     add("--out", type=expand, help="the result file; an existing one is continued (default: in the run, or in evals/)")
     add("--regrade", type=expand, metavar="FILE", help="grade a result file's answers again")
@@ -64,15 +67,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     if sum(map(bool, (args.source, args.regrade, args.table))) != 1:
         parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    read = {"table"} if args.table else {"regrade", "out"} if args.regrade else given
-    if idle := sorted(given - read):
-        mode, flag = "--table" if args.table else "--regrade", idle[0].replace("_", "-")
-        parser.error(f"--{flag} does nothing with {mode}: omit it")
+    read = {"table": {"table"}, "regrade": {"regrade", "out"},
+            "ask": {"ask", "source", "template", "temperature", "top_p", "max_new_tokens", "seed"}}  # fmt: skip
+    for mode in (name for name in read if getattr(args, name)):
+        if idle := sorted(given - read[mode]):
+            parser.error(f"--{idle[0].replace('_', '-')} does nothing with --{mode}: omit it")
     if min(args.samples, args.problems, args.max_new_tokens, args.seed) < 0 or args.slots < 1:
         parser.error("--samples, --problems, --max-new-tokens and --seed cannot be negative, --slots not below 1")
     temperature, top_p = args.temperature or 0, 1 if args.top_p is None else args.top_p
     if not (temperature == 0 or 1e-3 <= temperature < float("inf")) or not 0 < top_p <= 1:
         parser.error("--temperature must be 0 or at least 0.001, --top-p above 0 and at most 1")
+    if any(question != question.encode("utf-8", "ignore").decode() for question in args.ask or ()):
+        parser.error("--ask: the question is no text in UTF-8")
     if args.benchmarks and args.data:
         parser.error("--benchmarks and --data are two kinds of problems: give one")
     return args
@@ -83,18 +89,19 @@ if __name__ == "__main__":
 
 import torch
 import transformers
+from torch import nn
 from tqdm import tqdm
 
 import rewards
 from grading.scores import PAPER, by_problem, verdicts
-from infra import parallel, results
+from infra import checkpoint, export, parallel, results
 from infra.files import DataError, append_line, read_object
-from infra.model import load, stop_tokens
+from infra.model import is_builtin, load, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
 from sampler import Sampler
 from tasks import builtin
 from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, read_benchmark
-from tasks.named import load_task
+from tasks.named import NAMED, load_task
 from tasks.prompts import encode_prompt, end_of_turn, prompt_text
 from tasks.sources import read_problems
 from tasks.task import Problem, Task, check_evaluation, fingerprint
@@ -218,6 +225,72 @@ def find_task(args: argparse.Namespace, s: Settings) -> Task:
     return task
 
 
+def prompt_of(args: argparse.Namespace, s: Settings | None) -> Task:
+    """A task with the instruction and the template of a run, or of a model (None). Raises DataError.
+
+    Problems are loaded only for a function of the user's own, which alone has its instruction.
+    """
+    task = Task(problems=[], demonstrations=[], evaluation=[])
+    if is_builtin(args.source) if s is None else s.task in builtin.EVALUATION and not s.rl_data:
+        task.instruction = ""
+    elif s and not s.rl_data and s.task not in NAMED:
+        task = load_task(replace(s, sft_data="", method="rl"))
+    task.template = (s.template if s else "") or task.template if args.template is None else args.template
+    return task
+
+
+def policies(source: str, s: Settings | None) -> Iterator[tuple[str, nn.Module | None, object]]:
+    """(title, model, tokenizer) of a run's base model, policy and shadow, or of one model (None).
+
+    The weights θ̂ exist in checkpoints only. The title says why there is no shadow; its model is None then.
+    """
+    if s is None:
+        yield source, *load(builtin.resolve(source))
+        return
+    yield f"base model {s.model}", *load(builtin.resolve(s.model))
+    yield f"policy after {s.total_steps} steps of {s.method}", *load(f"{source}/model")
+    folder = Path(source, "checkpoint")
+    if METHODS[s.method].shadow and checkpoint.steps_in(folder):
+        saved = checkpoint.newest(folder)
+        yield f"shadow at step {saved.facts['step']}", *export.merged_policy(Path(source), saved, s, "theta_hat")
+    else:
+        why = f"{folder} has no checkpoint" if METHODS[s.method].shadow else f"the method {s.method} has none"
+        yield f"no shadow: {why}", None, None
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Prints the answers to the questions of --ask one under another, greedy by default. Raises DataError."""
+    refuse_idle(args, args.temperature or 0)
+    s, top_p = load_settings(Path(args.source)), 1.0 if args.top_p is None else args.top_p
+    task, columns = prompt_of(args, s), []  # columns: (title, an answer to each question)
+    for title, model, tokenizer in policies(args.source, s):
+        if model is None:
+            columns.append((title, [""] * len(args.ask)))
+            continue
+        prompts = [encode_prompt(tokenizer, question, task.instruction, task.template) for question in args.ask]
+        positions = model.config.max_position_embeddings
+        most = min(PROTOCOLS["paper"].max_new_tokens, positions - max(map(len, prompts)))
+        limit = args.max_new_tokens or (s.max_new_tokens if s else max(most, 1))
+        asked = [Problem(question, "") for question in args.ask]
+        check_evaluation(asked, tokenizer, task.instruction, limit, positions, task.template)
+        stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, task.template))
+        sampler = Sampler(model, stop, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
+        keys = [(args.seed, i) for i in range(len(prompts))]  # equal for all models
+        groups = sampler.generate(prompts, keys, 1, limit, args.temperature or 0, top_p)
+        texts = [c.text(tokenizer, stop) + " … (cut off)" * (c.finish_reason == "length") for (c,) in groups]
+        columns.append((title, texts))
+    for i, question in enumerate(args.ask):
+        print0("\n".join([question, *(f"--- {title}\n{texts[i]}".rstrip() for title, texts in columns), ""]))
+
+
+def refuse_idle(args: argparse.Namespace, temperature: float) -> None:
+    """Raises DataError for settings of sampling beside a greedy temperature."""
+    if temperature == 0 and args.samples > 1:
+        raise DataError(f"--samples {args.samples} greedy answers would be the same: set --temperature too")
+    if temperature == 0 and (args.seed or args.top_p is not None):
+        raise DataError("--seed and --top-p do nothing at temperature 0, which is greedy: set --temperature too")
+
+
 def run(args: argparse.Namespace) -> None:
     """Answers the problems that the result file lacks, appends the records to it, and prints the report."""
     parallel.start(timedelta(days=1))  # the timeout of collectives: one rank may generate much longer than another
@@ -236,11 +309,8 @@ def run(args: argparse.Namespace) -> None:
     given = dict(temperature=args.temperature, top_p=args.top_p, samples=args.samples or None)
     given["max_new_tokens"] = args.max_new_tokens or (None if named else own_limit)
     sampling = replace(PROTOCOLS[args.protocol], **{flag: value for flag, value in given.items() if value is not None})
+    refuse_idle(args, sampling.temperature)
     if sampling.temperature == 0:
-        if args.samples > 1:
-            raise DataError(f"--samples {args.samples} greedy answers would be the same: set --temperature too")
-        if args.seed or args.top_p is not None:
-            raise DataError("--seed and --top-p do nothing at temperature 0, which is greedy: set --temperature too")
         sampling = replace(sampling, samples=1)
     limit, positions = sampling.max_new_tokens, model.config.max_position_embeddings
     check_evaluation(task.evaluation, tokenizer, task.instruction, limit, positions, task.template)
@@ -292,6 +362,8 @@ def main() -> None:
     with one_line_errors("evaluate.py", f"lower --slots {args.slots}, but not below the samples per problem"):
         if args.table:
             print0(results.table([Path(name) for name in args.table]))
+        elif args.ask:
+            ask(args)
         elif args.regrade:
             print0(regrade(Path(args.regrade), args.out))
         else:
