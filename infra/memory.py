@@ -235,7 +235,7 @@ def dry_run(s: Settings, config: PretrainedConfig, gpu: str | None, gpus: int) -
             raise SettingError("gpus: this computer has no GPU; name a kind with --gpu, or omit --gpus for a table")
         print(f"{s.method}, {m.parameters:,} parameters, {s.total_steps} steps. Predicted, not measured:")
         print(
-            "seconds of a step, without communication and optimizer, and GiB of each GPU. --gpu shows one case by parts."
+            "seconds of a step, without communication and optimizer, and GiB of each GPU; --gpu shows the parts of one."
         )
         print(predictions(s, m))
         return
