@@ -1,6 +1,7 @@
 """Programs in answers: what passes, what an attack reaches, and that nothing runs unless it was asked for."""
 
 import json
+import platform
 import sys
 from pathlib import Path
 
@@ -23,7 +24,8 @@ HUMANEVAL = dict(
 MBPP = dict(text="Add 1.", test_list=["assert f(1) == 2", "assert math.isclose(f(two), 3)"], test_setup_code="two = 2")
 RESPONSE = "Thus:\n```python\n{}\n```\nDone."
 
-pytestmark = pytest.mark.skipif(not code.can_isolate(), reason="programs run on Linux on x86-64 only")
+HERE = platform.system(), platform.machine()
+pytestmark = pytest.mark.skipif(HERE != ("Linux", "x86_64"), reason="programs run on Linux on x86-64 only")
 
 
 def call(*flags):
@@ -106,6 +108,10 @@ def test_the_last_python_block_behind_the_thought_is_the_program():
 # Attacks
 
 
+def test_this_machine_isolates_programs():
+    assert code.can_isolate()
+
+
 @pytest.mark.parametrize(
     "attack",
     [
@@ -164,8 +170,10 @@ def test_time_memory_and_output_are_limited(attack, one_second):
 
 REACHED = """
 import ctypes, os, sys
-libc = ctypes.CDLL(None)
+libc = ctypes.CDLL(None, use_errno=True)
 SYSCALLS = {calls}
+def refused(number):
+    return libc.syscall(number, 0, 0, 0, 0, 0, 0) == -1 and ctypes.get_errno() == 1  # EPERM, for any argument
 def attempt(call):
     try:
         return repr(call())
@@ -184,7 +192,7 @@ def f():
         lambda: __import__("mmap"), lambda: __import__("torch"),
     ]
     done = [i for i, call in enumerate(tried) if attempt(call) is not None]
-    done += [name for name, number in SYSCALLS.items() if libc.syscall(number, 0, 0, 0, 0, 0, 0) != -1]
+    done += [name for name, number in SYSCALLS.items() if not refused(number)]
     return done + [name for name in os.environ if name != "LC_CTYPE"]  # which the interpreter itself sets
 """
 NUMBERS = dict(  # of x86-64: network, processes, memory of others, namespaces, kernel interfaces
