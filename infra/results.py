@@ -52,7 +52,7 @@ def _fits(value: object, kind: type) -> bool:
     """Whether a value of a record has its type; labels are texts, numbers finite."""
     if kind is list:
         return isinstance(value, list) and all(isinstance(label, str) for label in value)
-    return isinstance(value, kind) and (type(value) is bool or not isinstance(value, int | float) or is_number(value))
+    return isinstance(value, kind) and (kind == bool | None or not isinstance(value, int | float) or is_number(value))
 
 
 def complete(header: dict, records: list[dict]) -> list[dict]:
