@@ -130,12 +130,12 @@ class Sampler:
     @torch.inference_mode()
     def generate(
         self, prompts: list[list[int]], keys: list[tuple[int, ...]], group_size: int, max_new_tokens: int,
-        temperature: float, top_p: float = 1.0, progress: Callable[[int], object] | None = None,
+        temperature: float, top_p: float = 1.0, progress: Callable[[int, list[int]], object] | None = None,
     ) -> list[list[Completion]]:  # fmt: skip
         """`group_size` completions of every prompt.
 
         prompts: P lists of token ids; keys: P tuples, sample i of prompt p draws from (*keys[p], i);
-        progress: called with the number of completions finished since its last call.
+        progress: called with the number of tokens since its last call and the lengths of the samples that ended.
         Raises ValueError for an empty prompt or one that leaves no room within the model's positions, and
         FloatingPointError if a logit is not finite.
         """
@@ -183,12 +183,12 @@ class Sampler:
                 decode(n)
             ended = active[:m] == 0
             count = int(ended.sum())  # the host waits for the device
-            if count:
-                if not b.logp_sum.isfinite():
-                    raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
-                lengths[sample_index[:m][ended]] = num_generated[:m][ended]
-                if progress:
-                    progress(count)
+            if count and not b.logp_sum.isfinite():
+                raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
+            if progress:
+                new_tokens = int((num_generated[:m] - lengths[sample_index[:m]]).sum())
+                progress(new_tokens, num_generated[:m][ended].tolist() if count else [])
+            lengths[sample_index[:m]] = num_generated[:m]
             if count or admitted or n < m:
                 m, n = b.regroup(cache.kv, m, n + len(admitted), share)
         ids, logps, completions = b.ids.cpu(), b.logps.cpu(), []

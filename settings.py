@@ -302,7 +302,9 @@ def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
     parser.add_argument("--out", type=expand, help="run folder (default: runs/METHOD-PRESET-SEED)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     parser.add_argument("--dry-run", action="store_true", help="print memory and time of the run, load nothing, stop")
-    parser.add_argument("--gpu", help="with --dry-run: a100, h100, h200, l40s or 4090 (default: this machine's)")
+    parser.add_argument(
+        "--gpu", help="with --dry-run: a100, h100, h200, l40s or 4090 (default: this machine's, else a table of all)"
+    )
     parser.add_argument("--gpus", type=int, default=1, help="with --dry-run: number of GPUs")
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     defaults = {f.name: f.default for f in fields(Settings)} | PRESETS[known.preset]

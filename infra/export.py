@@ -45,31 +45,40 @@ def save_run(out: Path, s: Settings, env, w: lora.Adapter) -> None:
 def save_checkpoint(run: Path, step: int | None) -> Path:
     """Writes the policy of a run's checkpoint, by default the newest, to RUN/model-step-N; returns that folder.
 
-    The weights come from the checkpoint, however many ranks wrote it. Architecture and tokenizer come from RUN/model,
-    else from the model that the run began with. Raises DataError, ModelError and OSError.
+    Raises DataError, ModelError and OSError.
     """
     saved = checkpoint.of_step(run / "checkpoint", step)
     s, step = settings_of(saved.facts, f"{saved.folder}/facts.json"), saved.facts["step"]
     facts = dict(stop=[], question="", prompt="", notes=[]) | saved.facts.get("export", {})
     evals = read_log(run / "evals.jsonl")
     readme = card(s, run, facts["question"], facts["prompt"], evals, facts["notes"], step)
-    base = MODELS / s.model if is_builtin(s.model) else gguf.resolve(s.model)
-    model, tokenizer = load(str(run / "model" if (run / "model").is_dir() else base), torch.device("cpu"))
+    model, tokenizer = merged_policy(run, saved, s)
+    folder = run / f"model-step-{step}"
+    save_model(folder, model, tokenizer, facts["stop"] or stop_tokens(model, tokenizer), readme)
+    return folder
+
+
+def merged_policy(run: Path, saved: checkpoint.Saved, s: Settings, base: str = "theta"):
+    """(model, tokenizer) of a checkpoint: θ + s·B·A, or θ̂ + s·B·A for the base "theta_hat", on the CPU in `s.dtype`.
+
+    The weights come from the checkpoint, however many ranks wrote it. Architecture and tokenizer come from RUN/model,
+    else from the model that the run began with. Raises DataError, ModelError and OSError.
+    """
+    first = MODELS / s.model if is_builtin(s.model) else gguf.resolve(s.model)
+    model, tokenizer = load(str(run / "model" if (run / "model").is_dir() else first), torch.device("cpu"))
     merged = copy.deepcopy(model).to(getattr(torch, s.dtype))
     w = lora.create(model, s.lora_targets.split(","), s.lora_rank, s.seed) if METHODS[s.method].adapter else {}
     lora.attach(model, w, s.lora_alpha / s.lora_rank)
-    sets = {"theta": lora.base_parameters(model), "w": w}
+    sets = {base: lora.base_parameters(model), "w": w}
     tensors = {f"{name}.{i}": p.data for name, of_set in sets.items() for i, p in enumerate(of_set.values())}
-    weights = {name: shape for name, shape in saved.shapes.items() if re.fullmatch(r"(theta|w)\.\d+", name)}
+    weights = {name: shape for name, shape in saved.shapes.items() if re.fullmatch(rf"({base}|w)\.\d+", name)}
     if {name: tensor.shape for name, tensor in tensors.items()} != weights:
         raise DataError(
             f"model {s.model!r}: its shapes differ from those in {saved.folder}: the run began with another"
         )
     saved.load(tensors)
     lora.merge_into(merged, model)
-    folder = run / f"model-step-{step}"
-    save_model(folder, merged, tokenizer, facts["stop"] or stop_tokens(model, tokenizer), readme)
-    return folder
+    return merged, tokenizer
 
 
 def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readme: str) -> None:

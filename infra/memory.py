@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from infra.model import read_config, reading, repository_of
+from infra.model import is_builtin, read_config, reading, repository_of
 from settings import METHODS, SettingError, Settings
 
 GiB = 2**30
@@ -208,11 +208,37 @@ def check(s: Settings, m: Shapes, world: int, limit: float, cuda: bool = True) -
     raise SettingError(f"{text}; choose a smaller model, shorter responses or a GPU with more memory")
 
 
+def predictions(s: Settings, m: Shapes) -> str:
+    """A table: a step's time and the peak of each GPU, for 1 to 8 GPUs of each kind; nothing of it is measured."""
+    counts = [n for n in (1, 2, 4, 8) if n <= s.prompts_per_step]
+    lines = ["GPU     GiB" + "".join(f"{n:>15} GPU{'s' * (n > 1):1}" for n in counts)]
+    for name, gpu in GPUS.items():
+        cells = []
+        for n in counts:
+            peak, step = memory(s, m, n)[-1], sum(seconds(s, m, gpu, n).values())
+            time = f"{step:.1f} s, " if s.dtype == "bfloat16" else ""  # the data sheets' rates are those of bfloat16
+            cells.append(f"{time}{peak / GiB:.0f} GiB" if peak <= gpu.memory else "does not fit")
+        lines.append(f"{name:<6}{gpu.memory / GiB:5.0f}" + "".join(f"{cell:>20}" for cell in cells))
+    return "\n".join(lines)
+
+
 def dry_run(s: Settings, config: PretrainedConfig, gpu: str | None, gpus: int) -> None:
-    """Prints the needs of a run on GPUs of a kind, else of this machine. Raises SettingError if it does not fit."""
+    """Prints the needs of a run on GPUs of a kind, else of this machine. Raises SettingError if it does not fit.
+
+    On a machine without a GPU, only built-in models have its needs. Others have a table of kinds and numbers of GPUs.
+    """
     if gpu and gpu not in GPUS:
         raise SettingError(f"gpu must be one of {', '.join(GPUS)}; got {gpu!r}")
     cuda, m = bool(gpu) or torch.cuda.is_available(), shapes(config)
+    if not cuda and not is_builtin(s.model):
+        if gpus > 1:
+            raise SettingError("gpus: this computer has no GPU; name a kind with --gpu, or omit --gpus for a table")
+        print(f"{s.method}, {m.parameters:,} parameters, {s.total_steps} steps. Predicted, not measured:")
+        print(
+            "seconds of a step, without communication and optimizer, and GiB of each GPU; --gpu shows the parts of one."
+        )
+        print(predictions(s, m))
+        return
     limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gpus  # of this computer's CPU
     if cuda:
         limit = GPUS[gpu].memory if gpu else torch.cuda.get_device_properties(0).total_memory

@@ -17,10 +17,12 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from conftest import fork_ranks, lines
+import torch
+from conftest import fork_ranks, lines, tensors_in
 from matplotlib import figure
 
 import evaluate
+import lora
 import plot
 import rewards
 from grading import scores
@@ -31,14 +33,16 @@ from infra.model import load, stop_tokens
 from infra.results import weights_hash, write_results
 from infra.run import RunFolder, one_line_errors
 from sampler import Sampler
-from settings import Settings, start_program
+from settings import PRESETS, Settings, start_program
 from tasks import arithmetic, benchmarks, builtin, named
 from tasks.benchmarks import BENCHMARKS, read_benchmark
+from tasks.prompts import INSTRUCTION
 from tasks.task import Problem, Task, fingerprint
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
 SAMPLED = ("--problems", 3, "--protocol", "sampled", "--samples", 4, "--max-new-tokens", 16, "--slots", 1)
+SMOKE = PRESETS["smoke"]
 GREEDY = ("--problems", 2, "--max-new-tokens", 16)
 
 
@@ -345,6 +349,38 @@ def test_training_evaluates_greedily_and_averages_over_groups(model):
     means = {group: np.mean(correct) for group, correct in by_group.items()}
     assert accuracy == pytest.approx(means | {"average": np.mean(list(means.values()))})
     assert [r["question"] for r in sorted(records, key=lambda r: r["id"])] == [p.question for p in task.evaluation]
+
+
+def test_the_bar_counts_tokens_and_its_total_falls_with_every_early_end():
+    progress = evaluate.Progress(answers=3, limit=100)
+    with progress.bar as bar:
+        progress(3, [])
+        assert (bar.n, bar.total) == (3, 300)
+        progress(30, [10, 7])
+        assert (bar.n, bar.total) == (33, 300 - 90 - 93)
+        assert bar.postfix == "2 of 3 answers"
+        progress(84, [100])
+        assert bar.n == bar.total == 117
+
+
+def test_the_expected_time_is_announced_once_after_seconds_of_decoding_and_bounds_all_tokens(monkeypatch, capsys):
+    clock = iter([100.0, 103.0, 106.0])  # the first call follows the prompts and starts no clock
+    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
+    progress = evaluate.Progress(answers=2, limit=1000, announce=True)
+    with progress.bar:
+        for tokens in (2, 2, 30, 30, 30):
+            progress(tokens, [])
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("10 tokens/s in the first 6 s of decoding: 03:13 more if no answer ends early;")  # 1936 left
+
+
+def test_an_evaluation_says_before_it_starts_how_many_tokens_it_may_take(model, greedy, tmp_path, capsys):
+    out = tmp_path / "a.jsonl"
+    out.write_text("".join(greedy.read_text().splitlines(keepends=True)[:6]))  # the header and 5 of 12 answers
+    call(model, *GREEDY, "--slots", 2, "--out", out)
+    assert capsys.readouterr().out.startswith(
+        "7 problems, 7 answers of at most 16 tokens, 2 at once: at most 112 tokens"
+    )
 
 
 def test_a_benchmark_runs_from_its_file_to_its_report(model, tmp_path, capsys):
@@ -722,6 +758,83 @@ def test_every_reader_of_a_damaged_run_folder_works_or_ends_in_one_line(name, fi
         assert re.fullmatch(r"[\w.]+: [^\n]+", ending(reader, run))
 
 
+# Questions of one's own
+
+
+def test_a_run_answers_a_question_with_its_base_model_its_policy_and_its_shadow(finished_run, capsys):
+    run, questions = finished_run("--steps", "2", "--save-every", "1"), ["7*7+9*4", "3+4"]
+    call(run, *(word for question in questions for word in ("--ask", question)))
+    printed = capsys.readouterr().out
+    shadow = export.merged_policy(run, checkpoint.newest(run / "checkpoint"), Settings(**SMOKE), "theta_hat")
+    titles = ("base model arithmetic-smoke", "policy after 2 steps of bridge", "shadow at step 2")
+    models = (load(builtin.resolve("arithmetic-smoke")), load(str(run / "model")), shadow)
+    for question in questions:
+        lines_of = [question]
+        for title, (network, tokenizer) in zip(titles, models, strict=True):
+            stop = stop_tokens(network, tokenizer)
+            prompt = tokenizer.encode(f"Q:{question}=", add_special_tokens=False)
+            ((completion,),) = Sampler(network, stop).generate([prompt], [(0, 0)], 1, 80, 0.0)
+            cut = " … (cut off)" * (completion.finish_reason == "length")
+            lines_of += [f"--- {title}", completion.text(tokenizer, stop) + cut]
+        assert "\n".join(lines_of) in printed
+
+
+def test_the_shadow_of_a_checkpoint_is_theta_hat_with_the_adapter(finished_run):
+    run = finished_run("--steps", "2", "--save-every", "1")
+    tensors, saved = tensors_in(run / "checkpoint"), checkpoint.newest(run / "checkpoint")
+    s = Settings(**SMOKE)
+    model, _ = load(str(run / "model"))
+    w = lora.create(model, s.lora_targets.split(","), s.lora_rank, 0)
+    adapter = {name: tensors[f"w.{i}"] for i, name in enumerate(w)}
+    for base in ("theta", "theta_hat"):
+        merged, _ = export.merged_policy(run, saved, s, base)
+        for i, (name, parameter) in enumerate(merged.named_parameters()):
+            expected, layer = tensors[f"{base}.{i}"], name.removesuffix(".weight")
+            if f"{layer}.lora_A.weight" in adapter:
+                A, B = (adapter[f"{layer}.lora_{letter}.weight"] for letter in "AB")
+                expected = expected + s.lora_alpha / s.lora_rank * B @ A
+            torch.testing.assert_close(parameter.data, expected)
+    assert not torch.equal(tensors["theta.0"], tensors["theta_hat.0"])
+
+
+def test_a_run_without_a_checkpoint_or_a_shadow_says_so_in_one_line(finished_run, tmp_path, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(finished_run("--steps", "2", "--save-every", "1"), run)
+    shutil.rmtree(run / "checkpoint")
+    call(run, "--ask", "1+1", "--max-new-tokens", 4)
+    assert f"--- no shadow: {run}/checkpoint has no checkpoint\n" in capsys.readouterr().out
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | dict(settings=config["settings"] | dict(method="mix_lora"))))
+    call(run, "--ask", "1+1", "--max-new-tokens", 4)
+    assert "--- no shadow: the method mix_lora has none\n" in capsys.readouterr().out
+
+
+def test_a_model_answers_alone_and_temperature_and_seed_change_its_answer(model, capsys):
+    def answers(*flags):
+        call("arithmetic-smoke", "--ask", "1+1+1+1+1+1", *flags)
+        return capsys.readouterr().out
+
+    greedy, seed_0, seed_1 = answers(), answers("--temperature", 1.5), answers("--temperature", 1.5, "--seed", 1)
+    assert greedy.startswith("1+1+1+1+1+1\n--- arithmetic-smoke\n")
+    assert len({greedy, seed_0, seed_1}) == 3
+    assert seed_0 == answers("--temperature", 1.5)
+    with pytest.raises(SystemExit, match="--seed and --top-p do nothing at temperature 0"):
+        answers("--seed", 1)
+
+
+def test_questions_have_the_instruction_and_the_template_of_the_run(tmp_path):
+    def prompt(source, s, *flags):
+        task = evaluate.prompt_of(evaluate.parse([source, "--ask", "q", *flags]), s)
+        return task.instruction, task.template
+
+    (tmp_path / "own.py").write_text("from tasks.task import *\ndef f(s): return Task([], [], [], ' Go.', 'plain')")
+    assert prompt("run", Settings()) == prompt("logic-laptop", None) == ("", "")
+    assert prompt("run", Settings(task="limr", template="qwen-boxed")) == (INSTRUCTION, "qwen-boxed")
+    assert prompt("owner/name", None, "--template", "plain") == (INSTRUCTION, "plain")
+    assert prompt("run", Settings(task=f"{tmp_path}/own.py:f")) == (" Go.", "plain")
+    assert prompt("run", Settings(task=f"{tmp_path}/own.py:f"), "--template", "") == (" Go.", "")
+
+
 # The command line
 
 
@@ -730,6 +843,7 @@ def test_every_reader_of_a_damaged_run_folder_works_or_ends_in_one_line(name, fi
     ["", "m --regrade x", "m --seed -1", "m --temperature 1e-300", "m --data x --benchmarks paper",
      "m --slots 0", "m --out /", "m --out .", "m --out=", "m --data \0", "m --out \udcff", "--table a b\0",
      "--table a b --samples 4", "--table a b --out c", "--regrade a --seed 3", "--regrade a --protocol sampled",
+     "--ask q", "m --ask q --problems 3", "--ask q --regrade x", "m --ask \udcff",
      "m --problems -1", "m --top-p 0", "m --top-p 1.1", "m --temperature -1", "m --temperature nan"],
 )  # fmt: skip
 def test_a_command_that_makes_no_sense_is_refused(flags, capsys):

@@ -241,6 +241,29 @@ def test_a_dry_run_prints_the_report_and_makes_no_folder(tmp_path, capsys):
         memory.dry_run(paper(), memory.config_of(QWEN), "h101", 1)
 
 
+def test_without_a_gpu_the_dry_run_of_a_published_model_is_a_table_of_predictions(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    s, m = Settings(**PRESETS["qwen2.5-3b"]), shapes_of(QWEN)
+    bridge.main(["--preset", "qwen2.5-3b", "--dry-run"])
+    first, second, head, *rows = capsys.readouterr().out.splitlines()
+    assert "130 steps. Predicted, not measured" in first
+    assert "without communication" in second
+    assert head.split()[2:] == ["1", "GPU", "2", "GPUs", "4", "GPUs", "8", "GPUs"]
+    assert [row.split()[0] for row in rows] == list(memory.GPUS)
+    page = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
+    assert "\n".join([head, *rows]) in page
+    for row in rows:
+        gpu = memory.GPUS[row.split()[0]]
+        for world, cell in zip((1, 2, 4, 8), re.findall(r"does not fit|[\d.]+ s, \d+ GiB", row), strict=True):
+            peak, time = memory.memory(s, m, world)[-1], sum(memory.seconds(s, m, gpu, world).values())
+            fits = f"{time:.1f} s, {peak / memory.GiB:.0f} GiB"
+            assert cell == (fits if peak <= gpu.memory else "does not fit")
+    with pytest.raises(SystemExit, match="name a kind with --gpu, or omit --gpus for a table"):
+        bridge.main(["--preset", "qwen2.5-3b", "--dry-run", "--gpus", "4"])
+    bridge.main(["--preset", "smoke", "--dry-run"])
+    assert "x this computer's CPU" in capsys.readouterr().out
+
+
 def test_the_table_in_the_docs_has_the_computed_numbers():
     text = (Path(__file__).parents[1] / "docs" / "scaling.md").read_text()
     lines = re.findall(r"^\| `([\w.-]+)` \| (\d)" + r" \| ([\d.]+)" * 4, text, re.MULTILINE)

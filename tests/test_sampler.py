@@ -54,6 +54,17 @@ def test_log_probs_of_the_sampler_equal_the_trainers_at_the_sampling_temperature
     torch.testing.assert_close(sampled, logp, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("slots", [2, 3, 100])
+def test_progress_counts_every_token_once_and_every_sample_at_its_end(slots):
+    calls = []
+    sampler = Sampler(tiny_model(), STOP, slots)
+    groups = sampler.generate(PROMPTS, KEYS, 2, 16, 1.0, progress=lambda tokens, ended: calls.append((tokens, ended)))
+    lengths = [len(c.ids) for group in groups for c in group]
+    assert sum(tokens for tokens, _ in calls) == sum(lengths)
+    assert sorted(itertools.chain(*(ended for _, ended in calls))) == sorted(lengths)
+    assert max(tokens for tokens, _ in calls) <= slots, "a call follows every step: before any answer ends"
+
+
 def test_a_sample_depends_on_its_key_and_not_on_its_neighbours():
     sampler = Sampler(tiny_model(), STOP)
     together = sampler.generate(PROMPTS, KEYS, 2, 16, 1.0)
