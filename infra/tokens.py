@@ -16,30 +16,33 @@ def record_of_step(seen: dict, keep: str, tokenizer: object) -> dict:
     """The prompts, completions and demonstrations of a step with numbers per token, as plain JSON.
 
     seen: "policy" and "shadow": (Rollouts, what bridge.py:rl_pass returns); "sft": (demonstrations, −log π of their
-    tokens [T]). keep: "first" keeps the first group and DEMONSTRATIONS, "all" everything. On shared rollouts a row has
-    the shadow's numbers beside the policy's. slope is a token's ∂J_RL/∂log π by its weight, gain the policy's slope
-    minus the shadow's. A number is null where its pass did not run the row.
+    tokens [T]). keep: "first" keeps the first group with an advantage (or the first of all) and DEMONSTRATIONS, "all"
+    everything. On shared rollouts a row has the shadow's numbers beside the policy's. slope is ∂J_RL/∂log π of a token
+    by its weight, gain the policy's slope minus the shadow's. A number is null where its pass did not run the row.
     """
     record: dict = {"groups": [], "demonstrations": []}
     policy, shadow = seen.get("policy"), seen.get("shadow")
     if policy:
+        P, G = policy[0].reward.shape
+        advantage = policy[0].advantage[policy[0].offsets[:-1]].view(P, G)
+        first = int((advantage != 0).any(1).int().argmax())
+        kept = range(P * G) if keep == "all" else range(first * G, (first + 1) * G)
         shared = shadow is not None and shadow[0] is policy[0]
-        record["groups"] = groups_of(policy[0], policy[1], shadow[1] if shared else None, keep, tokenizer)
+        record["groups"] = groups_of(policy[0], policy[1], shadow[1] if shared else None, kept, tokenizer)
         if shadow and not shared:
-            record["groups"] += groups_of(shadow[0], None, shadow[1], keep, tokenizer)
+            record["groups"] += groups_of(shadow[0], None, shadow[1], kept, tokenizer)
     if "sft" in seen:
         demonstrations, nll = seen["sft"]
-        kept = demonstrations if keep == "all" else demonstrations[:DEMONSTRATIONS]
-        for row, numbers in zip(kept, split(kept, {"nll": nll}), strict=True):
+        shown = demonstrations if keep == "all" else demonstrations[:DEMONSTRATIONS]
+        for row, numbers in zip(shown, split(shown, {"nll": nll}), strict=True):
             text = {"prompt": tokenizer.decode(row[0]), "pieces": pieces(tokenizer, row[1])}
             record["demonstrations"].append(text | numbers)
     return record
 
 
-def groups_of(rollouts, tokens: dict | None, tokens_hat: dict | None, keep: str, tokenizer: object) -> list[dict]:
-    """The groups of Rollouts, each row with the numbers of `tokens`, of the policy, and of `tokens_hat`, of θ̂."""
-    G, offsets = rollouts.reward.shape[1], rollouts.offsets
-    rows = rollouts.rows if keep == "all" else rollouts.rows[:G]
+def groups_of(rollouts, tokens: dict | None, tokens_hat: dict | None, kept: range, tokenizer: object) -> list[dict]:
+    """The groups of the kept rows, each row with the numbers of `tokens`, of the policy, and of `tokens_hat`, of θ̂."""
+    offsets, rows = rollouts.offsets, rollouts.rows[kept.start : kept.stop]
     columns, slope = {}, rollouts.weight.new_zeros(len(rollouts.weight))
     if tokens:
         run = tokens["ratio"] > 0  # of a row that no pass ran all numbers are 0
@@ -50,15 +53,17 @@ def groups_of(rollouts, tokens: dict | None, tokens_hat: dict | None, keep: str,
         run = tokens_hat["ratio"] > 0
         columns["logp_hat"], columns["ratio_hat"] = (tokens_hat[n].where(run, math.nan) for n in ("logp", "ratio"))
         columns["gain"] = slope - tokens_hat["slope"]
-    numbers, groups = split(rows, columns), []
-    for i, ((prompt, response), record) in enumerate(zip(rows, rollouts.records[: len(rows)], strict=True)):
-        if i % G == 0:
+    t = slice(offsets[kept.start], offsets[kept.stop])
+    numbers, groups = split(rows, {name: x[t] for name, x in columns.items()}), []
+    for i, (prompt, response), of_row in zip(kept, rows, numbers, strict=True):
+        record = rollouts.records[i]
+        if i % rollouts.reward.shape[1] == 0:
             facts = {"of": "policy" if tokens else "shadow", "question": record["question"], "answer": record["answer"]}
             groups.append(facts | {"prompt": tokenizer.decode(prompt), "rows": []})
         A, weight = (x[offsets[i]].item() for x in (rollouts.advantage, rollouts.weight))
         row = {"reward": short(record["reward"], 4), "A": short(A, 4), "finish": record["finish_reason"]}
         row["weight"] = short(weight * len(rollouts.weight), 4)  # 1 is that of an average token
-        groups[-1]["rows"].append(row | {"pieces": pieces(tokenizer, response)} | numbers[i])
+        groups[-1]["rows"].append(row | {"pieces": pieces(tokenizer, response)} | of_row)
     return groups
 
 

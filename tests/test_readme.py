@@ -27,7 +27,8 @@ OTHERS = {  # flags of torchrun, pip and srun, of bench/, and those beside the s
     "--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts",
     "--shutdown-timeout", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal",
     "--preset", "--out", "--resume", "--dry-run", "--gpu", "--gpus", "--help", "--seeds", "--quick", "--size",
-    "--only", "--step", "--keep-rollouts", "--html", "--trace", "--heap", "--iterations", "--table", "--tune", "--methods", "--no-runs", "--rows",
+    "--only", "--step", "--trace", "--heap", "--iterations", "--table", "--tune", "--methods", "--no-runs", "--rows",
+    "--keep-rollouts", "--html",
 }  # fmt: skip
 
 
