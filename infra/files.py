@@ -47,7 +47,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 def _line(path: Path, record: dict) -> bytes:
     line = json.dumps(record).encode() + b"\n"
-    return gzip.compress(line, mtime=0) if path.suffix == ".gz" else line
+    return gzip.compress(line, 6, mtime=0) if path.suffix == ".gz" else line
 
 
 def append_line(path: Path, record: dict) -> None:

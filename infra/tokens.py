@@ -9,7 +9,7 @@ from torch import Tensor
 from ops.packed import Row
 
 DEMONSTRATIONS = 8  # that are kept of a step unless all are
-DIGITS = dict(logp=4, logp_hat=4, entropy=3, ratio_hat=5, slope=4, gain=3, nll=3)  # significant ones; 1 is no ratio
+DIGITS = dict(logp=4, logp_hat=4, entropy=3, ratio_hat=5, slope=4, gain=4, nll=3)  # significant ones; 1 is no ratio
 
 
 def record_of_step(seen: dict, keep: str, tokenizer: object) -> dict:
@@ -35,7 +35,7 @@ def record_of_step(seen: dict, keep: str, tokenizer: object) -> dict:
         demonstrations, nll = seen["sft"]
         shown = demonstrations if keep == "all" else demonstrations[:DEMONSTRATIONS]
         for row, numbers in zip(shown, split(shown, {"nll": nll}), strict=True):
-            text = {"prompt": tokenizer.decode(row[0]), "pieces": pieces(tokenizer, row[1])}
+            text = {"prompt": tokenizer.decode(row[0]), "pieces": pieces(tokenizer, tuple(row[1]))}
             record["demonstrations"].append(text | numbers)
     return record
 
@@ -61,28 +61,30 @@ def groups_of(rollouts, tokens: dict | None, tokens_hat: dict | None, kept: rang
             facts = {"of": "policy" if tokens else "shadow", "question": record["question"], "answer": record["answer"]}
             groups.append(facts | {"prompt": tokenizer.decode(prompt), "rows": []})
         A, weight = (x[offsets[i]].item() for x in (rollouts.advantage, rollouts.weight))
-        row = {"reward": short(record["reward"], 4), "A": short(A, 4), "finish": record["finish_reason"]}
-        row["weight"] = short(weight * len(rollouts.weight), 4)  # 1 is that of an average token
-        groups[-1]["rows"].append(row | {"pieces": pieces(tokenizer, response)} | of_row)
+        row = {"reward": record["reward"], "A": round(A, 4), "finish": record["finish_reason"]}
+        row["weight"] = round(weight * len(rollouts.weight), 4)  # 1 is that of an average token
+        groups[-1]["rows"].append(row | {"pieces": pieces(tokenizer, tuple(response))} | of_row)
     return groups
 
 
 def split(rows: list[Row], columns: dict[str, Tensor]) -> list[dict[str, list | float]]:
-    """The numbers of each row's response tokens, rounded; one number instead of a list if all are equal."""
+    """The numbers of each row's response tokens, rounded to DIGITS; None (JSON's null) if they are not finite.
+
+    If all of a row are equal, there is one number instead of a list.
+    """
     lengths = [len(response) for _, response in rows]
     if not columns or not rows:
         return [{} for _ in rows]
-    of_rows = torch.stack([x[: sum(lengths)].float() for x in columns.values()]).cpu().split(lengths, dim=1)
-    result = []
-    for x in of_rows:
-        lists = {name: [short(v, DIGITS[name]) for v in of] for name, of in zip(columns, x.tolist(), strict=True)}
-        result.append({name: v[0] if len(set(v)) == 1 else v for name, v in lists.items()})
+    x = torch.stack([x[: sum(lengths)].double() for x in columns.values()]).cpu()  # [numbers of a token, t]
+    digits = torch.tensor([DIGITS[name] for name in columns])[:, None]
+    scale = 10 ** (digits - 1 - x.abs().clamp(min=1e-12).log10().floor())
+    x, result = (x * scale).round() / scale, []
+    finite = bool(x.isfinite().all())
+    for lists in (of_row.tolist() for of_row in x.split(lengths, dim=1)):
+        if not finite:
+            lists = [[v if math.isfinite(v) else None for v in numbers] for numbers in lists]
+        result.append({name: v[0] if len(set(v)) == 1 else v for name, v in zip(columns, lists, strict=True)})
     return result
-
-
-def short(x: float, digits: int) -> float | None:
-    """A number with so many significant digits, None (JSON's null) if it is not finite."""
-    return float(f"{x:.{digits}g}") if math.isfinite(x) else None
 
 
 @lru_cache(1 << 16)
@@ -90,11 +92,13 @@ def _piece(tokenizer: object, token: int) -> str:
     return tokenizer.decode([token])
 
 
-def pieces(tokenizer: object, ids: list[int]) -> list[str]:
+@lru_cache(512)  # equal completions, and demonstrations of earlier steps
+def pieces(tokenizer: object, ids: tuple[int, ...]) -> list[str]:
     """The text of each token; joined they are the text of all.
 
     A token that ends inside a character has no text; the token that completes the character has all of it.
     """
+    ids = list(ids)
     text, parts = tokenizer.decode(ids), [_piece(tokenizer, i) for i in ids]
     if "".join(parts) == text:
         return parts

@@ -66,7 +66,7 @@ def weights(record, count):
 def test_the_weight_of_a_token_in_the_gain_is_autograds_coefficient_of_its_log_probs(changes, make):
     s = settings(**changes)
     m = fresh(s, w_trained=True)
-    move_shadow(m, by=0.05)
+    move_shadow(m, by=0.3)
     rollouts = make(m.policy)
     record = record_of_step(seen_in(s, m, rollouts), "all", Letters())
     A, weight, T = rollouts.advantage, rollouts.weight, len(rollouts.weight)
@@ -81,7 +81,7 @@ def test_the_weight_of_a_token_in_the_gain_is_autograds_coefficient_of_its_log_p
     of_policy, of_shadow = leaves[0].grad.double(), -leaves[1].grad.double()
     kept, slope, difference = weights(record, T), column(record, "slope", T), column(record, "gain", T)
     torch.testing.assert_close(kept * slope, of_policy, rtol=2e-3, atol=1e-6)
-    torch.testing.assert_close(kept * (slope - difference), of_shadow, rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(kept * (slope - difference), of_shadow, rtol=6e-3, atol=1e-6)
     torch.testing.assert_close(kept * difference, of_policy - of_shadow, rtol=6e-3, atol=1e-6)
     if cap and not s.kl_coef:
         rho = (logp_hat - logp).exp().clamp(max=cap).double()
@@ -157,7 +157,7 @@ def test_pieces_join_to_the_completion_and_a_broken_character_belongs_to_its_las
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer.encode(text)
     for end in range(1, len(ids) + 1):
-        found = pieces(tokenizer, ids[:end])
+        found = pieces(tokenizer, tuple(ids[:end]))
         assert len(found) == end
         assert "".join(found) == tokenizer.decode(ids[:end])
         assert all("\ufffd" not in piece for piece in found[: end - 3])
@@ -225,7 +225,7 @@ def hostile_run(folder):
     """A folder whose texts all try to leave their place in the page."""
     row = dict(reward=1.0, A=0.5, finish="stop", weight=1.0, pieces=["a", HOSTILE, "b"], logp=[-1, -2.0, None],
                logp_hat=-1.5, ratio_hat=[1.0, 3.0, None], entropy=0.2, slope=0.5, gain=[0.1, -0.2, 0])  # fmt: skip
-    group = dict(of="policy", question=HOSTILE, answer=HOSTILE, prompt=HOSTILE, rows=[row, row])
+    group = dict(of="policy", question=HOSTILE, answer=HOSTILE, prompt=HOSTILE, rows=[row, row | {"reward": 0.0}])
     demonstration = dict(prompt=HOSTILE, pieces=[HOSTILE, "x"], nll=[0.1, 2.0])
     for step in (1, 2, 3):
         append_line(folder / "metrics.jsonl", {"step": step, "reward": 0.5, "seconds": {}})
