@@ -227,7 +227,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("bridge.py", "slope = -logp.grad / weight[t]", "slope = -logp.grad / rollouts.weight[t]"),
     ("infra/tokens.py", 'slope - tokens_hat["slope"]', 'slope + tokens_hat["slope"]'),
     ("infra/tokens.py", 'tokens["logp"].where(run, rollouts.sampler_logp)', 'tokens["logp"]'),
-    ("infra/report.py", r'.replace("<", "\\u003c")', ""),
+    ("infra/report.py", r'.replace("<", "\\u003c")', '.replace("<", "<")'),
     ("infra/files.py", "if inflate.eof:", "if True:"),
     ("bridge.py", "p.grad.mul_(lam)", "p.grad.mul_(1.0)"),
     ("bridge.py", "sft_pass(m.policy, demonstrations, mu, s)", "sft_pass(m.policy, demonstrations, 1.0, s)"),
