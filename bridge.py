@@ -33,7 +33,7 @@ import grpo
 import lora
 import plot
 from evaluate import evaluate
-from infra import checkpoint, export, memory, parallel
+from infra import checkpoint, export, memory, parallel, report
 from infra.model import checkpoint_layers, model_fingerprint, pick_device
 from infra.run import RunFolder, StopSignal, Timer, all_finite, describe, one_line_errors, print0, tracked
 from logprob import response_logprobs
@@ -110,43 +110,44 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
 def rl_pass(
     model: nn.Module, rollouts: Rollouts, reference: nn.Module | None, s: Settings, ratio_cap: float | None = None
 ) -> dict[str, Tensor]:
-    """Adds this rank's part of ∇L_RL to .grad. Returns logp, ratio, limited, kl and trained, each [T].
+    """Adds this rank's part of ∇L_RL to .grad. Returns logp, entropy, slope, ratio, limited, kl and trained, each [T].
 
     Only the rows of `Rollouts.distinct` are run. Every rank gets the results of all tokens, 0 of those that are not
-    run. Without `rollouts.old_logp` the model's own log-probs are π_old.
+    run. Without `rollouts.old_logp` the model's own log-probs are π_old. slope·weight is a token's ∂J_RL/∂log π.
     """
     dtype = getattr(torch, s.dtype)
     trained, scored, weight, source = rollouts.distinct(s.kl_coef > 0)
-    tokens = weight.new_zeros(5, len(weight))
+    tokens = weight.new_zeros(7, len(weight))
     for train, chosen in ((True, trained), (False, scored)):
         for rows, t in rollouts.batches(chosen, s):
             with torch.no_grad():
                 ref_logp = None if reference is None else response_logprobs(reference, rows, s.temperature, dtype)[0]
             with torch.set_grad_enabled(train):
-                logp, _ = response_logprobs(model, rows, s.temperature, dtype)  # [t]
+                logp, entropy = response_logprobs(model, rows, s.temperature, dtype)  # [t]
             old_logp = logp.detach() if rollouts.old_logp is None else rollouts.old_logp[t]
             A, expert = rollouts.advantage[t], rollouts.expert[t]
             loss, terms = grpo.grpo_loss(logp, old_logp, A, weight[t] * ~expert, s.clip, ratio_cap, ref_logp, s.kl_coef)
             if METHODS[s.method].expert:
                 loss = loss - (weight[t] * expert * baselines.shaped_surrogate(logp, A)).sum()
             if train:
+                logp.retain_grad()
                 loss.backward()
-            tokens[:, t] = torch.stack([logp.detach(), *terms.values(), torch.full_like(logp, train)])
+            slope = -logp.grad / weight[t].clamp(min=1e-30) if train else torch.zeros_like(logp)
+            tokens[:, t] = torch.stack([logp, entropy, slope, *terms.values(), torch.full_like(logp, train)]).detach()
     parallel.all_reduce([tokens])
-    return dict(zip(("logp", *terms, "trained"), tokens[:, source], strict=True))
+    return dict(zip(("logp", "entropy", "slope", *terms, "trained"), tokens[:, source], strict=True))
 
 
-def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> float:
-    """Adds this rank's part of weight·∇L_SFT to .grad; returns L_SFT = −mean log π over response tokens, in nats."""
-    count = sum(len(response) for _, response in demonstrations)
-    nll = torch.zeros((), dtype=torch.float64)
-    for rows, _ in parallel.batches(demonstrations, s):
+def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> Tensor:
+    """Adds this rank's part of weight·∇L_SFT to .grad; returns −log π of all response tokens [T]; L_SFT is its mean."""
+    nll = torch.zeros(sum(len(response) for _, response in demonstrations), dtype=torch.float64)
+    for rows, t in parallel.batches(demonstrations, s):
         logp, entropy = response_logprobs(model, rows, dtype=getattr(torch, s.dtype))
         weights = baselines.sft_weights(s, logp, entropy, [len(response) for _, response in rows])
-        (weight * -(weights * logp).sum() / count).backward()
-        nll -= (logp.sum() / count).item()
+        (weight * -(weights * logp).sum() / len(nll)).backward()
+        nll[t] = -logp.detach().to(nll)
     parallel.all_reduce([nll])
-    return nll.item()
+    return nll
 
 
 def step_shadow_from_theta(m: Policies, s: Settings) -> None:
@@ -165,16 +166,16 @@ def step_shadow_from_theta(m: Policies, s: Settings) -> None:
 
 def bilevel_gradients(
     m: Policies, rollouts: Rollouts | None, rollouts_hat: Rollouts | None, demonstrations: list[Row], mu: float,
-    lam: float, s: Settings, timer: Timer,
+    lam: float, s: Settings, timer: Timer, seen: dict | None = None,
 ) -> dict[str, float]:  # fmt: skip
     """Writes the gradients of eqs. (7), (8) and (9), of losses, to the .grad of θ, w and θ̂; returns metrics.
 
     `mu` and `lam` weigh L_SFT and L_RL: 1−λ and λ. `rollouts_hat` are θ̂'s, or `rollouts` itself if they are shared.
-    θ's two terms add up in .grad. w's three are taken out one after another.
+    θ's two terms add up in .grad. w's three are taken out one after another. `seen` gets the numbers of all tokens.
     """
     for optimizer in m.optimizers.values():
         optimizer.zero_grad()
-    stats: dict[str, float] = {}
+    stats, seen = {}, {} if seen is None else seen
     g_sft = g_rl = g_rl_hat = [torch.zeros_like(p) for p in m.w.values()]
     shared = m.shadow is not None and rollouts_hat is rollouts  # then both have one surrogate: equal θ̂, equal gradient
     ratio_cap = s.shadow_ratio_cap if shared and s.shadow_ratio_cap > 0 else None
@@ -182,7 +183,7 @@ def bilevel_gradients(
         with timer("rl"):
             tokens = rl_pass(m.policy, rollouts, m.reference, s, ratio_cap)
             if rollouts.old_logp is None:  # π_old is the policy before its first update on these rollouts
-                rollouts.old_logp = tokens["logp"]
+                rollouts.old_logp, seen["policy"] = tokens["logp"], (rollouts, tokens)
             g_w = parallel.take_gradients(m.w.values())  # ∇_w L_RL(θ,w)
             g_rl = g_w if METHODS[s.method].w_takes_rl else g_rl  # no_meta: w takes SFT alone
             stats |= rl_statistics(tokens, rollouts)
@@ -193,13 +194,16 @@ def bilevel_gradients(
                 tokens_hat = rl_pass(m.shadow, rollouts_hat, m.reference, s, ratio_cap)
                 g_rl_hat = parallel.take_gradients(m.w.values())  # ∇_w L_RL(θ̂,w); θ̂.grad is now that of eq. (9)
                 stats |= gain_statistics(tokens_hat, rollouts, rollouts_hat)
+                seen.setdefault("shadow", (rollouts_hat, tokens_hat))
                 gain = [lam * (rl - rl_hat) for rl, rl_hat in zip(g_rl, g_rl_hat, strict=True)]
                 stats["gain_grad_norm"] = parallel.total_norm(gain).item()
         for p in m.parameters["theta"]:
             p.grad.mul_(lam)  # λ∇_θ L_RL(θ,w)
     if mu and demonstrations:
         with timer("sft"):
-            stats["sft_nll"] = sft_pass(m.policy, demonstrations, mu, s)  # θ.grad is now that of eq. (7)
+            nll = sft_pass(m.policy, demonstrations, mu, s)  # θ.grad is now that of eq. (7)
+            stats["sft_nll"] = nll.mean().item()
+            seen.setdefault("sft", (demonstrations, nll))
             g_sft = parallel.take_gradients(m.w.values())  # (1−λ)∇_w L_SFT(θ,w): the loss has the weight
     for p, sft, rl, rl_hat in zip(m.w.values(), g_sft, g_rl, g_rl_hat, strict=True):
         p.grad = sft + lam * (rl - rl_hat)  # eq. (8); while θ̂ = θ the difference is exactly 0
@@ -241,9 +245,8 @@ class Run:
 
     def demonstrations_of_update(self, rollouts: Rollouts | None) -> list[Row]:
         """The next ones of D_SFT; for methods with pairs those of the rollouts' prompts."""
-        if METHODS[self.s.method].pairs:
-            return rollouts.traces
-        return [self.demonstrations[i] for _, i in self.demos.take(self.s.sft_batch)]
+        own = METHODS[self.s.method].pairs
+        return rollouts.traces if own else [self.demonstrations[i] for _, i in self.demos.take(self.s.sft_batch)]
 
 
 def train(run: Run, start: int) -> None:
@@ -252,10 +255,9 @@ def train(run: Run, start: int) -> None:
     if start in (0, total) and not run.folder.is_evaluated(start):  # what is exported has its own accuracies
         evaluate_policies(run, start)
     for k in (bar := tqdm(range(start, total), initial=start, total=total, desc=s.method, disable=parallel.rank() > 0)):
-        timer, log, skipped, plan = Timer(k + 1), {}, 0, updates(s, k)
+        timer, log, seen, skipped, plan = Timer(k + 1), {}, {}, 0, updates(s, k)
         if s.method == "sft_rl" and k == s.sft_steps:  # a cold start gives RL fresh optimizers
-            for optimizer in m.optimizers.values():
-                optimizer.state.clear()
+            m.optimizers["theta"].state.clear()
 
         # 1  rollouts from π(θ,w); θ̂ trains on the same ones, or on its own on the same prompts
         rollouts = rollouts_hat = None
@@ -264,7 +266,7 @@ def train(run: Run, start: int) -> None:
         for mu, lam in plan * s.updates_per_rollout:
             # 2-3  the gradients of θ, w and θ̂, all at iterate k
             demonstrations = run.demonstrations_of_update(rollouts) if mu else []
-            stats = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, mu, lam, s, timer)
+            stats = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, mu, lam, s, timer, seen)
             # 4-6  θ, θ̂ and w step
             with timer("optimizer"):
                 stats |= clip_and_step(m, stats, s, lam)
@@ -278,7 +280,7 @@ def train(run: Run, start: int) -> None:
             with timer("evaluate"):
                 evaluate_policies(run, k + 1)
         log["lora_norm"] = lora.delta_norm(m.w, s.lora_alpha / s.lora_rank) if m.w else None
-        run.folder.log_step(k + 1, log, timer.seconds, run.skipped, rollouts.records if rollouts else [])
+        run.folder.log_step(k + 1, log, timer.seconds, run.skipped, seen, run.env.tokenizer)
         bar.set_postfix({name: f"{log[name]:.3f}" for name in ("reward", "sft_nll", "cooperative_gain") if name in log})
         if stop.on_any_rank() or (k + 1) % s.save_every == 0 or last:
             with timer("save"):
@@ -289,12 +291,12 @@ def train(run: Run, start: int) -> None:
 
 def evaluate_policies(run: Run, step: int) -> None:
     """Greedy accuracy of (θ,w), and of (θ̂,w) if there is a shadow: one line of evals.jsonl."""
-    record, env = {}, run.env
+    record, answers, env = {}, {}, run.env
     for name, model in (("policy", run.m.policy), ("shadow", run.m.shadow)):
         if model is not None:
             env.sampler.refresh(model)
-            record[name], _ = evaluate(env.sampler, env.tokenizer, env.task, run.s.max_new_tokens)
-    run.folder.log("evals", step, record)
+            record[name], answers[name] = evaluate(env.sampler, env.tokenizer, env.task, run.s.max_new_tokens)
+    run.folder.log_evaluation(step, record, answers)
     print0(f"step {step}: accuracy " + ", ".join(f"{name} {record[name]['average']:.3f}" for name in record))
 
 
@@ -307,8 +309,7 @@ def save(run: Run, step: int) -> None:
 
 def restore(run: Run, saved: checkpoint.Saved) -> int:
     """Loads a checkpoint into the run; returns its step. Raises SettingError if it is another run's."""
-    facts = saved.facts
-    checkpoint.refuse_other_run(facts, run.s, run.fingerprints, run.folder.path)
+    checkpoint.refuse_other_run(facts := saved.facts, run.s, run.fingerprints, run.folder.path)
     saved.restore(run.m.optimizers)
     run.prompts.position, run.demos.position, run.skipped = facts["prompts"], facts["demos"], facts["skipped"]
     return facts["step"]
@@ -328,10 +329,10 @@ def main(argv: list[str]) -> None:
         if args.dry_run:
             return memory.dry_run(s, builtin_config(s.model) or memory.config_of(s.model), args.gpu, args.gpus)
         resume = parallel.start() or args.resume  # torchrun --max-restarts resumes by itself
-        folder = RunFolder(args.out)
+        folder = RunFolder(out := args.out, args.keep_rollouts)
         folder.refuse_existing(unless=resume)
         run = set_up(s, folder)
-        saved = checkpoint.newest(args.out / "checkpoint") if resume else None
+        saved = checkpoint.newest(out / "checkpoint") if resume else None
         start = restore(run, saved) if saved else 0
         folder.begin(s, argv, start if saved else -1)
         print0(describe(s, run.m.parameters, run.env.describe(run.demonstrations)))
@@ -339,10 +340,9 @@ def main(argv: list[str]) -> None:
             train(run, start)
         run.env.sampler.refresh(run.m.policy)
         if parallel.rank() == 0:
-            out = args.out
             export.save_run(out, s, run.env, run.m.w)
             plot.draw([out], out / "figures.png")
-            print0(f"\n{out}/model loads with from_pretrained; curves in {out}/figures.png; logs in {out}/*.jsonl")
+            print0(f"\n{out}/model loads with from_pretrained; a look inside: {report.write(out)}; logs: {out}/*.jsonl")
         parallel.end()
 
 

@@ -1,9 +1,10 @@
-"""Figures from run folders: python plot.py RUN [RUN ...] --out FILE.png"""
+"""Figures from run folders: python plot.py RUN [RUN ...] --out FILE.png, or --html for RUN/report.html"""
 
 import argparse
 import sys
 from pathlib import Path
 
+from infra import report
 from infra.files import DataError, printable, read_log
 from settings import expand, start_program
 
@@ -65,14 +66,20 @@ def draw(runs: list[Path], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=expand, metavar="RUN", help="run folders of bridge.py")
-    parser.add_argument("--out", type=expand, default="figures.png", help="the picture to write")
+    parser.add_argument("--out", type=expand, help="the picture to write (default: figures.png)")
+    parser.add_argument("--html", action="store_true", help="write report.html, a look inside, to each run folder")
     args = parser.parse_args()
+    if args.html and args.out is not None:
+        parser.error("--out does nothing with --html, which writes RUN/report.html: omit it")
     try:
         runs = [Path(run) for run in args.runs]
         if others := [run for run in runs if not (run / "metrics.jsonl").exists()]:
             raise DataError(f"{others[0]} is no run folder: it has no metrics.jsonl")
-        draw(runs, Path(args.out))
-        print(printable(args.out), flush=True)
+        out = Path(args.out or "figures.png")
+        written = [report.write(run) for run in runs] if args.html else [out]
+        if not args.html:
+            draw(runs, out)
+        print(*(printable(path) for path in written), sep="\n", flush=True)
     except (OSError, ValueError) as error:  # ValueError: damaged data, or a format that matplotlib cannot write
         sys.exit(printable(f"plot.py: {error}", kept=""))
 

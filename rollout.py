@@ -104,7 +104,7 @@ class Rollouts:
     sampler_logp: Tensor  # [T] log π in the sampler, nan for expert tokens
     expert: Tensor  # [T] bool, whether the token is of a demonstration
     stats: dict[str, float]  # over everything sampled, before dynamic sampling chooses
-    records: list[dict]  # the first group, for samples.jsonl
+    records: list[dict]  # N, as in samples.jsonl
     traces: list[Row] = field(default_factory=list)  # demonstrations of these prompts for the SFT term
     score_rewarded: bool = False  # the cooperative gain needs log-probs of rewarded completions without a gradient, too
     old_logp: Tensor | None = None  # [T] log π of the policy that sampled; None before its first update: the ratio is 1
@@ -209,7 +209,7 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
     expert = torch.tensor([c.finish_reason == "expert" for c in completions])  # [N]
     entropy = torch.tensor([-sum(c.logps) / len(c.logps) for c in completions]).view_as(reward)  # estimated
     advantage = baselines.advantages(s, reward, entropy).float()  # [P, G]
-    device, first = pick_device(), groups[0]
+    device = pick_device()
     return Rollouts(
         rows=[(group.prompt, c.ids) for group in groups for c in group.completions], reward=reward.float(),
         stats=stats, score_rewarded=METHODS[s.method].shadow and s.shadow_rollouts != "own",
@@ -219,9 +219,10 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
         traces=[group.trace for group, imitated in zip(groups, baselines.imitated(s, reward), strict=True) if imitated],
         sampler_logp=torch.tensor([logp for c in completions for logp in c.logps], device=device),
         records=[
-            dict(question=first.problem.question, answer=first.problem.answer, response=response, reward=reward,
+            dict(question=group.problem.question, answer=group.problem.answer, response=response, reward=reward,
                  finish_reason=c.finish_reason)
-            for c, response, reward in zip(first.completions, first.responses, first.rewards, strict=True)
+            for group in groups
+            for c, response, reward in zip(group.completions, group.responses, group.rewards, strict=True)
         ],
     )  # fmt: skip
 

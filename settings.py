@@ -194,6 +194,7 @@ MINIMUM = dict(  # of other numbers: 0
     steps=1, lora_rank=1, prompts_per_step=1, group_size=2, sft_batch=1, updates_per_rollout=1, max_new_tokens=1,
     tokens_per_micro_batch=1, sampler_slots=1, eval_every=1, eval_problems=1, save_every=1,
 )  # fmt: skip
+KEEP = ("first", "all", "none")  # groups of each step whose tokens a run keeps; it changes no result
 PATHS = ("model", "task", "rl_data", "sft_data", "eval_data", "reward")
 POSITIVE = ("temperature", "grad_clip", "lora_alpha")
 AT_MOST_ONE = ("lam", "clip_low", "chord_peak", "chord_valley")
@@ -294,13 +295,14 @@ def expand(text: str) -> str:
 
 
 def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
-    """(settings, the other flags: preset, out, resume, dry_run, gpu, gpus). Raises SettingError."""
+    """(settings, the other flags: preset, out, resume, keep_rollouts, dry_run, gpu, gpus). Raises SettingError."""
     parser = argparse.ArgumentParser(
         description="Trains a language model with BRIDGE or a baseline.", allow_abbrev=False
     )
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="the defaults of all other flags")
     parser.add_argument("--out", type=expand, help="run folder (default: runs/METHOD-PRESET-SEED)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
+    parser.add_argument("--keep-rollouts", choices=KEEP, default="first", help="groups of each step in report.html")
     parser.add_argument("--dry-run", action="store_true", help="print memory and time of the run, load nothing, stop")
     parser.add_argument(
         "--gpu", help="with --dry-run: a100, h100, h200, l40s or 4090 (default: this machine's, else a table of all)"

@@ -407,11 +407,11 @@ def start(preset: str, job: dict, folder: str) -> int:
             sys.stdout = sys.stderr = output
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
-            bridge.plot.draw = lambda *_: None  # no figures of single runs
+            bridge.plot.draw = bridge.report.write = lambda *_: None  # no figures of single runs
             if change := KINDS[job["kind"]]:
                 change()
             words = [f"--{name}" + f"={value}" * (value != ON) for name, value in flags.items()]
-            bridge.main([*words, "--save-every=100000", f"--out={folder}/run"])
+            bridge.main([*words, "--save-every=100000", "--keep-rollouts=none", f"--out={folder}/run"])
             status = 0
         except BaseException:  # also SystemExit, which has the message of a wrong setting
             traceback.print_exc()

@@ -1,21 +1,27 @@
-"""Files that survive kill -9 and a full disk: written under a temporary name, then renamed; logs of JSON lines."""
+"""Files that survive kill -9 and a full disk: written under a temporary name, then renamed; logs of JSON lines.
 
+A log named .jsonl.gz has one gzip member for each line, so that a kill can damage the last line only.
+"""
+
+import gzip
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 
 class DataError(ValueError):
     """A file that cannot be used as it is; the message names file, line and field."""
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file as a whole: a kill leaves the old one or the new one."""
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_text(text, encoding="utf-8")
+    scratch.write_bytes(content if isinstance(content, bytes) else content.encode())
     os.replace(scratch, path)
 
 
@@ -39,15 +45,34 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(unneeded, ignore_errors=True)
 
 
+def _line(path: Path, record: dict) -> bytes:
+    line = json.dumps(record).encode() + b"\n"
+    return gzip.compress(line, 6, mtime=0) if path.suffix == ".gz" else line
+
+
 def append_line(path: Path, record: dict) -> None:
     """Adds one object to a file of JSON lines."""
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(record) + "\n")
+    with open(path, "ab") as file:
+        file.write(_line(path, record))
 
 
 def write_lines(path: Path, records: list[dict]) -> None:
     """Replaces a file of JSON lines as a whole."""
-    write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_atomically(path, b"".join(_line(path, record) for record in records))
+
+
+def _members(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    """The texts of the gzip members of a file, without a torn last one. Raises DataError."""
+    inflate, parts, chunk = zlib.decompressobj(31), [], b""
+    try:
+        while chunk := chunk or file.read(1 << 16):
+            parts.append(inflate.decompress(chunk))
+            chunk = inflate.unused_data
+            if inflate.eof:
+                yield b"".join(parts)
+                inflate, parts = zlib.decompressobj(31), []
+    except zlib.error as error:
+        raise DataError(f"{path}: damaged ({error})") from error
 
 
 def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
@@ -59,7 +84,7 @@ def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
     if not path.is_file():
         raise DataError(f"{str(path)!r} is a folder" if path.is_dir() else f"there is no file {str(path)!r}")
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(_members(file, path) if path.suffix == ".gz" else file, 1):
             if line.strip() and (line.endswith(b"\n") or not torn):
                 yield f"{path}, line {number}", json_object(line, f"{path}, line {number}")
 

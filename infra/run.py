@@ -22,10 +22,12 @@ from tqdm import tqdm
 from infra import parallel
 from infra.files import DataError, append_line, cut_back, printable, read_log, read_object, write_atomically
 from infra.model import pick_device
+from infra.tokens import record_of_step
 from ops.packed import ModelError, Row
 from settings import METHODS, SettingError, Settings, check
 
-LOGS = ("metrics", "evals", "samples")  # NAME.jsonl in the run folder: one JSON object per line, each with a "step"
+LOGS = ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "tokens.jsonl.gz", "answers.jsonl.gz")  # lines with a "step"
+ANSWER = ("group", "question", "answer", "response", "extracted", "correct", "finish_reason")  # what is kept of it
 METRICS = (
     "reward", "response_tokens", "truncated_frac", "zero_std_groups", "entropy", "kl", "clip_frac", "sft_nll",
     "cooperative_gain", "gain_grad_norm", "grad_norm_theta", "grad_norm_w", "grad_norm_theta_hat", "ratio_hat_mean",
@@ -46,6 +48,7 @@ class RunFolder:
     """The folder of a run. Rank 0 writes it; on other ranks the methods write nothing."""
 
     path: Path
+    keep: str = "first"  # settings.KEEP, of the groups of a step
     tracker: Callable[[int, dict], object] | None = None  # gets a step and its record of metrics or accuracies
 
     def refuse_existing(self, unless: bool) -> None:
@@ -65,7 +68,7 @@ class RunFolder:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         for name in LOGS:
-            cut_back(self.path / f"{name}.jsonl", step)
+            cut_back(self.path / name, step)
         versions = {module.__name__: module.__version__ for module in (torch, transformers)}
         config = {"settings": asdict(s), "command": ["bridge.py", *argv], "versions": versions}
         write_atomically(self.path / "config.json", json.dumps(config, indent=2) + "\n")
@@ -83,10 +86,20 @@ class RunFolder:
         if self.tracker and name != "samples":
             self.tracker(step, record)
 
-    def log_step(self, step: int, values: dict, seconds: dict[str, float], skipped: int, samples: list[dict]) -> None:
-        """Appends a step's metrics, null where the method lacks one, and the sampled completions of one group.
+    def log_evaluation(self, step: int, accuracies: dict[str, dict], answers: dict[str, list[dict]]) -> None:
+        """Appends the accuracies and the graded answers of each model, answers as one column per field."""
+        for model, records in answers.items() if parallel.rank() == 0 else ():
+            columns = {name: [record[name] for record in records] for name in ANSWER}
+            append_line(self.path / "answers.jsonl.gz", {"step": step, "model": model} | columns)
+        self.log("evals", step, accuracies)
 
-        values: metrics by name; seconds: by phase; skipped: updates skipped in a row. Raises Diverged.
+    def log_step(
+        self, step: int, values: dict, seconds: dict[str, float], skipped: int, seen: dict, tokenizer: object
+    ) -> None:
+        """Appends a step's metrics, null where the method lacks one, the samples of one group, and numbers of tokens.
+
+        values: metrics by name; seconds: by phase; skipped: updates skipped in a row; seen: as in
+        `record_of_step`. Raises Diverged.
         """
         values = values | {"skipped_in_a_row": skipped}
         if "sampled_tokens" in values:
@@ -94,8 +107,11 @@ class RunFolder:
         known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
         record = {name: float(f"{known[name]:.6g}") if name in known else None for name in METRICS}
         self.log("metrics", step, record | {"seconds": {phase: round(t, 4) for phase, t in seconds.items()}})
-        for sample in samples:
+        rollouts = seen["policy"][0] if "policy" in seen else None
+        for sample in rollouts.records[: rollouts.reward.shape[1]] if rollouts else ():
             self.log("samples", step, sample)
+        if self.keep != "none" and parallel.rank() == 0:
+            append_line(self.path / "tokens.jsonl.gz", {"step": step} | record_of_step(seen, self.keep, tokenizer))
         if (fraction := values.get("truncated_frac", 0.0)) > 0.5:
             print0(f"step {step}: {fraction:.0%} of the completions were truncated; raise max_new_tokens?")
         if skipped >= MAX_SKIPPED:

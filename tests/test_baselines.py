@@ -43,7 +43,7 @@ def published_batch(method):
 def rl_gradient(monkeypatch, method):
     """∂L_RL/∂log π of the batch above, from bridge.rl_pass."""
     logp, rollouts = published_batch(method)
-    monkeypatch.setattr(bridge, "response_logprobs", lambda *a: (logp, None))
+    monkeypatch.setattr(bridge, "response_logprobs", lambda *a: (logp, torch.zeros(12)))
     bridge.rl_pass(None, rollouts, None, Settings(method=method))
     return logp.grad.tolist()
 
@@ -55,7 +55,7 @@ def sft_gradient(monkeypatch, entropy=(0.9, 1.2, 1.5), **changes):
     monkeypatch.setattr(bridge, "response_logprobs", lambda *a, **k: found)
     nll = bridge.sft_pass(None, [([1], [7, 8, 9])], 1.0, Settings(**changes))
     assert found[1].grad is None, "the entropy is a constant"
-    return logp.grad.tolist(), nll
+    return logp.grad.tolist(), nll.mean().item()
 
 
 def test_chord_s_weight_of_sft_falls_along_a_cosine_after_a_linear_rise():

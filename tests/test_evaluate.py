@@ -28,7 +28,7 @@ import rewards
 from grading import scores
 from grading.scores import PAPER, interval, majority, paired_test, pass_at_k, report, summarise
 from infra import checkpoint, export
-from infra.files import DataError
+from infra.files import DataError, read_lines, write_lines
 from infra.model import load, stop_tokens
 from infra.results import weights_hash, write_results
 from infra.run import RunFolder, one_line_errors
@@ -688,6 +688,9 @@ def first_object(change):
     """A damage that changes the first JSON object of a file, or a checkpoint's facts with a right checksum."""
 
     def damage(path):
+        if path.suffix == ".gz":
+            first, *rest = (row for _, row in read_lines(path))
+            return write_lines(path, [change(first), *rest])
         first, *rest = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
         path.write_text("\n".join([json.dumps(change(json.loads(first))), *rest, ""]))
         if path.name == "facts.json":
@@ -735,6 +738,8 @@ READERS = {  # by file of the run folder
     "metrics.jsonl": (begin, lambda run: run_main(plot, run)),
     "evals.jsonl": (begin, lambda run: run_main(plot, run), lambda run: run_main(export, run)),
     "samples.jsonl": (begin,),
+    "tokens.jsonl.gz": (begin, lambda run: run_main(plot, run, "--html")),
+    "answers.jsonl.gz": (begin, lambda run: run_main(plot, run, "--html")),
     "checkpoint/step-000002/facts.json": (lambda run: run_main(export, run, "--step", 2),),
 }
 

@@ -28,7 +28,7 @@ OTHERS = {  # flags of torchrun, pip and srun, of bench/, and those beside the s
     "--shutdown-timeout", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal",
     "--preset", "--out", "--resume", "--dry-run", "--gpu", "--gpus", "--help", "--seeds", "--quick", "--size",
     "--only", "--step", "--trace", "--heap", "--iterations", "--table", "--tune", "--methods", "--no-runs", "--rows",
-    "--no-deps",
+    "--no-deps", "--keep-rollouts", "--html",
 }  # fmt: skip
 
 

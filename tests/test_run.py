@@ -31,7 +31,7 @@ import bridge
 import evaluate
 import plot
 from infra import checkpoint
-from infra.files import DataError, cut_back
+from infra.files import DataError, cut_back, read_log
 from infra.run import METRICS, RunFolder
 from sampler import Sampler
 from settings import METHODS, Settings, parse
@@ -60,7 +60,8 @@ def results(out):
     state, tensors = checkpoint.newest(out / "checkpoint").facts, tensors_in(out / "checkpoint")
     weights = AutoModelForCausalLM.from_pretrained(out / "model").state_dict()
     position = [state[name] for name in ("step", "prompts", "demos")]
-    logs = metrics, lines(out / "evals.jsonl"), lines(out / "samples.jsonl"), position
+    names = "evals.jsonl", "samples.jsonl", "tokens.jsonl.gz", "answers.jsonl.gz"
+    logs = metrics, position, *(read_log(out / name) for name in names)
     return logs, [*tensors.values(), *weights.values()]
 
 

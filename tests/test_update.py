@@ -299,7 +299,7 @@ def test_a_constant_reward_moves_no_parameter():
 
 def test_the_sft_loss_is_taken_at_temperature_one_whatever_the_sampling_temperature():
     m = fresh(settings())
-    losses = [bridge.sft_pass(m.policy, rows(4), 1.0, settings(temperature=t)) for t in (0.5, 1.0)]
+    losses = [bridge.sft_pass(m.policy, rows(4), 1.0, settings(temperature=t)).mean().item() for t in (0.5, 1.0)]
     expected = -torch.cat([response_logprobs(m.policy, [row])[0] for row in rows(4)]).mean()
     assert losses == pytest.approx([expected.item()] * 2, rel=1e-6)
 

@@ -1,0 +1,370 @@
+"""A look inside a run: what a step keeps of its tokens, the compressed logs, and the page that shows them."""
+
+import html.parser
+import json
+import math
+import shutil
+import sys
+from contextlib import nullcontext
+from itertools import pairwise
+
+import pytest
+import torch
+from conftest import lines
+from test_run import run, text_model
+from test_update import fresh, make_rollouts, move_shadow, repetitive_rollouts, rows, settings
+from transformers import AutoTokenizer
+
+import bridge
+import grpo
+import plot
+from infra import report
+from infra.files import DataError, append_line, cut_back, read_log
+from infra.tokens import pieces, record_of_step
+from logprob import response_logprobs
+
+HOSTILE = (
+    "</script><script>document.title='ran'</script><img src=x onerror=document.title='ran'>\u2028\u2029\x1b[2J\u202e\0"
+)
+
+
+class Letters:
+    """A tokenizer of one letter per token."""
+
+    def decode(self, ids):
+        return "".join(chr(96 + i) for i in ids)
+
+
+def seen_in(s, m, rollouts, rollouts_hat=None, demonstrations=()):
+    """What bilevel_gradients shows of its tokens."""
+    for r in (rollouts, rollouts_hat or rollouts):
+        facts = dict(question="q", answer="a", response="", finish_reason="stop")
+        r.records = [facts | {"reward": reward} for reward in r.reward.flatten().tolist()]
+    seen = {}
+    mu, lam = bridge.updates(s, 0)[0]
+    timer = lambda phase: nullcontext()  # noqa: E731
+    bridge.bilevel_gradients(m, rollouts, rollouts_hat or rollouts, list(demonstrations), mu, lam, s, timer, seen)
+    return seen
+
+
+def column(record, name, count):
+    """One number of all kept tokens; a row has one number instead of a list if all are equal."""
+    kept = [row for group in record["groups"] for row in group["rows"]]
+    values = [row[name] if isinstance(row[name], list) else [row[name]] * len(row["pieces"]) for row in kept]
+    assert sum(map(len, values)) == count
+    return torch.tensor([math.nan if x is None else x for v in values for x in v], dtype=torch.float64)
+
+
+def weights(record, count):
+    """weight of every kept token in the loss; the record has multiples of an average token's."""
+    kept = [row for group in record["groups"] for row in group["rows"]]
+    return torch.tensor([row["weight"] / count for row in kept for _ in row["pieces"]], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(kl_coef=0.1), dict(shadow_ratio_cap=0.0)])
+@pytest.mark.parametrize("make", [make_rollouts, repetitive_rollouts])
+def test_the_weight_of_a_token_in_the_gain_is_autograds_coefficient_of_its_log_probs(changes, make):
+    s = settings(**changes)
+    m = fresh(s, w_trained=True)
+    move_shadow(m, by=0.3)
+    rollouts = make(m.policy)
+    record = record_of_step(seen_in(s, m, rollouts), "all", Letters())
+    A, weight, T = rollouts.advantage, rollouts.weight, len(rollouts.weight)
+    cap = s.shadow_ratio_cap or None
+    with torch.no_grad():
+        logp, logp_hat = (response_logprobs(x, rollouts.rows)[0] for x in (m.policy, m.shadow))
+        ref = response_logprobs(m.reference, rollouts.rows)[0] if s.kl_coef else None
+    leaves = [x.clone().requires_grad_() for x in (logp, logp_hat)]
+    losses = [grpo.grpo_loss(x, logp, A, weight, s.clip, cap, ref, s.kl_coef)[0] for x in leaves]
+    (gain := losses[1] - losses[0]).backward()  # J(θ,w) − J(θ̂,w)
+    assert gain.requires_grad
+    of_policy, of_shadow = leaves[0].grad.double(), -leaves[1].grad.double()
+    kept, slope, difference = weights(record, T), column(record, "slope", T), column(record, "gain", T)
+    torch.testing.assert_close(kept * slope, of_policy, rtol=2e-3, atol=1e-6)
+    torch.testing.assert_close(kept * (slope - difference), of_shadow, rtol=6e-3, atol=1e-6)
+    torch.testing.assert_close(kept * difference, of_policy - of_shadow, rtol=6e-3, atol=1e-6)
+    if cap and not s.kl_coef:
+        rho = (logp_hat - logp).exp().clamp(max=cap).double()
+        torch.testing.assert_close(kept * difference, weight * A * (1 - rho), rtol=6e-3, atol=1e-6)
+        assert (rho == cap).any() and (difference != 0).any()  # noqa: PT018
+
+
+def test_numbers_of_rows_that_no_pass_runs_are_null_and_their_log_probs_the_sampler_s():
+    s = settings()
+    m = fresh(s)
+    rollouts = repetitive_rollouts(m.policy)  # the second group has no reward, the third has all the reward
+    rollouts.sampler_logp = rollouts.sampler_logp - 1
+    record = record_of_step(seen_in(s, m, rollouts), "all", Letters())
+    T, *starts = len(rollouts.weight), *(rollouts.offsets[i] for i in (4, 8))
+    for name, missing in dict(entropy=True, logp_hat=True, ratio_hat=True, slope=False, gain=False).items():
+        values = column(record, name, T)
+        assert values[starts[0] : starts[1]].isnan().all() == missing
+        assert not values[: starts[0]].isnan().any()
+        assert not values[starts[1] :].isnan().any(), "rewarded rows are scored for the cooperative gain"
+        if not missing:
+            assert (values[starts[0] :] == 0).all(), "without an advantage there is no gradient"
+    logp, ours = column(record, "logp", T), rollouts.sampler_logp.double()
+    torch.testing.assert_close(logp[starts[0] : starts[1]], ours[starts[0] : starts[1]], rtol=1e-3, atol=0)
+    torch.testing.assert_close(logp[: starts[0]], ours[: starts[0]] + 1, rtol=1e-3, atol=1e-4)
+
+
+def test_own_rollouts_of_the_shadow_are_kept_beside_the_policy_s():
+    s = settings(shadow_rollouts="own")
+    m = fresh(s)
+    move_shadow(m)
+    rollouts, own = make_rollouts(m.policy), make_rollouts(m.shadow, seed=5)
+    record = record_of_step(seen_in(s, m, rollouts, own), "first", Letters())
+    policy, shadow = record["groups"]
+    assert (policy["of"], shadow["of"]) == ("policy", "shadow")
+    assert {"logp", "slope"} <= policy["rows"][0].keys() and "gain" not in policy["rows"][0]  # noqa: PT018
+    assert {"logp_hat", "gain"} <= shadow["rows"][0].keys() and "slope" not in shadow["rows"][0]  # noqa: PT018
+    row = next(row for row in shadow["rows"] if row["A"])
+    assert row["gain"] == pytest.approx(-row["A"], rel=1e-2), "the shadow's tokens count with minus their weight"
+
+
+def test_the_group_that_is_kept_is_the_first_with_an_advantage():
+    s = settings()
+    m = fresh(s)
+    rollouts = repetitive_rollouts(m.policy)
+    rollouts.rows = [rollouts.rows[i] for i in (4, 5, 6, 7, 0, 1, 2, 3, 8, 9, 10, 11)]
+    lengths = torch.tensor([len(r) for _, r in rollouts.rows])
+    rollouts.reward, rollouts.weight = rollouts.reward[[1, 0, 2]], grpo.token_weights(lengths, "grpo", 16)
+    rollouts.advantage = grpo.group_advantages(rollouts.reward).flatten().repeat_interleave(lengths)
+    seen = seen_in(s, m, rollouts)
+    (group,) = record_of_step(seen, "first", Letters())["groups"]
+    assert group == record_of_step(seen, "all", Letters())["groups"][1]
+    assert [row["reward"] for row in group["rows"]] == [1, 0, 1, 0]
+
+
+def test_demonstrations_have_the_mean_nll_that_is_logged():
+    s = settings()
+    m = fresh(s)
+    rollouts, demonstrations = make_rollouts(m.policy), rows(12, seed=9)
+    seen = seen_in(s, m, rollouts, None, demonstrations)
+    kept = record_of_step(seen, "all", Letters())["demonstrations"]
+    assert ["".join(d["pieces"]) for d in kept] == [Letters().decode(response) for _, response in demonstrations]
+    nll = [x for d in kept for x in (d["nll"] if isinstance(d["nll"], list) else [d["nll"]] * len(d["pieces"]))]
+    expected = bridge.sft_pass(m.policy, demonstrations, 1.0, s).mean().item()
+    assert sum(nll) / len(nll) == pytest.approx(expected, rel=1e-3)
+    first = record_of_step(seen, "first", Letters())
+    assert (len(first["groups"]), len(first["demonstrations"])) == (1, 8)
+    assert json.loads(json.dumps(first, allow_nan=False)) == first
+
+
+@pytest.mark.parametrize("text", ["2+3=5", "naïve 🦙🦙 café\n", "日本語", "\\boxed{½}"])
+def test_pieces_join_to_the_completion_and_a_broken_character_belongs_to_its_last_token(text, tmp_path):
+    text_model(tmp_path, ["2+3=5 boxed"])
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ids = tokenizer.encode(text)
+    for end in range(1, len(ids) + 1):
+        found = pieces(tokenizer, tuple(ids[:end]))
+        assert len(found) == end
+        assert "".join(found) == tokenizer.decode(ids[:end])
+        assert all("\ufffd" not in piece for piece in found[: end - 3])
+    assert "\ufffd" not in "".join(found)
+    assert ("" in found) == (not text.isascii())
+
+
+def test_a_compressed_log_survives_a_cut_at_every_byte(tmp_path):
+    log = tmp_path / "log.jsonl.gz"
+    ends = []
+    for step in (1, 2, 3):
+        append_line(log, {"step": step, "text": "é" * step})
+        ends.append(log.stat().st_size)
+    whole = log.read_bytes()
+    for size in range(len(whole) + 1):
+        log.write_bytes(whole[:size])
+        complete = [step for step, end in zip((1, 2, 3), ends, strict=True) if end <= size]
+        assert [r["step"] for r in read_log(log)] == complete
+        cut_back(log, 2)
+        append_line(log, {"step": 9})
+        assert [r["step"] for r in read_log(log)] == [*(step for step in complete if step <= 2), 9]
+    log.write_bytes(whole[: ends[0]] + b"garbage" + whole[ends[0] :])
+    with pytest.raises(DataError, match=r"log\.jsonl\.gz: damaged"):
+        read_log(log)
+
+
+def test_a_resumed_run_keeps_each_step_once_and_keep_rollouts_chooses_the_groups(tmp_path):
+    flags = ["--prompts-per-step", "3", "--group-size", "4", "--save-every", "1", "--eval-problems", "1"]
+    run(tmp_path, *flags, "--keep-rollouts", "all", steps=1)
+    for name in ("tokens", "answers"):
+        append_line(tmp_path / f"{name}.jsonl.gz", {"step": 2})  # as if killed before the checkpoint of step 2
+    run(tmp_path, *flags, "--resume", steps=2)
+    run(tmp_path, *flags, "--resume", "--keep-rollouts", "none", steps=3)
+    kept = read_log(tmp_path / "tokens.jsonl.gz")
+    assert [(r["step"], len(r["groups"]), len(r["demonstrations"])) for r in kept] == [(1, 3, 8), (2, 1, 8)]
+    assert [[len(g["rows"]) for g in r["groups"]] for r in kept] == [[4, 4, 4], [4]]
+    samples = [r["response"] for r in lines(tmp_path / "samples.jsonl") if r["step"] == 1]
+    joined = ["".join(row["pieces"]) for row in kept[0]["groups"][0]["rows"]]
+    assert [text.removesuffix("<eos>") for text in joined] == samples
+    evaluated = [(r["step"], r["model"]) for r in read_log(tmp_path / "answers.jsonl.gz")]
+    assert evaluated == [(step, model) for step in (0, 1, 2, 3) for model in ("policy", "shadow")]
+    for evals, answers in zip(
+        lines(tmp_path / "evals.jsonl"), read_log(tmp_path / "answers.jsonl.gz")[::2], strict=True
+    ):
+        assert sum(answers["correct"]) / len(answers["correct"]) == pytest.approx(evals["policy"]["average"])
+
+
+def page_of(folder):
+    """(the data inside a run's page, its tags) as a browser parses them."""
+    found, tags = [], []
+
+    class Parser(html.parser.HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            tags.append((tag, dict(attributes)))
+
+        def handle_data(self, text):
+            if tags and tags[-1][1].get("id") == "data":
+                found.append(text)
+
+    Parser().feed(report.write(folder).read_text(encoding="ascii", errors="replace"))
+    return json.loads("".join(found)), tags
+
+
+def hostile_run(folder):
+    """A folder whose texts all try to leave their place in the page."""
+    row = dict(reward=1.0, A=0.5, finish="stop", weight=1.0, pieces=["a", HOSTILE, "b"], logp=[-1, -2.0, None],
+               logp_hat=-1.5, ratio_hat=[1.0, 3.0, None], entropy=0.2, slope=0.5, gain=[0.1, -0.2, 0])  # fmt: skip
+    group = dict(of="policy", question=HOSTILE, answer=HOSTILE, prompt=HOSTILE, rows=[row, row | {"reward": 0.0}])
+    demonstration = dict(prompt=HOSTILE, pieces=[HOSTILE, "x"], nll=[0.1, 2.0])
+    for step in (1, 2, 3):
+        append_line(folder / "metrics.jsonl", {"step": step, "reward": 0.5, "seconds": {}})
+        append_line(folder / "tokens.jsonl.gz", dict(step=step, groups=[group], demonstrations=[demonstration]))
+    for step, right in ((0, [True, False]), (3, [False, True])):
+        append_line(folder / "evals.jsonl", {"step": step, "policy": {"all": 0.5, "average": 0.5}})
+        columns = {name: [HOSTILE] * 2 for name in ("group", "question", "answer", "response", "extracted")}
+        columns |= dict(correct=right, finish_reason=["stop", "length"])
+        append_line(folder / "answers.jsonl.gz", {"step": step, "model": "policy"} | columns)
+    return folder
+
+
+def test_texts_of_a_run_stay_data_in_its_page(tmp_path):
+    data, tags = page_of(hostile_run(tmp_path))
+    assert [tag for tag, _ in tags].count("script") == 2
+    assert "img" not in [tag for tag, _ in tags]
+    policy = next(a["content"] for tag, a in tags if a.get("http-equiv") == "Content-Security-Policy")
+    assert policy.startswith("default-src 'none'"), "the page loads nothing"
+    piece = data["rollouts"][0]["groups"][0]["rows"][0]["pieces"][1]
+    assert piece.startswith("</script><script>")
+    assert piece.endswith("\\u2028\\u2029\\x1b[2J\\u202e\\x00"), "control characters are escapes"
+    assert data["answers"]["problems"][0][1] == piece
+    source = (tmp_path / "report.html").read_text()
+    assert "http://" not in source.replace("http://www.w3.org/2000/svg", "") and "innerHTML" not in source  # noqa: PT018
+
+
+def test_a_large_run_is_thinned_evenly_and_the_page_says_so(tmp_path, monkeypatch):
+    numbers = [round(-0.001 * i, 3) for i in range(100)]
+    row = dict(reward=1.0, A=0.5, finish="stop", weight=1.0, pieces=["abc"] * 100, logp=numbers, entropy=numbers)
+    group = dict(of="policy", question="q", answer="a", prompt="p", rows=[row] * 8)
+    for step in range(1, 41):
+        append_line(tmp_path / "metrics.jsonl", {"step": step, "seconds": {}})
+        append_line(tmp_path / "tokens.jsonl.gz", dict(step=step, groups=[group], demonstrations=[]))
+    data, _ = page_of(tmp_path)
+    assert (len(data["rollouts"]), data["notes"]) == (40, [])
+    whole = (tmp_path / "report.html").stat().st_size
+    for limit, count, said in ((0.8, 40, 1), (0.3, None, 2)):
+        monkeypatch.setattr(report, "LIMIT", int(limit * whole))
+        data, _ = page_of(tmp_path)
+        assert (tmp_path / "report.html").stat().st_size <= report.LIMIT
+        steps = [step["step"] for step in data["rollouts"]]
+        assert "entropy" not in data["rollouts"][0]["groups"][0]["rows"][0]
+        assert len(data["notes"]) == said
+        assert steps[-1] == 40 and len({b - a for a, b in pairwise(steps)}) == 1  # noqa: PT018
+        assert count in (None, len(steps))
+
+
+def test_answers_that_do_not_fit_are_those_of_the_first_and_last_evaluation():
+    texts = dict(
+        group=["g"] * 4, question=list("abcd"), answer=["1"] * 4, response=["x" * 100] * 4, extracted=[None] * 4
+    )
+    texts |= dict(correct=[True, False, True, False], finish_reason=["stop"] * 4)
+    records = [dict(step=step, model="policy") | texts for step in (0, 5, 10)]
+    notes = []
+    found = report.answers(records, 10_000, notes)
+    assert ([e["step"] for e in found["evaluations"]], notes) == ([0, 5, 10], [])
+    found = report.answers(records, 1100, notes)
+    assert ([e["step"] for e in found["evaluations"]], len(found["problems"]), len(notes)) == ([0, 10], 4, 1)
+    found = report.answers(records, 600, notes)
+    assert len(found["problems"]) == len(found["evaluations"][0]["answers"]) == 2
+
+
+def test_the_flag_html_writes_the_page_of_each_run_and_damage_is_one_line(tmp_path, capsys, monkeypatch):
+    hostile_run(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--html"])
+    plot.main()
+    assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
+    append_line(tmp_path / "tokens.jsonl.gz", {"step": 4, "groups": [{"of": "policy"}]})
+    with pytest.raises(SystemExit, match=r"^plot\.py: \S*tokens\.jsonl\.gz: a record that no run writes [^\n]*$"):
+        plot.main()
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--html", "--out", "x.png"])
+    with pytest.raises(SystemExit):
+        plot.main()
+    assert "--out does nothing with --html" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [("--method", "bridge"), ("--method", "sft"), ("--method", "luffy")])
+def test_a_finished_run_has_a_page_with_its_steps_and_answers(flags, finished_run):
+    folder = finished_run(*flags, "--steps", "2")
+    assert (folder / "report.html").stat().st_size < 200_000
+    data, _ = page_of(folder)
+    assert [step["step"] for step in data["rollouts"]] == [1, 2]
+    assert data["metrics"]["step"] == [1, 2]
+    assert {e["step"] for e in data["answers"]["evaluations"]} == {0, 2}
+    if flags[1] == "luffy":
+        expert = data["rollouts"][0]["groups"][0]["rows"][-1]
+        assert expert["finish"] == "expert"
+    assert bool(data["rollouts"][0]["groups"]) == (flags[1] != "sft")
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    playwright = pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+    path = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    with playwright.sync_playwright() as driver:
+        try:
+            browser = driver.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except playwright.Error as error:
+            pytest.skip(f"no Chromium is installed: {str(error).splitlines()[0]}")
+        yield browser
+        browser.close()
+
+
+def opened(browser, folder):
+    """(the page of a run, the errors of its console)."""
+    errors, page = [], browser.new_page(viewport={"width": 1600, "height": 900})
+    page.on("console", lambda message: message.type in ("error", "warning") and errors.append(message.text))
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.goto(report.write(folder).as_uri())
+    return page, errors
+
+
+def test_chromium_shows_the_page_moves_the_slider_and_runs_no_text_of_the_model(tmp_path, chromium):
+    page, errors = opened(chromium, hostile_run(tmp_path))
+    assert page.text_content("#step") == "step 3 of 3"
+    page.keyboard.press("ArrowLeft")
+    assert page.text_content("#step") == "step 2 of 3"
+    page.fill("#slider", "0")
+    assert page.text_content("#step") == "step 1 of 3"
+    assert page.title() == f"{tmp_path.name}: a look inside", "no text of the model has run"
+    assert page.locator("#rollouts i").count() == 6
+    assert page.locator("#rollouts i.absent").count() == 0, "the weight in the gain is known everywhere"
+    page.click("text=ratio ρ̂")
+    assert page.locator("#rollouts i.absent").count() == 2
+    page.hover("#rollouts i >> nth=1")
+    assert "ratio ρ̂ 3" in page.text_content("#detail")
+    assert "\\x1b[2J" in page.text_content("#rollouts")
+    for kind in ("became right", "became wrong"):
+        page.click(f"text={kind} (1)")
+        assert page.locator("#answers tr").count() == 2
+    assert errors == []
+
+
+@pytest.mark.parametrize("method", ["bridge", "sft", "luffy"])
+def test_chromium_shows_runs_of_all_kinds_without_an_error(method, finished_run, chromium, tmp_path):
+    shutil.copytree(finished_run("--method", method, "--steps", "2"), tmp_path / "run")
+    page, errors = opened(chromium, tmp_path / "run")
+    assert page.locator("#curves svg").count() >= 3
+    assert page.locator("#answers tr").count() > 10
+    for k in range(7):
+        page.keyboard.press(str(k + 1))
+    assert errors == []
