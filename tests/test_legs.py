@@ -1,6 +1,7 @@
 """The task legs in English, and models in GGUF files."""
 
 import re
+from pathlib import Path
 
 import gguf as writer
 import numpy as np
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import rewards
 from infra import gguf, model
-from infra.files import DataError
+from infra.files import DataError, read_log
 from ops.packed import ModelError
 from settings import PRESETS, SettingError, Settings, check
 from settings import parse as parse_settings
@@ -202,3 +203,14 @@ def test_demonstrations_of_the_preset_fit_its_completions_with_the_packaged_mode
     lengths = [len(tokenizer.encode(d.response)) + 1 for d in legs.task(0, 1).demonstrations]
     assert max(lengths) <= PRESETS["smollm2"]["max_new_tokens"]
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("12\n\n34")) == ["1", "2", "ĊĊ", "3", "4"]
+
+
+def test_the_page_has_the_accuracies_of_the_committed_runs():
+    page = (Path(__file__).parents[1] / "docs/results.md").read_text()
+    for method in ("bridge", "mix", "sft", "rl"):
+        log = Path(__file__).parents[1] / "bench/results/smollm2" / method / "evals.jsonl"
+        end = read_log(log)[-1]
+        shown = [f"{100 * end['policy'][name]:.1f}" for name in (*legs.GROUPS, "average")]
+        shown.append(f"{100 * end['shadow']['average']:.1f}" if "shadow" in end else "–")
+        assert end["step"] == PRESETS["smollm2"]["steps"]
+        assert f"| {method} | {' | '.join(shown)} |" in page

@@ -35,7 +35,7 @@ OTHERS = {  # flags of torchrun, pip and srun, of bench/, and those beside the s
 def test_readme_and_bridge_have_their_size():
     assert len(PAGES["README.md"].splitlines()) <= 110
     assert len(PAGES["README.md"].encode()) <= 7168
-    pages = ("paper", "results", "run", "data", "evaluation", "speed", "scaling")
+    pages = ("paper", "results", "run", "data", "evaluation", "speed", "scaling", "exercises")
     assert set(PAGES) == {"README.md", *(f"{name}.md" for name in pages)}
 
 
