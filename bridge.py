@@ -282,10 +282,10 @@ def train(run: Run, start: int) -> None:
         log["lora_norm"] = lora.delta_norm(m.w, s.lora_alpha / s.lora_rank) if m.w else None
         run.folder.log_step(k + 1, log, timer.seconds, run.skipped, seen, run.env.tokenizer)
         bar.set_postfix({name: f"{log[name]:.3f}" for name in ("reward", "sft_nll", "cooperative_gain") if name in log})
-        if stop.on_any_rank() or (k + 1) % s.save_every == 0 or last:
+        if (stopped := stop.on_any_rank()) or (k + 1) % s.save_every == 0 or last:
             with timer("save"):
                 save(run, k + 1)
-        if stop.requested and not last:
+        if stopped and not last:  # not stop.requested, which a signal may have set since, on one rank
             stop.exit(k + 1)
 
 

@@ -32,7 +32,7 @@ import evaluate
 import plot
 from infra import checkpoint
 from infra.files import DataError, cut_back, read_log
-from infra.run import METRICS, RunFolder
+from infra.run import METRICS, RunFolder, StopSignal
 from sampler import Sampler
 from settings import METHODS, Settings, parse
 from tasks import builtin
@@ -603,3 +603,22 @@ def test_a_model_folder_that_lacks_weights_is_refused(tmp_path):
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     message = refused("--preset", "smoke", "--out", tmp_path / "run", "--model", folder)
     assert "lacks 1 of its weights, the first is model.layers.1.mlp.up_proj.weight" in message
+
+
+def test_a_signal_that_arrives_after_the_ranks_have_agreed_stops_all_at_the_next_step(tmp_path, monkeypatch):
+    agree = StopSignal.on_any_rank
+
+    def late(self):
+        stopped = agree(self)
+        self.requested = self.requested or signal.SIGTERM  # this rank alone knows it
+        return stopped
+
+    monkeypatch.setattr(StopSignal, "on_any_rank", late)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.raises(SystemExit) as ended:
+        bridge.main(["--preset", "smoke", "--out", str(tmp_path / "run")])
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert [m["step"] for m in lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    assert checkpoint.newest(tmp_path / "run/checkpoint").facts["step"] == 2
