@@ -8,12 +8,12 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
-from tempfile import mkdtemp
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/exercises.md").read_text()
+LEFT_OUT = (".*", "runs", "evals", "benchmarks", "tests", "bench", "*.gguf-*")  # of a copy; the last has 540 MB
 EXERCISES = dict(re.findall(r"^## (\d+)\. (.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE))
 
 
@@ -33,20 +33,25 @@ def apply(diff, folder):
         (folder / name).write_text(text)
 
 
-@cache
-def run(command, exercise=None):
-    """The folder of a run in a copy of the code, with the changes and files of an exercise."""
-    folder = Path(mkdtemp(prefix="exercise"))
-    shutil.copytree(ROOT, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*", "runs", "tests", "bench"))
-    for diff in blocks(exercise, "diff") if exercise else ():
-        apply(diff, folder)
-    for code in blocks(exercise, "python") if exercise else ():
-        (folder / re.match(r"# (\S+\.py)", code)[1]).write_text(code)
-    done = subprocess.run(
-        [sys.executable, *shlex.split(command)[1:], "--out", "run"], cwd=folder, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr + done.stdout
-    return folder / "run"
+@pytest.fixture(scope="session")
+def run(tmp_path_factory):
+    """run(command, exercise): the folder of a run in a copy of the code, with the changes and files of an exercise."""
+
+    @cache
+    def folder_of(command, exercise=None):
+        folder = tmp_path_factory.mktemp("exercise") / "code"
+        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        for diff in blocks(exercise, "diff") if exercise else ():
+            apply(diff, folder)
+        for code in blocks(exercise, "python") if exercise else ():
+            (folder / re.match(r"# (\S+\.py)", code)[1]).write_text(code)
+        done = subprocess.run(
+            [sys.executable, *shlex.split(command)[1:], "--out", "run"], cwd=folder, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr + done.stdout
+        return folder / "run"
+
+    return folder_of
 
 
 def number(folder, name, step):
@@ -55,7 +60,7 @@ def number(folder, name, step):
     return next(field(record) for record in records if record["step"] == step)
 
 
-def measured(exercise):
+def measured(exercise, run):
     """[(metric, step, numbers on the page, numbers of the runs)] for each row of the exercise's table."""
     commands = blocks(exercise, "bash")[0].splitlines()
     rows = []
@@ -68,8 +73,8 @@ def measured(exercise):
 
 
 @pytest.mark.parametrize("exercise", EXERCISES)
-def test_the_change_of_an_exercise_moves_the_number_as_the_page_says(exercise):
-    rows = measured(exercise)
+def test_the_change_of_an_exercise_moves_the_number_as_the_page_says(exercise, run):
+    rows = measured(exercise, run)
     assert rows
     for name, step, page, seen in rows:
         close = dict(abs=0.1) if name == "policy" else dict(rel=0.15, abs=1e-6)
