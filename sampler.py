@@ -188,7 +188,8 @@ class Sampler:
             if progress:
                 new_tokens = int((num_generated[:m] - lengths[sample_index[:m]]).sum())
                 progress(new_tokens, num_generated[:m][ended].tolist() if count else [])
-            lengths[sample_index[:m]] = num_generated[:m]
+            if count or progress:
+                lengths[sample_index[:m]] = num_generated[:m]
             if count or admitted or n < m:
                 m, n = b.regroup(cache.kv, m, n + len(admitted), share)
         ids, logps, completions = b.ids.cpu(), b.logps.cpu(), []
