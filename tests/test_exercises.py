@@ -1,15 +1,16 @@
 """docs/exercises.md: every change is made in a copy of the code, and moves the number as the page says."""
 
 import json
+import os
 import re
 import shlex
 import shutil
-import subprocess
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
+from conftest import Forked
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/exercises.md").read_text()
@@ -33,6 +34,20 @@ def apply(diff, folder):
         (folder / name).write_text(text)
 
 
+def bridge_in(folder, flags):
+    """Runs bridge.py of a copy, in a process that has loaded torch and the modules of ROOT; draws no figures."""
+    ours = {path.stem for path in ROOT.iterdir()}
+    for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
+        del sys.modules[name]
+    os.chdir(folder)
+    sys.path.insert(0, str(folder))
+    import bridge
+
+    assert Path(bridge.__file__).parent == folder
+    bridge.plot.draw = bridge.report.write = lambda *_: None
+    bridge.main(flags)
+
+
 @pytest.fixture(scope="session")
 def run(tmp_path_factory):
     """run(command, exercise): the folder of a run in a copy of the code, with the changes and files of an exercise."""
@@ -45,10 +60,9 @@ def run(tmp_path_factory):
             apply(diff, folder)
         for code in blocks(exercise, "python") if exercise else ():
             (folder / re.match(r"# (\S+\.py)", code)[1]).write_text(code)
-        done = subprocess.run(
-            [sys.executable, *shlex.split(command)[1:], "--out", "run"], cwd=folder, capture_output=True, text=True
-        )
-        assert done.returncode == 0, done.stderr + done.stdout
+        flags = [*shlex.split(command.removeprefix("python bridge.py ")), "--out", "run"]
+        status, output, errors = Forked(partial(bridge_in, folder, flags)).finish()
+        assert status == 0, errors + output
         return folder / "run"
 
     return folder_of
