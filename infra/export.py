@@ -21,6 +21,8 @@ from infra.model import MODELS, is_builtin, load, repository_of, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
 from settings import METHODS, Settings, expand, start_program
 
+HUB_NAME = re.compile(r"(?!.*\.gguf$)\w[\w.-]*(/\w[\w.-]*)?", re.IGNORECASE)  # no path, and no file that has moved
+
 
 def facts_of(env) -> dict:
     """What an export needs of an Environment: the stop tokens, and for the card a question, its prompt, the notes."""
@@ -119,7 +121,7 @@ def card(
     changed = [f"{name}={value}" for name, value in asdict(s).items() if value != getattr(Settings, name)]
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
     published = gguf.HUB if s.model == gguf.PACKAGED else repository_of(s.model)[0]
-    on_hub = not is_builtin(s.model) and not Path(s.model).exists()
+    on_hub = not is_builtin(s.model) and not Path(s.model).exists() and HUB_NAME.fullmatch(published)
     base = f"base_model: {published}\n" if on_hub else ""
     return f"""---
 {base}library_name: transformers

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from infra.files import DataError
 from ops.packed import Row
 from tasks.prompts import encode_prompt
-from tasks.task import Demonstration, Problem, Task
+from tasks.task import Demonstration, Drawn, Problem, Task, draw_distinct
 
 MODULUS = 100
 TRAIN_LENGTHS, EVAL_LENGTHS = range(3, 7), range(3, 9)
@@ -32,7 +32,7 @@ EOS, UNK, BOX = "<eos>", "<unk>", "\\boxed{"
 CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q:' + m.content + '=' if m.role == 'user' else m.content }}{% endfor %}"
 
 
-def chain(rng: random.Random, length: int, start: int | None = None) -> tuple[str, str, str]:
+def chain(rng: random.Random, length: int, start: int | None = None) -> Drawn:
     """A random problem of `length` operands: (question, worked steps, answer). `start` fixes the first operand.
 
     >>> chain(random.Random(1), 3)
@@ -49,14 +49,10 @@ def chain(rng: random.Random, length: int, start: int | None = None) -> tuple[st
     return question, steps, str(value)
 
 
-def distinct_chains(rng: random.Random, lengths: range, count: int, taken: set[str]) -> list[tuple[str, str, str]]:
+def distinct_chains(rng: random.Random, lengths: range, count: int, taken: set[str]) -> list[Drawn]:
     """`count` chains, their lengths in turn, whose questions are not in `taken`; adds the questions to `taken`."""
-    chains = []
-    while len(chains) < count:
-        question, steps, answer = chain(rng, lengths[len(chains) % len(lengths)])
-        if question not in taken:
-            taken.add(question)
-            chains.append((question, steps, answer))
+    chains = draw_distinct(lambda i: chain(rng, lengths[i % len(lengths)]), count, taken.__contains__)
+    taken |= {question for question, _, _ in chains}
     return chains
 
 

@@ -11,7 +11,7 @@ import random
 
 from infra.files import DataError
 from tasks.arithmetic import BOX, EVAL_SEED
-from tasks.task import Demonstration, Problem, Task
+from tasks.task import Demonstration, Drawn, Problem, Task, draw_distinct
 
 THINGS: dict[str, tuple[dict[str, int], ...]] = {  # in demonstrations and D_RL; in D_RL; in neither
     "legs": (
@@ -38,7 +38,7 @@ GROUPS = {"one thing": (ASKED, (1,)), "two things": (ASKED, (2,)), "new things":
 EVAL_MAX = 100  # evaluation problems of each group; training excludes all of them
 
 
-def question(rng: random.Random, tables: slice, kinds: int) -> tuple[str, str, str]:
+def question(rng: random.Random, tables: slice, kinds: int) -> Drawn:
     """(question, worked line, answer) about one or two kinds of things from some of the tables."""
     part = rng.choice(list(THINGS))
     number_of = {thing: number for table in THINGS[part][tables] for thing, number in table.items()}
@@ -59,14 +59,9 @@ def question(rng: random.Random, tables: slice, kinds: int) -> tuple[str, str, s
     return f"How many {part} {verb} {asked} have?", line, answer
 
 
-def distinct(rng: random.Random, tables: slice, kinds: tuple[int, ...], count: int, taken: set[str]) -> list[tuple]:
+def distinct(rng: random.Random, tables: slice, kinds: tuple[int, ...], count: int, taken: set[str]) -> list[Drawn]:
     """`count` different questions with lines and answers, none of them in `taken`."""
-    found: dict[str, tuple[str, str, str]] = {}
-    while len(found) < count:
-        row = question(rng, tables, rng.choice(kinds))
-        if row[0] not in taken:
-            found[row[0]] = row
-    return list(found.values())
+    return draw_distinct(lambda _: question(rng, tables, rng.choice(kinds)), count, taken.__contains__)
 
 
 def evaluation(per_group: int) -> list[Problem]:

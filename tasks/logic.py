@@ -23,7 +23,7 @@ from infra.files import DataError
 from ops.packed import Row
 from tasks.arithmetic import BOX, EVAL_SEED, word_level
 from tasks.prompts import encode_prompt
-from tasks.task import Demonstration, Problem, Task, ngrams
+from tasks.task import Demonstration, Drawn, Problem, Task, draw_distinct, ngrams
 
 PEOPLE, KINDS = "ABCDE", ("knave", "knight")
 SIZES = (3, 4, 5)  # of training and evaluation
@@ -82,7 +82,7 @@ def ask(statements: list[str]) -> str:
     return " ".join(f"{person}: {text}." for person, text in zip(PEOPLE, statements, strict=False))
 
 
-def puzzle(rng: random.Random, size: int) -> tuple[str, str, str]:
+def puzzle(rng: random.Random, size: int) -> Drawn:
     """A random problem with one solution: (question, worked steps, answer)."""
     while True:
         statements = [statement(rng, speaker, size) for speaker in range(size)]
@@ -96,18 +96,14 @@ def puzzle(rng: random.Random, size: int) -> tuple[str, str, str]:
                 return ask(statements), steps, solutions[0]
 
 
-def distinct_puzzles(rng: random.Random, sizes, count: int, held_out) -> list[tuple[str, str, str]]:
+def distinct_puzzles(rng: random.Random, sizes, count: int, held_out) -> list[Drawn]:
     """`count` different problems, their sizes in turn, that share no n-gram of task.py with `held_out`."""
-    puzzles: dict[str, tuple[str, str, str]] = {}
-    while len(puzzles) < count:
-        question, steps, answer = puzzle(rng, sizes[len(puzzles) % len(sizes)])
-        if held_out.isdisjoint(ngrams(question)):
-            puzzles.setdefault(question, (question, steps, answer))
-    return list(puzzles.values())
+    shares = lambda question: not held_out.isdisjoint(ngrams(question))  # noqa: E731
+    return draw_distinct(lambda i: puzzle(rng, sizes[i % len(sizes)]), count, taken=shares)
 
 
 @cache
-def evaluation_puzzles(size: int) -> list[tuple[str, str, str]]:
+def evaluation_puzzles(size: int) -> list[Drawn]:
     return distinct_puzzles(random.Random(EVAL_SEED + size), (size,), EVAL_MAX, frozenset())
 
 

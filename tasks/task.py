@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import compress
 
@@ -12,6 +13,7 @@ from infra.files import DataError
 from ops.packed import Row
 from tasks.prompts import INSTRUCTION, encode_prompt, encode_response, end_of_turn, prompt_text
 
+Drawn = tuple[str, str, str]  # (question, worked steps, answer) of a built-in task
 NGRAM = 13  # consecutive words that a training question may not share with an evaluation question
 SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can contain it, UTF-8 and tokenizers cannot encode it
 
@@ -59,6 +61,16 @@ class Task:
     template: str = ""  # a name in prompts.TEMPLATES; empty: the model's chat template
     kept_apart: list[str] = field(default_factory=list)  # questions of the evaluation sets beyond `evaluation`
     notes: list[str] = field(default_factory=list)  # dropped rows and warnings, printed before training
+
+
+def draw_distinct(draw: Callable[[int], Drawn], count: int, taken: Callable[[str], bool]) -> list[Drawn]:
+    """`count` rows with different questions, none of them `taken`. draw(i) makes a candidate for row i."""
+    rows: dict[str, Drawn] = {}
+    while len(rows) < count:
+        row = draw(len(rows))
+        if not taken(row[0]):
+            rows.setdefault(row[0], row)
+    return list(rows.values())
 
 
 def note_dropped(notes: list[str], setting: str, rows: list, kept: list, reason: str) -> None:
