@@ -219,6 +219,12 @@ def variant_cells(preset: str, flag: str, names: tuple[str, ...], methods: tuple
     ]  # fmt: skip
 
 
+def supervision_cells(preset: str) -> list[Cell]:
+    """Two ends, bridge and mix with more or fewer, better or worse demonstrations; RL needs none."""
+    cells = variant_cells(preset, "task", SUPERVISION, BOUNDS, "mix_lora")
+    return [*cells, cell(preset, "rl", "rl", "mix, demonstrations_16")]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Columns: numbers of one run
 
@@ -354,9 +360,7 @@ TABLES = {
         partial(variant_cells, flag="reward", names=("clean", "noise_10", "noise_20"),
                 methods=("rl", "mix", "mix_lora", "bridge"), against="rl"), ACCURACY, 5,
     ),
-    "supervision": Table(
-        partial(variant_cells, flag="task", names=SUPERVISION, methods=BOUNDS, against="mix"), ACCURACY, 5
-    ),
+    "supervision": Table(supervision_cells, ACCURACY, 5),
 }  # fmt: skip
 
 # ---------------------------------------------------------------------------------------------------------------------
