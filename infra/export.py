@@ -21,7 +21,7 @@ from infra.model import MODELS, is_builtin, load, repository_of, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
 from settings import METHODS, Settings, expand, start_program
 
-HUB_NAME = re.compile(r"(?!.*\.gguf$)\w[\w.-]*(/\w[\w.-]*)?", re.IGNORECASE)  # no path, and no file that has moved
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # no path
 
 
 def facts_of(env) -> dict:
@@ -121,7 +121,8 @@ def card(
     changed = [f"{name}={value}" for name, value in asdict(s).items() if value != getattr(Settings, name)]
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
     published = gguf.HUB if s.model == gguf.PACKAGED else repository_of(s.model)[0]
-    on_hub = not is_builtin(s.model) and not Path(s.model).exists() and HUB_NAME.fullmatch(published)
+    local = is_builtin(s.model) or Path(s.model).exists() or gguf.is_gguf(published)  # the last may have moved
+    on_hub = not local and HUB_NAME.fullmatch(published)
     base = f"base_model: {published}\n" if on_hub else ""
     return f"""---
 {base}library_name: transformers

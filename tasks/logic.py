@@ -98,8 +98,9 @@ def puzzle(rng: random.Random, size: int) -> Drawn:
 
 def distinct_puzzles(rng: random.Random, sizes, count: int, held_out) -> list[Drawn]:
     """`count` different problems, their sizes in turn, that share no n-gram of task.py with `held_out`."""
-    shares = lambda question: not held_out.isdisjoint(ngrams(question))  # noqa: E731
-    return draw_distinct(lambda i: puzzle(rng, sizes[i % len(sizes)]), count, taken=shares)
+    return draw_distinct(
+        lambda i: puzzle(rng, sizes[i % len(sizes)]), count, lambda text: not held_out.isdisjoint(ngrams(text))
+    )
 
 
 @cache
