@@ -73,7 +73,7 @@ def advantages(s: Settings, reward: Tensor, entropy: Tensor) -> Tensor:
     LUFFY and SRFT have the demonstration as the last of a group and in its mean. HPT (arXiv 2509.04419;
     Unify-Post-Training, hpt/verl/verl/mix_src/mix_trainer.py) has no RL for the groups that it imitates.
     """
-    A = grpo.group_advantages(reward, divide_by_std=s.token_weights != "dr_grpo")
+    A = grpo.group_advantages(reward, divide_by_std=s.aggregation_of_method != "dr_grpo")
     match s.method:
         case "srft":
             A[:, :-1] = srft_advantages(reward[:, :-1], entropy[:, :-1])

@@ -39,8 +39,10 @@ from infra.run import RunFolder, StopSignal, Timer, all_finite, describe, one_li
 from logprob import response_logprobs
 from ops.decoder import share_storage_copy
 from ops.packed import Row
-from rollout import Environment, Rollouts, gain_statistics, make_environment, rl_statistics, rollouts_of_step
+from rollout import Environment, Rollouts, gain_statistics, rl_statistics, rollouts_of_step
+from sampler import Sampler
 from tasks.builtin import builtin_config
+from tasks.loading import describe_data, load_training
 from tasks.task import Stream, fingerprint
 
 
@@ -126,8 +128,10 @@ def rl_pass(
                 logp, entropy = response_logprobs(model, rows, s.temperature, dtype)  # [t]
             old_logp = logp.detach() if rollouts.old_logp is None else rollouts.old_logp[t]
             A, expert = rollouts.advantage[t], rollouts.expert[t]
-            loss, terms = grpo.grpo_loss(logp, old_logp, A, weight[t] * ~expert, s.clip, ratio_cap, ref_logp, s.kl_coef)
-            if METHODS[s.method].expert:
+            loss, terms = grpo.grpo_loss(
+                logp, old_logp, A, weight[t] * ~expert, s.clip_of_method, ratio_cap, ref_logp, s.kl_coef
+            )
+            if METHODS[s.method].joins_group:
                 loss = loss - (weight[t] * expert * baselines.shaped_surrogate(logp, A)).sum()
             if train:
                 logp.retain_grad()
@@ -245,7 +249,7 @@ class Run:
 
     def demonstrations_of_update(self, rollouts: Rollouts | None) -> list[Row]:
         """The next ones of D_SFT; for methods with pairs those of the rollouts' prompts."""
-        own = METHODS[self.s.method].pairs
+        own = METHODS[self.s.method].paired
         return rollouts.traces if own else [self.demonstrations[i] for _, i in self.demos.take(self.s.sft_batch)]
 
 
@@ -300,10 +304,17 @@ def evaluate_policies(run: Run, step: int) -> None:
     print0(f"step {step}: accuracy " + ", ".join(f"{name} {record[name]['average']:.3f}" for name in record))
 
 
+def card_facts(env: Environment) -> dict:
+    """What an export needs beside weights: the stop tokens, and for the card a question, its prompt, the notes."""
+    question = env.task.evaluation[0].question
+    prompt = env.tokenizer.decode(env.encode(question))
+    return dict(stop=env.sampler.stop, question=question, prompt=prompt, notes=env.task.notes)
+
+
 def save(run: Run, step: int) -> None:
     """Writes a checkpoint. Random draws are functions of (seed, step, draw), so positions are all their state."""
     facts = dict(step=step, skipped=run.skipped, prompts=run.prompts.position, demos=run.demos.position)
-    facts |= dict(run.fingerprints, settings=asdict(run.s), export=export.facts_of(run.env))
+    facts |= dict(run.fingerprints, settings=asdict(run.s), export=card_facts(run.env))
     checkpoint.save(run.folder.path / "checkpoint", step, facts, checkpoint.state_tensors(run.m.optimizers))
 
 
@@ -317,10 +328,15 @@ def restore(run: Run, saved: checkpoint.Saved) -> int:
 
 def set_up(s: Settings, folder: RunFolder) -> Run:
     """Loads task and model. Raises DataError, ModelError or SettingError."""
-    env, model, demonstrations = make_environment(s)
-    prompts, demos = Stream(len(env.task.problems), (s.seed, 0)), Stream(len(demonstrations), (s.seed, 1))
-    fingerprints = dict(data=fingerprint(env.task), model=model_fingerprint(model, env.tokenizer))
-    return Run(s, folder, make_policies(model, s), env, demonstrations, prompts, demos, fingerprints)
+    loaded = load_training(s)
+    sampler = Sampler(loaded.model, loaded.stop, s.sampler_slots, getattr(torch, s.dtype))
+    env = Environment(s, loaded.task, loaded.tokenizer, sampler, loaded.reward, loaded.demonstration_of)
+    fingerprints = dict(data=fingerprint(loaded.task), model=model_fingerprint(loaded.model, loaded.tokenizer))
+    return Run(
+        s, folder, make_policies(loaded.model, s), env, loaded.demonstrations,
+        prompts=Stream(len(loaded.task.problems), (s.seed, 0)),
+        demos=Stream(len(loaded.demonstrations), (s.seed, 1)), fingerprints=fingerprints,
+    )  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
@@ -335,12 +351,14 @@ def main(argv: list[str]) -> None:
         saved = checkpoint.newest(out / "checkpoint") if resume else None
         start = restore(run, saved) if saved else 0
         folder.begin(s, argv, start if saved else -1)
-        print0(describe(s, run.m.parameters, run.env.describe(run.demonstrations)))
+        env = run.env
+        data = describe_data(env.task, env.tokenizer, env.sampler.stop, run.demonstrations)
+        print0(describe(s, run.m.parameters, data))
         with tracked(folder, s, start):
             train(run, start)
         run.env.sampler.refresh(run.m.policy)
         if parallel.rank() == 0:
-            export.save_run(out, s, run.env, run.m.w)
+            export.save_run(out, s, env.sampler.model, env.tokenizer, card_facts(env), run.m.w)
             plot.draw([out], out / "figures.png")
             print0(f"\n{out}/model loads with from_pretrained; a look inside: {report.write(out)}; logs: {out}/*.jsonl")
         parallel.end()

@@ -15,16 +15,13 @@ from torch import Tensor, nn
 import baselines
 import grpo
 from infra import parallel
-from infra.model import load, pick_device, stop_tokens
+from infra.model import pick_device
 from infra.run import Timer, empty_cache
 from ops.packed import Row
-from rewards import load_reward
 from sampler import Completion, Sampler
-from settings import METHODS, SettingError, Settings
-from tasks import builtin
-from tasks.named import load_task
-from tasks.prompts import encode_prompt, end_of_turn
-from tasks.task import Problem, Stream, Task, pair, prepare
+from settings import METHODS, Settings
+from tasks.prompts import encode_prompt
+from tasks.task import Problem, Stream, Task
 
 
 @dataclass
@@ -40,39 +37,6 @@ class Environment:
 
     def encode(self, question: str) -> list[int]:
         return encode_prompt(self.tokenizer, question, self.task.instruction, self.task.template)
-
-    def describe(self, demonstrations: list[Row]) -> dict[str, str]:
-        """Titled lines: counts with the notes of the task, the first prompt and demonstration, the stop tokens."""
-        task, decode = self.task, self.tokenizer.decode
-        counts = f"{len(task.problems)} prompts, {len(demonstrations)} demonstrations, "
-        counts += f"{len(task.evaluation)} evaluation problems"
-        lines = {"data": "\n          ".join([counts, *task.notes])}
-        lines["prompt"] = f"the first prompt: {decode(self.encode(task.problems[0].question))!r}"
-        if demonstrations:
-            prompt, response = (decode(ids) for ids in demonstrations[0])
-            lines["SFT"] = f"the first demonstration, trained tokens in ⟦ ⟧: {prompt!r}⟦{response!r}⟧"
-        return lines | {"stop": "at " + ", ".join(repr(decode([i])) for i in self.sampler.stop)}
-
-
-def make_environment(s: Settings) -> tuple[Environment, nn.Module, list[Row]]:
-    """(environment, initial model, demonstrations as token ids). Raises DataError, ModelError or SettingError."""
-    world = parallel.world_size()
-    if s.prompts_per_step < world:
-        raise SettingError(
-            f"prompts_per_step is {s.prompts_per_step}, but each of {world} ranks samples for at least one prompt: "
-            "raise it, or start fewer ranks"
-        )
-    reward = load_reward(s.reward)
-    with parallel.rank0_first():
-        task = load_task(s)
-        device = torch.device("cpu") if s.shard and world > 1 else None  # slices go to their devices one by one
-        model, tokenizer = load(builtin.resolve(s.model), device)
-    stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, task.template))
-    positions = model.config.max_position_embeddings
-    demonstrations = prepare(task, tokenizer, s.max_new_tokens, positions, METHODS[s.method].sft)
-    traces = pair(task, demonstrations, s.method) if METHODS[s.method].pairs else {}
-    sampler = Sampler(model, stop, s.sampler_slots, getattr(torch, s.dtype))
-    return Environment(s, task, tokenizer, sampler, reward, traces), model, demonstrations
 
 
 @dataclass
@@ -192,7 +156,7 @@ def sample_groups(env: Environment, draws: list[tuple[int, int]], step: int) -> 
     groups = []
     for (draw, _), problem, prompt, completions in zip(draws, problems, prompts, sampled, strict=True):
         trace = env.traces.get(problem.question)
-        if METHODS[s.method].expert:
+        if METHODS[s.method].joins_group:
             completions = [*completions, Completion(trace[1], [math.nan] * len(trace[1]), "expert")]
         responses = [c.text(env.tokenizer, env.sampler.stop) for c in completions]
         rewards = [env.reward(response, problem) for response in responses]
@@ -214,7 +178,7 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
         rows=[(group.prompt, c.ids) for group in groups for c in group.completions], reward=reward.float(),
         stats=stats, score_rewarded=METHODS[s.method].shadow and s.shadow_rollouts != "own",
         advantage=advantage.flatten().repeat_interleave(lengths).to(device),
-        weight=grpo.token_weights(lengths, s.token_weights, s.max_new_tokens, keep).to(device),
+        weight=grpo.token_weights(lengths, s.aggregation_of_method, s.max_new_tokens, keep).to(device),
         expert=expert.repeat_interleave(lengths).to(device),
         traces=[group.trace for group, imitated in zip(groups, baselines.imitated(s, reward), strict=True) if imitated],
         sampler_logp=torch.tensor([logp for c in completions for logp in c.logps], device=device),

@@ -27,48 +27,55 @@ class Method(NamedTuple):
     w_takes_rl: bool = True  # w takes the gradient of RL, too
     shadow: bool = False  # has θ̂
     two_optimizers: bool = False  # of θ: one for updates by RL, one for updates by SFT
-    pairs: bool = False  # needs the demonstrations of its prompts; its RL is Dr.GRPO without a clip
-    expert: bool = False  # the group of a prompt has its demonstration, too
-    own: tuple[str, ...] = ()  # settings that only the methods that list them read
+    paired: bool = False  # needs the demonstrations of its prompts
+    joins_group: bool = False  # the demonstration of a prompt is one more member of the prompt's group
+    loss: str = ""  # of RL: by aggregation and clip, or dr_grpo (no clip), or reinforce (no clip, no ratio)
+    own_settings: tuple[str, ...] = ()  # used only by the methods that list them
 
     @property
     def grpo(self) -> bool:
         """Reads GRPO's settings."""
-        return self.rl and not self.pairs
+        return self.rl and not self.loss
 
     @property
     def draws_sft(self) -> bool:
         """Draws its demonstrations independently of the prompts."""
-        return self.sft and not self.pairs
+        return self.sft and not self.paired
 
 
 METHODS = {
     "sft": Method("supervised fine-tuning alone", rl=False),
     "rl": Method("GRPO alone (RL-zero)", sft=False),
-    "sft_rl": Method("SFT for sft_steps, then GRPO: cold start, two stages", own=("sft_steps",)),
+    "sft_rl": Method("SFT for sft_steps, then GRPO: cold start, two stages", own_settings=("sft_steps",)),
     "alternating": Method("a GRPO update, then an SFT update (the paper's Algorithm 1)", two_optimizers=True),
-    "mix": Method("(GRPO + mu·SFT) / (1 + mu) in one update of θ", own=("mu",)),
+    "mix": Method("(GRPO + mu·SFT) / (1 + mu) in one update of θ", own_settings=("mu",)),
     "chord": Method(
         "CHORD: (1−μ)·GRPO + μ·SFT, μ falls from chord_peak to chord_valley along a cosine over all steps",
-        own=("chord_peak", "chord_valley", "chord_phi"),
+        own_settings=("chord_peak", "chord_valley", "chord_phi"),
     ),
-    "luffy": Method("LUFFY: the demonstration of a prompt joins its group; shaped gradient", pairs=True, expert=True),
+    "luffy": Method(
+        "LUFFY: the demonstration of a prompt joins its group; shaped gradient",
+        paired=True, joins_group=True, loss="dr_grpo",
+    ),
     "srft": Method(
         "SRFT: ±REINFORCE on LUFFY's groups + mu·SFT, both weighted by entropy",
-        pairs=True, expert=True, own=("mu",),
+        paired=True, joins_group=True, loss="reinforce", own_settings=("mu",),
     ),
     "hpt": Method(
         "HPT: mu·SFT on the demonstrations of prompts without a right sample + RL on the others",
-        pairs=True, own=("mu",),
+        paired=True, loss="dr_grpo", own_settings=("mu",),
     ),
-    "mix_lora": Method("(1−λ)·SFT + λ·GRPO on θ and on w: BRIDGE without the shadow", adapter=True, own=("lam",)),
+    "mix_lora": Method(
+        "(1−λ)·SFT + λ·GRPO on θ and on w: BRIDGE without the shadow",
+        adapter=True, own_settings=("lam",),
+    ),
     "no_meta": Method(
         "BRIDGE without J_meta: θ takes (1−λ)·SFT + λ·GRPO, w takes (1−λ)·SFT alone",
-        adapter=True, w_takes_rl=False, own=("lam",),
+        adapter=True, w_takes_rl=False, own_settings=("lam",),
     ),
     "bridge": Method(
         "BRIDGE: θ takes (1−λ)·SFT + λ·GRPO; w also ascends the cooperative gain over the RL-only shadow θ̂",
-        adapter=True, shadow=True, own=("lam",),
+        adapter=True, shadow=True, own_settings=("lam",),
     ),
 }  # fmt: skip
 
@@ -143,16 +150,16 @@ class Settings:
     @property
     def demonstrations(self) -> int:
         """Demonstrations of an update; HPT has fewer."""
-        return self.prompts_per_step if METHODS[self.method].pairs else self.sft_batch
+        return self.prompts_per_step if METHODS[self.method].paired else self.sft_batch
 
     @property
-    def token_weights(self) -> str:
-        return "dr_grpo" if METHODS[self.method].pairs else self.aggregation
+    def aggregation_of_method(self) -> str:
+        return "dr_grpo" if METHODS[self.method].loss else self.aggregation
 
     @property
-    def clip(self) -> tuple[float, float]:
+    def clip_of_method(self) -> tuple[float, float]:
         """How far the ratio may be below and above 1. (1, ∞) is no clip."""
-        return (1.0, math.inf) if METHODS[self.method].pairs else (self.clip_low, self.clip_high)
+        return (1.0, math.inf) if METHODS[self.method].loss else (self.clip_low, self.clip_high)
 
 
 PAPER = dict(
@@ -247,7 +254,7 @@ def check(s: Settings) -> Settings:
 def readers(name: str) -> list[str]:
     """The methods that read a setting."""
     column = Settings.__dataclass_fields__[name].metadata["only"]
-    owners = [method for method, row in METHODS.items() if name in row.own]
+    owners = [method for method, row in METHODS.items() if name in row.own_settings]
     return owners or [method for method, row in METHODS.items() if not column or getattr(row, column)]
 
 

@@ -24,18 +24,11 @@ from settings import METHODS, Settings, expand, start_program
 HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # no path
 
 
-def facts_of(env) -> dict:
-    """What an export needs of an Environment: the stop tokens, and for the card a question, its prompt, the notes."""
-    question = env.task.evaluation[0].question
-    prompt = env.tokenizer.decode(env.encode(question))
-    return dict(stop=env.sampler.stop, question=question, prompt=prompt, notes=env.task.notes)
-
-
-def save_run(out: Path, s: Settings, env, w: lora.Adapter) -> None:
-    """Writes model/ and adapter/ and prints the accuracies; the sampler of `env`, an Environment, has the policy."""
-    evals, facts = read_log(out / "evals.jsonl"), facts_of(env)
+def save_run(out: Path, s: Settings, merged: nn.Module, tokenizer, facts: dict, w: lora.Adapter) -> None:
+    """Writes model/, the merged policy, and adapter/, and prints the accuracies. facts: as in bridge.py:card_facts."""
+    evals = read_log(out / "evals.jsonl")
     readme = card(s, out, facts["question"], facts["prompt"], evals, facts["notes"])
-    save_model(out / "model", env.sampler.model, env.tokenizer, facts["stop"], readme)
+    save_model(out / "model", merged, tokenizer, facts["stop"], readme)
     if w:  # its base is the trained θ of a checkpoint, not model/, which contains w already
         with atomic_folder(out / "adapter") as scratch:
             lora.save(scratch, w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))

@@ -117,7 +117,7 @@ def saved_by_layer(m: Shapes, b: int, padded: bool) -> int:
 def training(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMPT) -> Parts:
     """Bytes at the largest moment of a micro-batch's forward and backward pass, without state and gradients."""
     method, b, H, row = METHODS[s.method], getattr(torch, s.dtype).itemsize, m.hidden, prompt + s.max_new_tokens
-    rollouts = math.ceil(s.prompts_per_step * (s.group_size + method.expert) / world) if method.rl else 0
+    rollouts = math.ceil(s.prompts_per_step * (s.group_size + method.joins_group) / world) if method.rl else 0
     rows = max(rollouts, math.ceil(s.demonstrations / world) if method.sft else 0)
     T = max(row, min(s.tokens_per_micro_batch, rows * row))  # a longer row is a micro-batch of its own
     R, checkpointed = T * s.max_new_tokens // row, min(s.checkpoint_layers, m.layers)

@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Co
 
 import bridge
 import plot
-import rollout
 from infra import checkpoint
+from tasks import loading
 
 torch.set_num_threads(1)  # the models are tiny: two threads only get in each other's way
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))  # renews the pool before threads race for it
@@ -158,7 +158,7 @@ def any_model(request):
 @pytest.fixture(scope="session", autouse=True)
 def _light_runs():
     """Runs draw no figures, and equal large tasks are encoded once: both take as long as the steps of a smoke run."""
-    real, known = rollout.prepare, {}
+    real, known = loading.prepare, {}
 
     def prepare(task, tokenizer, *limits):
         if len(task.problems) < 1000:
@@ -172,7 +172,7 @@ def _light_runs():
         return list(rows)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rollout, "prepare", prepare)
+        patch.setattr(loading, "prepare", prepare)
         patch.setattr(bridge, "plot", SimpleNamespace(draw=lambda runs, out: None))
         yield
 

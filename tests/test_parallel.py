@@ -15,10 +15,10 @@ from conftest import HANGS, fork_ranks, free_port, lines, rows, tensors_in
 
 import bridge
 import infra.run
-import rollout
 from infra import checkpoint, export, parallel
 from sampler import Sampler
 from settings import Settings
+from tasks import loading
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ["--preset", "smoke", "--alpha", "1e-4", "--save-every", "1", "--eval-every", "3"]
@@ -212,7 +212,7 @@ def make_uneven():
         return sum(map(ord, response)) % 2
 
     bridge.grpo.grpo_loss, Sampler.generate, infra.run.MAX_LOGP_GAP = loss, generate, 1e9
-    rollout.load_reward = lambda name: reward
+    loading.load_reward = lambda name: reward
 
 
 @pytest.mark.parametrize("flags", [[], ["--shard"]])

@@ -75,7 +75,7 @@ def test_the_weight_of_a_token_in_the_gain_is_autograds_coefficient_of_its_log_p
         logp, logp_hat = (response_logprobs(x, rollouts.rows)[0] for x in (m.policy, m.shadow))
         ref = response_logprobs(m.reference, rollouts.rows)[0] if s.kl_coef else None
     leaves = [x.clone().requires_grad_() for x in (logp, logp_hat)]
-    losses = [grpo.grpo_loss(x, logp, A, weight, s.clip, cap, ref, s.kl_coef)[0] for x in leaves]
+    losses = [grpo.grpo_loss(x, logp, A, weight, s.clip_of_method, cap, ref, s.kl_coef)[0] for x in leaves]
     (gain := losses[1] - losses[0]).backward()  # J(θ,w) − J(θ̂,w)
     assert gain.requires_grad
     of_policy, of_shadow = leaves[0].grad.double(), -leaves[1].grad.double()

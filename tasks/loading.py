@@ -1,0 +1,73 @@
+"""What a run or an evaluation starts from: a model with its tokenizer and stop tokens, and a task as token ids."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from infra import parallel
+from infra.model import load, stop_tokens
+from ops.packed import Row
+from rewards import load_reward
+from settings import METHODS, SettingError, Settings
+from tasks import builtin
+from tasks.named import load_task
+from tasks.prompts import encode_prompt, end_of_turn
+from tasks.task import Problem, Task, pair, prepare
+
+
+def load_model(name: str, template: str, device: torch.device | None = None) -> tuple[nn.Module, object, list[int]]:
+    """(model, tokenizer, ids that end a completion) of a built-in model, a folder or a hub name. Raises ModelError."""
+    model, tokenizer = load(builtin.resolve(name), device)
+    stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, template))
+    return model, tokenizer, stop
+
+
+@dataclass
+class Loaded:
+    """What training starts from."""
+
+    task: Task
+    model: nn.Module
+    tokenizer: object
+    stop: list[int]  # ids that end a completion
+    reward: Callable[[str, Problem], float]
+    demonstrations: list[Row]  # D_SFT as token ids
+    demonstration_of: dict[str, Row]  # question -> its demonstration, for methods that need those of their prompts
+
+
+def load_training(s: Settings) -> Loaded:
+    """Loads task, model and reward of a run. Raises DataError, ModelError or SettingError."""
+    world = parallel.world_size()
+    if s.prompts_per_step < world:
+        raise SettingError(
+            f"prompts_per_step is {s.prompts_per_step}, but each of {world} ranks samples for at least one prompt: "
+            "raise it, or start fewer ranks"
+        )
+    reward = load_reward(s.reward)
+    # Rank 0 downloads files, then the other ranks read them from the disk.
+    with parallel.rank0_first():
+        task = load_task(s)
+        # A model that will be sharded stays on the CPU: its slices go to their devices one by one.
+        device = torch.device("cpu") if s.shard and world > 1 else None
+        model, tokenizer, stop = load_model(s.model, task.template, device)
+    positions = model.config.max_position_embeddings
+    demonstrations = prepare(task, tokenizer, s.max_new_tokens, positions, METHODS[s.method].sft)
+    demonstration_of = pair(task, demonstrations, s.method) if METHODS[s.method].paired else {}
+    return Loaded(task, model, tokenizer, stop, reward, demonstrations, demonstration_of)
+
+
+def describe_data(task: Task, tokenizer, stop: list[int], demonstrations: list[Row]) -> dict[str, str]:
+    """Titled lines: counts with the notes of the task, the first prompt and demonstration, the stop tokens."""
+    decode = tokenizer.decode
+    counts = f"{len(task.problems)} prompts, {len(demonstrations)} demonstrations, "
+    counts += f"{len(task.evaluation)} evaluation problems"
+    first = encode_prompt(tokenizer, task.problems[0].question, task.instruction, task.template)
+    lines = {"data": "\n          ".join([counts, *task.notes]), "prompt": f"the first prompt: {decode(first)!r}"}
+    if demonstrations:
+        prompt, response = demonstrations[0]
+        text = f"{decode(prompt)!r}⟦{decode(response)!r}⟧"
+        lines["SFT"] = f"the first demonstration, trained tokens in ⟦ ⟧: {text}"
+    lines["stop"] = "at " + ", ".join(repr(decode([i])) for i in stop)
+    return lines
