@@ -114,4 +114,11 @@ def hidden_states(model: nn.Module, packed: Packed, dtype: torch.dtype | None = 
 
 def run_forward(model: nn.Module, function: Callable):
     """function(model). A sharded model runs it as FSDP2's forward pass, which gathers weights (parallel.shard)."""
-    return model.run_forward(function) if hasattr(model, "run_forward") else function(model)
+    if not hasattr(model, "run_forward"):
+        return function(model)
+    result = model.run_forward(function)
+    # The root module keeps its gathered weights for the backward pass, which frees them. Without gradients none
+    # follows: the optimizer would step the slices, and the next pass would read the old gathered weights.
+    if not torch.is_grad_enabled():
+        model.reshard()
+    return result

@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HANGS, fork_ranks, free_port, lines, rows, tensors_in
+from conftest import HANGS, fork_ranks, free_port, lines, rows, tensors_in, tiny_model
+from torch.distributed.tensor import DTensor
 
 import bridge
 import infra.run
 from infra import checkpoint, export, parallel
+from logprob import response_logprobs
 from sampler import Sampler
 from settings import Settings
 from tasks import loading
@@ -125,6 +127,39 @@ def test_other_methods_too_are_the_same_on_two_ranks(tmp_path, flags):
     run(tmp_path / "one", 1, *flags.split())
     run(tmp_path / "two", 2, *flags.split(), "--shard")
     assert_equal(tmp_path / "one", tmp_path / "two", 1e-5)
+
+
+def make_some_groups_all_right():
+    """Every other question pays for any answer: its rows have a reward but no gradient, so they are only scored."""
+
+    def reward(response, problem):
+        if sum(map(ord, problem.question)) % 2:
+            return 1.0
+        return float(sum(map(ord, response)) % 2)
+
+    loading.load_reward = lambda name: reward
+
+
+def test_two_sharded_ranks_equal_one_where_rows_are_scored_without_gradients_in_every_step(tmp_path):
+    run(tmp_path / "one", 1, steps=3, before=make_some_groups_all_right)
+    run(tmp_path / "two", 2, "--shard", steps=3, before=make_some_groups_all_right)
+    assert all(0 < m["zero_std_groups"] < 1 and m["reward"] > 0 for m in lines(tmp_path / "one" / "metrics.jsonl"))
+    assert_equal(tmp_path / "one", tmp_path / "two", 1e-6)
+
+
+def test_after_a_pass_without_gradients_every_parameter_of_a_sharded_model_is_a_slice():
+    def command():
+        parallel.start()
+        model = tiny_model()
+        parallel.shard(model, [])
+        with torch.no_grad():
+            response_logprobs(model, rows(3))
+        whole = [name for name, p in model.named_parameters() if not isinstance(p, DTensor)]
+        parallel.end()
+        sys.exit(", ".join(whole) or 0)
+
+    for status, _, err in fork_ranks(command, 2):
+        assert status == 0, f"whole on this rank: {err[-300:]}"
 
 
 def test_a_run_saved_by_two_ranks_is_resumed_by_one_and_by_two_sharded_ones(tmp_path, one):
