@@ -39,7 +39,7 @@ from infra.run import RunFolder, StopSignal, Timer, all_finite, describe, one_li
 from logprob import response_logprobs
 from ops.decoder import share_storage_copy
 from ops.packed import Row
-from rollout import Environment, Rollouts, gain_statistics, rl_statistics, rollouts_of_step
+from rollout import Environment, Rollouts, gain_statistics, rl_statistics, sample_rollouts
 from sampler import Sampler
 from tasks.builtin import builtin_config
 from tasks.loading import describe_data, load_training
@@ -186,8 +186,10 @@ def bilevel_gradients(
     if lam:
         with timer("rl"):
             tokens = rl_pass(m.policy, rollouts, m.reference, s, ratio_cap)
-            if rollouts.old_logp is None:  # π_old is the policy before its first update on these rollouts
-                rollouts.old_logp, seen["policy"] = tokens["logp"], (rollouts, tokens)
+            seen.setdefault("policy", (rollouts, tokens))
+            # π_old is the policy before its first update on these rollouts. REINFORCE has no ratio.
+            if rollouts.old_logp is None and METHODS[s.method].loss != "reinforce":
+                rollouts.old_logp = tokens["logp"]
             g_w = parallel.take_gradients(m.w.values())  # ∇_w L_RL(θ,w)
             g_rl = g_w if METHODS[s.method].w_takes_rl else g_rl  # no_meta: w takes SFT alone
             stats |= rl_statistics(tokens, rollouts)
@@ -196,6 +198,8 @@ def bilevel_gradients(
                 if s.shadow_rollouts == "one_step":
                     step_shadow_from_theta(m, s)
                 tokens_hat = rl_pass(m.shadow, rollouts_hat, m.reference, s, ratio_cap)
+                if rollouts_hat.old_logp is None:  # θ̂'s own rollouts: π_old is θ̂ before its first update on them
+                    rollouts_hat.old_logp = tokens_hat["logp"]
                 g_rl_hat = parallel.take_gradients(m.w.values())  # ∇_w L_RL(θ̂,w); θ̂.grad is now that of eq. (9)
                 stats |= gain_statistics(tokens_hat, rollouts, rollouts_hat)
                 seen.setdefault("shadow", (rollouts_hat, tokens_hat))
@@ -266,8 +270,8 @@ def train(run: Run, start: int) -> None:
         # 1  rollouts from π(θ,w); θ̂ trains on the same ones, or on its own on the same prompts
         rollouts = rollouts_hat = None
         if any(lam for _, lam in plan):
-            rollouts, rollouts_hat = rollouts_of_step(run.env, run.prompts, m.policy, m.shadow, k, timer)
-        for mu, lam in plan * s.updates_per_rollout:
+            rollouts, rollouts_hat = sample_rollouts(run.env, run.prompts, m.policy, m.shadow, k, timer)
+        for mu, lam in plan * (s.updates_per_rollout if rollouts is not None else 1):
             # 2-3  the gradients of θ, w and θ̂, all at iterate k
             demonstrations = run.demonstrations_of_update(rollouts) if mu else []
             stats = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, mu, lam, s, timer, seen)

@@ -3,7 +3,6 @@
 Shapes: P prompts, G samples of each, N = P·G completions in group order, T response tokens of all of them end to end.
 """
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -111,43 +110,52 @@ class Rollouts:
                 yield rows, places[t]
 
 
-def rollouts_of_step(
+def sample_rollouts(
     env: Environment, prompts: Stream, policy: nn.Module, shadow: nn.Module | None, step: int, timer: Timer
 ) -> tuple[Rollouts, Rollouts]:
-    """(the policy's rollouts, the shadow's): the same ones or, with shadow_rollouts own, two sets on equal prompts."""
-    prompts_hat = copy.copy(prompts)
-    with timer("sample"):
-        env.sampler.refresh(policy)
-        rollouts = rollouts_hat = sample_rollouts(env, prompts, step)
-    if shadow is not None and env.s.shadow_rollouts == "own":
-        with timer("sample_shadow"):
-            env.sampler.refresh(shadow)
-            rollouts_hat = sample_rollouts(env, prompts_hat, step)
-    return rollouts, rollouts_hat
+    """(the policy's rollouts, the shadow's): the same ones or, with shadow_rollouts own, two sets on equal prompts.
 
-
-def sample_rollouts(env: Environment, prompts: Stream, step: int) -> Rollouts:
-    """Draws P prompts, samples G completions of each with the sampler's weights, and grades them.
-
-    Every rank draws all prompts, samples for its share and receives the groups of the others. With dynamic sampling up
-    to `dynamic_sampling` more batches of prompts replace groups without signal.
+    Draws P prompts, samples G completions of each from every model that samples, and grades them. With dynamic
+    sampling up to `dynamic_sampling` more batches of prompts replace those without a signal. A prompt has a signal if
+    the rewards of every model's group of it differ, so policy and shadow keep the same prompts.
     """
-    s, groups = env.s, []
+    s = env.s
+    models = {"sample": policy}  # phase of the step -> the model that samples in it
+    if shadow is not None and s.shadow_rollouts == "own":
+        models["sample_shadow"] = shadow
+    sampled: dict[str, list[Group]] = {phase: [] for phase in models}
     empty_cache()  # training's free memory goes to the sampler
     for _ in range(1 + s.dynamic_sampling):
-        draws = prompts.take(s.prompts_per_step)[parallel.rank() :: parallel.world_size()]
-        groups += sorted(parallel.all_gather(sample_groups(env, draws, step)), key=lambda group: group.draw)
-        if sum(group.has_signal for group in groups) >= s.prompts_per_step:
+        draws = prompts.take(s.prompts_per_step)
+        for phase, model in models.items():
+            with timer(phase):
+                env.sampler.refresh(model)
+                sampled[phase] += sample_groups(env, draws, step)
+        groups_of_prompts = list(zip(*sampled.values(), strict=True))  # per prompt, one group of each model
+        signals = [all(group.has_signal for group in groups) for groups in groups_of_prompts]
+        if sum(signals) >= s.prompts_per_step:
             break
-    stats = statistics(groups)
-    if s.dynamic_sampling:
-        groups.sort(key=lambda group: not group.has_signal)  # those with signal first, each kind in the order of draws
     empty_cache()  # the sampler's free memory goes to training
-    return make_rollouts(groups[: s.prompts_per_step], s, stats)
+    kept = list(range(len(signals)))
+    if s.dynamic_sampling:
+        kept.sort(key=lambda prompt: not signals[prompt])  # those with signal first, each kind in the order of draws
+    kept = kept[: s.prompts_per_step]
+    rollouts = [make_rollouts([groups[i] for i in kept], s, statistics(groups)) for groups in sampled.values()]
+    return rollouts[0], rollouts[-1]
 
 
 def sample_groups(env: Environment, draws: list[tuple[int, int]], step: int) -> list[Group]:
-    """One group for each (number of the draw, index of the problem). A sample's key is (seed, step, draw, i)."""
+    """One group for each (number of the draw, index of the problem), sampled with the sampler's weights.
+
+    Every rank samples for its share and receives the groups of the others.
+    """
+    own_share = draws[parallel.rank() :: parallel.world_size()]
+    groups = parallel.all_gather(sample_share(env, own_share, step))
+    return sorted(groups, key=lambda group: group.draw)
+
+
+def sample_share(env: Environment, draws: list[tuple[int, int]], step: int) -> list[Group]:
+    """The groups of this rank. The key of a sample's random numbers is (seed, step, draw, i)."""
     s = env.s
     problems = [env.task.problems[i] for _, i in draws]
     prompts = [env.encode(problem.question) for problem in problems]
@@ -170,6 +178,8 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
     reward = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # [P, G] as in has_signal
     lengths = torch.tensor([len(c.ids) for c in completions])  # [N]
     keep = torch.tensor([c.finish_reason != "length" or not s.overlong_mask for c in completions])  # [N]
+    if s.method == "hpt":  # a prompt whose demonstration is imitated has no RL loss, no KL term either
+        keep &= ~baselines.imitated(s, reward).repeat_interleave(reward.shape[1])
     expert = torch.tensor([c.finish_reason == "expert" for c in completions])  # [N]
     entropy = torch.tensor([-sum(c.logps) / len(c.logps) for c in completions]).view_as(reward)  # estimated
     advantage = baselines.advantages(s, reward, entropy).float()  # [P, G]

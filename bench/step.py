@@ -64,7 +64,7 @@ from infra.model import checkpoint_layers, load
 from infra.run import RunFolder, Timer, all_finite
 from logprob import response_logprobs, token_logprobs
 from ops.packed import Row
-from rollout import Environment, rollouts_of_step
+from rollout import Environment, sample_rollouts
 from sampler import Sampler
 from settings import PAPER, Settings, parse
 from tasks import arithmetic, builtin
@@ -134,7 +134,7 @@ def one_step(run: bridge.Run, k: int) -> dict[str, dict[str, float]]:
     s, m, timer, rollouts, rollouts_hat, rows = run.s, run.m, Watch(k), None, None, {}
     plan, stats = bridge.updates(s, k), {}
     if any(lam for _, lam in plan):
-        rollouts, rollouts_hat = rollouts_of_step(run.env, run.prompts, m.policy, m.shadow, k, timer)
+        rollouts, rollouts_hat = sample_rollouts(run.env, run.prompts, m.policy, m.shadow, k, timer)
         rows |= {"sample": [([], response) for _, response in rollouts.rows], "rl": rollouts.rows}
         rows["shadow"] = rollouts_hat.rows
     for mu, lam in plan:

@@ -5,13 +5,12 @@ import math
 import pytest
 import torch
 from conftest import lines
-from test_loop import boxed, make_run
+from test_loop import boxed, make_run, sample
 from test_run import assert_identical, refused, run
 from test_update import assert_close, fresh, gradients, settings
 
 import baselines
 import bridge
-import rollout
 from logprob import response_logprobs
 from rollout import Rollouts
 from settings import Settings
@@ -137,7 +136,7 @@ def sampled(tmp_path, method, reward=odd, **changes):
     """(a run of 4 prompts and 4 samples, its first rollouts)."""
     run = make_run(tmp_path, **(dict(method=method, prompts_per_step=4, group_size=4, grad_clip=1e9) | changes))
     run.env.reward = reward
-    return run, rollout.sample_rollouts(run.env, run.prompts, 0)
+    return run, sample(run)
 
 
 def theta_gradient(run, rollouts, demonstrations, mu, lam):
@@ -154,7 +153,7 @@ def test_hpt_without_imitation_is_rl_with_the_weights_of_dr_grpo(tmp_path, monke
     rl = make_run(tmp_path, method="rl", aggregation="dr_grpo", prompts_per_step=4, group_size=4)
     rl.env.task, rl.env.reward = run.env.task, odd
     rl.prompts.count = run.prompts.count
-    of_rl = rollout.sample_rollouts(rl.env, rl.prompts, 0)
+    of_rl = sample(rl)
     assert of_rl.rows == rollouts.rows
     expected, _ = theta_gradient(rl, of_rl, [], 0.0, 1.0)
     assert any(g.any() for g in ours)
@@ -180,6 +179,24 @@ def test_hpt_imitates_where_no_sample_is_right_and_has_no_rl_there():
     assert baselines.imitated(Settings(method="srft"), reward).all()
 
 
+def test_hpt_with_a_kl_term_has_none_on_the_prompts_that_it_imitates(tmp_path, monkeypatch):
+    monkeypatch.setattr(baselines, "GATE", 4)  # all of them
+    run, rollouts = sampled(tmp_path, "hpt", kl_coef=1.0)
+    for p in run.m.parameters["theta"]:
+        p.data.mul_(1.05)  # away from the reference
+    assert not any(g.any() for g in theta_gradient(run, rollouts, [], 0.0, 1.0)[0])
+
+
+def test_srft_s_samples_have_no_ratio_in_later_updates_either(tmp_path):
+    run, rollouts = sampled(tmp_path, "srft", updates_per_rollout=2)
+    _, stats = theta_gradient(run, rollouts, rollouts.traces, 1.0, 1.0)
+    bridge.clip_and_step(run.m, stats, run.s)
+    later, _ = theta_gradient(run, rollouts, [], 0.0, 1.0)
+    rollouts.old_logp = None  # as in a first update
+    expected, _ = theta_gradient(run, rollouts, [], 0.0, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(later, expected, strict=True))
+
+
 def test_luffy_has_no_gradient_if_samples_and_expert_are_all_right(tmp_path):
     run, rollouts = sampled(tmp_path, "luffy", reward=lambda *_: 1.0)
     assert not any(g.any() for g in theta_gradient(run, rollouts, [], 0.0, 1.0)[0])
@@ -194,7 +211,7 @@ def test_the_expert_is_graded_like_a_sample_and_stands_last_in_its_group(tmp_pat
     run = make_run(tmp_path, method="luffy", prompts_per_step=4, group_size=4)  # the built-in reward
     for question, (prompt, _) in list(run.env.traces.items())[::2]:
         run.env.traces[question] = prompt, boxed(run, "x", 0).ids
-    rollouts = rollout.sample_rollouts(run.env, run.prompts, 0)
+    rollouts = sample(run)
     wrong = [rollouts.rows[5 * i + 4][1] == boxed(run, "x", 0).ids for i in range(4)]
     assert any(wrong) != all(wrong), "the case must have both"
     assert rollouts.reward[:, 4].tolist() == [float(not w) for w in wrong]

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from itertools import cycle
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import grpo
 import rollout
 import settings
 from infra import checkpoint
-from infra.run import RunFolder
+from infra.run import RunFolder, Timer
 from logprob import response_logprobs
 from rewards import is_correct
 from sampler import Completion
@@ -26,6 +27,12 @@ def make_run(tmp_path, **changes):
     s = settings.check(settings.Settings(**(SMOKE | changes)))
     tmp_path.mkdir(exist_ok=True)
     return bridge.set_up(s, RunFolder(tmp_path))
+
+
+def sample(run, prompts=None, step=0):
+    """The policy's rollouts on the next prompts."""
+    prompts = prompts or run.prompts
+    return rollout.sample_rollouts(run.env, prompts, run.m.policy, None, step, Timer(step))[0]
 
 
 def train_spying(run, monkeypatch, observe):
@@ -59,7 +66,7 @@ def test_rewards_advantages_and_weights_belong_to_the_tokens_of_their_own_sequen
         for i, (p, row) in enumerate(zip(problems, right, strict=True))
     ]
     monkeypatch.setattr(run.env.sampler, "generate", lambda *a, **k: groups)
-    rollouts = rollout.sample_rollouts(run.env, run.prompts, 0)
+    rollouts = sample(run)
     assert rollouts.reward.tolist() == [[float(r) for r in row] for row in right]
     advantages, flat, at = grpo.group_advantages(rollouts.reward), [c for g in groups for c in g], 0
     for i, completion in enumerate(flat):
@@ -114,10 +121,10 @@ def test_rewards_and_logs_read_special_tokens_but_not_the_final_stop_token(tmp_p
 def test_groups_stand_as_their_prompts_were_drawn_whichever_rank_has_sampled_them(tmp_path, monkeypatch):
     run = make_run(tmp_path, prompts_per_step=5, group_size=2)
     again = copy.deepcopy(run.prompts)
-    alone = rollout.sample_rollouts(run.env, run.prompts, 0)
+    alone = sample(run)
     of_two_ranks = lambda groups: [*groups[::2], *groups[1::2]]  # noqa: E731
     monkeypatch.setattr(rollout.parallel, "all_gather", of_two_ranks)
-    several = rollout.sample_rollouts(run.env, again, 0)
+    several = sample(run, again, 0)
     assert several.rows == alone.rows
     assert same([several.reward, several.sampler_logp], [alone.reward, alone.sampler_logp])
 
@@ -127,7 +134,7 @@ def test_a_sample_is_drawn_from_seed_step_and_number_of_its_draw(tmp_path, monke
     generate = run.env.sampler.generate
     monkeypatch.setattr(run.env.sampler, "generate", lambda p, k, *rest: keys.append(k) or generate(p, k, *rest))
     for step in (7, 8):
-        rollout.sample_rollouts(run.env, run.prompts, step)
+        sample(run, step=step)
     assert keys == [[(5, 7, draw) for draw in range(3)], [(5, 8, draw) for draw in range(3, 6)]]
 
 
@@ -146,10 +153,26 @@ def test_dynamic_sampling_replaces_zero_std_groups_up_to_its_cap(tmp_path, monke
         ]
 
     monkeypatch.setattr(run.env.sampler, "generate", generate)
-    rollouts = rollout.sample_rollouts(run.env, run.prompts, 0)
+    rollouts = sample(run)
     assert len(calls) == {0: 1, 1: 2, 5: 4}[cap]
     assert rollouts.stats["zero_std_groups"] == {0: 1, 1: 3 / 4, 5: 6 / 8}[cap], "counted before the choice"
     assert (rollouts.reward.sum(1) == 1).tolist() == {0: [False, False], 1: [True, False], 5: [True, True]}[cap]
+
+
+def test_with_dynamic_sampling_policy_and_own_shadow_keep_the_prompts_with_a_signal_in_both(tmp_path, monkeypatch):
+    run = make_run(tmp_path, prompts_per_step=2, group_size=2, dynamic_sampling=2, shadow_rollouts="own")
+    asked = [run.env.task.problems[i].question for _, i in copy.deepcopy(run.prompts).take(6)]
+    draws_with_signal, models = {"policy": {1, 2, 4}, "shadow": {0, 2, 4}}, cycle(("policy", "shadow"))
+
+    def sample_groups(env, draws, step):
+        signal, completions = draws_with_signal[next(models)], [boxed(run, "1", 0)] * 2
+        rewards = {draw: [float(draw in signal), 0.0] for draw, _ in draws}
+        return [rollout.Group(d, env.task.problems[i], [1], completions, ["a"] * 2, rewards[d]) for d, i in draws]
+
+    monkeypatch.setattr(rollout, "sample_groups", sample_groups)
+    both = rollout.sample_rollouts(run.env, run.prompts, run.m.policy, run.m.shadow, 0, Timer(1))
+    for rollouts in both:
+        assert [record["question"] for record in rollouts.records[::2]] == [asked[2], asked[4]]
 
 
 def test_shared_rollouts_are_the_policy_s_and_own_ones_the_shadow_s(tmp_path, monkeypatch):
@@ -189,6 +212,11 @@ def test_each_update_sees_iterate_k_once_and_updates_per_rollout_reuse_the_rollo
     assert seen[0][2] != seen[1][2], "each update draws its own demonstrations"
 
 
+def test_updates_per_rollout_repeats_updates_on_rollouts_and_not_the_sft_steps_of_a_cold_start(tmp_path, monkeypatch):
+    run = make_run(tmp_path, method="sft_rl", sft_steps=2, steps=1, updates_per_rollout=3)
+    assert train_spying(run, monkeypatch, lambda run, r, *_: r is None) == [True, True, False, False, False]
+
+
 def test_the_trainer_uses_the_sampling_temperature(tmp_path):
     run = make_run(tmp_path, steps=2, temperature=0.6)
     bridge.train(run, 0)
@@ -198,7 +226,7 @@ def test_the_trainer_uses_the_sampling_temperature(tmp_path):
 
 def test_the_logged_entropy_estimates_that_of_all_sampled_tokens(tmp_path):
     run = make_run(tmp_path, prompts_per_step=8, group_size=32, temperature=0.8)
-    rollouts = rollout.sample_rollouts(run.env, run.prompts, 0)
+    rollouts = sample(run)
     tokens = bridge.rl_pass(run.m.policy, rollouts, None, run.s)
     with torch.no_grad():
         logp, entropy = response_logprobs(run.m.policy, rollouts.rows, 0.8)

@@ -526,6 +526,24 @@ def test_own_rollouts_give_the_shadow_its_own_batch():
     assert stats["cooperative_gain"] == pytest.approx(expected.item(), abs=1e-6)
 
 
+def test_own_rollouts_too_keep_the_policy_that_sampled_them_as_the_old_one_of_later_updates():
+    s = settings(shadow_rollouts="own", updates_per_rollout=2)
+    m = fresh(s, w_trained=True)
+    move_shadow(m)
+    rollouts, own = make_rollouts(m.policy), make_rollouts(m.shadow, seed=5)
+    for _ in range(2):
+        g, stats = gradients(m, s, rollouts=rollouts, rollouts_hat=own)
+        before = copy.deepcopy(m)
+        bridge.clip_and_step(m, stats, s)
+    assert stats["ratio_hat_max"] > 1.1
+    before.optimizers["w"].zero_grad()
+    before.optimizers["theta_hat"].zero_grad()
+    logp, _ = response_logprobs(before.shadow, own.rows)
+    loss, _ = grpo.grpo_loss(logp, own.sampler_logp, own.advantage, own.weight)
+    loss.backward()
+    assert_close(g["theta_hat"], [p.grad for p in before.parameters["theta_hat"]])
+
+
 def test_adam_s_first_step_moves_theta_and_its_shadow_by_alpha_and_w_by_beta():
     s = settings(alpha=0.001, beta=0.02)
     m = fresh(s, w_trained=True)
