@@ -16,11 +16,8 @@ import math
 import torch
 from torch import Tensor
 
-import grpo
-from settings import Settings
-
 SHAPING = 0.1  # LUFFY's γ
-GATE = 0  # HPT imitates where at most so many samples are right
+GATE = 0  # HPT imitates where at most so many samples of a prompt are right
 
 
 def chord_mu(step: int, warmup: int, decay: int, peak: float, valley: float) -> float:
@@ -58,46 +55,32 @@ def shaped_surrogate(logp: Tensor, advantage: Tensor) -> Tensor:
     return p / (p + SHAPING) * advantage
 
 
-def srft_advantages(reward: Tensor, entropy: Tensor) -> Tensor:
-    """SRFT's ±REINFORCE on samples: 0.1·e^H where the reward is exactly 1, −1 elsewhere.  [P, G] each
+def srft_advantages(group_advantages: Tensor, reward: Tensor, entropy: Tensor) -> Tensor:
+    """SRFT: ±REINFORCE on samples, 0.1·e^H where the reward is exactly 1, −1 elsewhere.  [P, G] each -> [P, G]
 
-    arXiv 2506.19767; the authors' code is unpublished: Unify-Post-Training, hpt/verl/verl/mix_src/mix_core_alg.py. The
-    rollouts know H as the mean of −log π, which is unbiased; e^H of it is a little too large.
+    The demonstration, the last of each group, keeps its advantage in the group, as in LUFFY. arXiv 2506.19767; the
+    authors' code is unpublished: Unify-Post-Training, hpt/verl/verl/mix_src/mix_core_alg.py. The rollouts know H as
+    the mean of −log π, which is unbiased; e^H of it is a little too large.
     """
-    return torch.where(reward == 1, 0.1 * entropy.exp(), -1.0)
+    advantages = torch.where(reward == 1, 0.1 * entropy.exp(), -1.0)
+    advantages[:, -1] = group_advantages[:, -1]
+    return advantages
 
 
-def advantages(s: Settings, reward: Tensor, entropy: Tensor) -> Tensor:
-    """The advantage of every sequence by the method.  reward, entropy [P, G] -> [P, G]
+def srft_sft_weights(entropy: Tensor, lengths: list[int]) -> Tensor:
+    """SRFT's weight ½·e^(−H) of each demonstration token, H the exact mean entropy of the demonstration.  [T]
 
-    LUFFY and SRFT have the demonstration as the last of a group and in its mean. HPT (arXiv 2509.04419;
-    Unify-Post-Training, hpt/verl/verl/mix_src/mix_trainer.py) has no RL for the groups that it imitates.
+    entropy [T] at temperature 1, of whole demonstrations of these lengths; the weight has no gradient.
     """
-    A = grpo.group_advantages(reward, divide_by_std=s.aggregation_of_method != "dr_grpo")
-    match s.method:
-        case "srft":
-            A[:, :-1] = srft_advantages(reward[:, :-1], entropy[:, :-1])
-        case "hpt":
-            A[imitated(s, reward)] = 0.0
-    return A
+    if not lengths:
+        return torch.ones_like(entropy)
+    means = [of_one.mean().expand_as(of_one) for of_one in entropy.detach().split(lengths)]
+    return 0.5 * (-torch.cat(means)).exp()
 
 
-def imitated(s: Settings, reward: Tensor) -> Tensor:
-    """Whether the SFT term has the prompt's demonstration: HPT asks for at most GATE right samples.  [P, G] -> [P]"""
-    right = (reward == 1).sum(-1)
-    return right <= GATE if s.method == "hpt" else right >= 0
+def hpt_imitates(reward: Tensor) -> Tensor:
+    """Whether HPT imitates the prompt's demonstration instead of RL: at most GATE samples are right.  [P, G] -> [P]
 
-
-def sft_weights(s: Settings, logp: Tensor, entropy: Tensor, lengths: list[int]) -> Tensor:
-    """Weight of each demonstration token in L_SFT = −(1/T)·Σ weight·log π, without a gradient.  [T]
-
-    CHORD-φ: sg(p·(1−p)). SRFT: ½·e^(−H) with H the exact mean entropy of the demonstration. Any other method: 1.
-    logp, entropy [T] at temperature 1, of whole sequences of these lengths.
+    arXiv 2509.04419; Unify-Post-Training, hpt/verl/verl/mix_src/mix_trainer.py.
     """
-    match s.method:
-        case "chord" if s.chord_phi:
-            return chord_phi(logp)
-        case "srft" if lengths:
-            H = torch.cat([of_one.mean().expand_as(of_one) for of_one in entropy.detach().split(lengths)])
-            return 0.5 * (-H).exp()
-    return torch.ones_like(logp)
+    return (reward == 1).sum(-1) <= GATE

@@ -13,6 +13,8 @@ Where this differs from GRPO as first published (DeepSeekMath, arXiv 2402.03300)
   6. The KL term is ρ·k3: k3 alone has the right value, but its gradient is that of KL(π_ref ‖ π).
 """
 
+from dataclasses import dataclass, fields
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,7 @@ AGGREGATIONS = ("grpo", "dapo", "dr_grpo")
 def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """A = (r − mean) / (std + ε) within each group; Dr.GRPO (arXiv 2503.20783) omits the division.
 
-    rewards [P, G] -> advantages [P, G]. std is the sample's (divided by G−1). A group of one or of equal rewards
-    gets exactly 0: its rounded mean can differ from its rewards, and Adam would turn that into a step of full length.
+    rewards [P, G] -> advantages [P, G]. std is the sample's (divided by G−1).
 
     >>> group_advantages(torch.tensor([[1., 0., 0., 1.], [0., 0., 0., 0.]]))
     tensor([[ 0.8659, -0.8659, -0.8659,  0.8659],
@@ -33,7 +34,11 @@ def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     """
     r = rewards.double()
     centred = r - r.mean(-1, keepdim=True)  # [P, G]
-    centred.masked_fill_(r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True), 0.0)
+
+    # The rounded mean of equal rewards can differ from them. Adam would turn that into a step of full length.
+    all_equal = r.amax(-1, keepdim=True) == r.amin(-1, keepdim=True)  # [P, 1]
+    centred.masked_fill_(all_equal, 0.0)
+
     if divide_by_std and r.shape[-1] > 1:
         centred /= r.std(-1, keepdim=True) + STD_EPS
     return centred.to(rewards.dtype)
@@ -42,7 +47,7 @@ def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
 def token_weights(lengths: Tensor, aggregation: str, max_length: int, keep: Tensor | None = None) -> Tensor:
     """The weight of every token in the loss: the batch's loss is Σ weight·token loss.
 
-    lengths [N] response tokens per sequence, keep [N] bool (False: an overlong sequence, weight 0).
+    lengths [N] response tokens per sequence, keep [N] bool (False: weight 0, as for an overlong sequence).
     Returns [T], T = Σ lengths. With |o_i| the length of sequence i, kept tokens weigh
       "grpo"     1 / (N·|o_i|)           mean over tokens, then over sequences: long answers count less per token
       "dapo"     1 / Σ_kept |o_i|        mean over all tokens
@@ -51,12 +56,14 @@ def token_weights(lengths: Tensor, aggregation: str, max_length: int, keep: Tens
     >>> token_weights(torch.tensor([1, 2]), "grpo", 8)
     tensor([0.5000, 0.2500, 0.2500])
     """
-    keep = torch.ones_like(lengths, dtype=torch.bool) if keep is None else keep
     n = len(lengths)
+    if keep is None:
+        keep = torch.ones_like(lengths, dtype=torch.bool)
     if aggregation == "grpo":
-        per_sequence = 1.0 / (n * lengths.clamp(min=1).float())
+        per_sequence = 1.0 / (n * lengths.clamp(min=1).float())  # [N]
     elif aggregation == "dapo":
-        per_sequence = torch.full((n,), 1.0 / max(int((lengths * keep).sum()), 1))
+        kept_tokens = int((lengths * keep).sum())
+        per_sequence = torch.full((n,), 1.0 / max(kept_tokens, 1))
     elif aggregation == "dr_grpo":
         per_sequence = torch.full((n,), 1.0 / (n * max_length))
     else:
@@ -71,7 +78,8 @@ def log_ratio(logp: Tensor, old_logp: Tensor, weight: Tensor) -> Tensor:
 
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float) -> tuple[Tensor, Tensor]:
     """(min(ρ·A, clip(ρ, 1−low, 1+high)·A) per token [T], whether the clip stopped the gradient [T] bool)."""
-    unclipped, clipped = ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage
+    unclipped = ratio * advantage
+    clipped = ratio.clamp(1 - low, 1 + high) * advantage
     return torch.minimum(unclipped, clipped), clipped < unclipped
 
 
@@ -82,7 +90,8 @@ def truncated_surrogate(logp: Tensor, ratio: Tensor, advantage: Tensor, cap: flo
     has drifted from θ, and with it the difference of gradients that w ascends; truncation only bounds the variance. At
     ρ = 1 its gradient equals the clipped surrogate's. cap = inf is plain importance weighting, token by token.
     """
-    return ratio.detach().clamp(max=cap) * advantage * logp, ratio.detach() > cap
+    truncated = ratio.detach().clamp(max=cap)
+    return truncated * advantage * logp, ratio.detach() > cap
 
 
 def k3(logp: Tensor, ref_logp: Tensor, weight: Tensor) -> Tensor:
@@ -94,24 +103,66 @@ def k3(logp: Tensor, ref_logp: Tensor, weight: Tensor) -> Tensor:
     return d.exp() - d - 1
 
 
+@dataclass
+class LossTerms:
+    """What `grpo_loss` computed for every token, [T] each, without gradients."""
+
+    ratio: Tensor  # ρ = π/π_old
+    limited: Tensor  # bool: the clip stopped the gradient, or the cap truncated ρ
+    kl: Tensor  # k3
+
+
 def grpo_loss(
     logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip: tuple[float, float] = (0.2, 0.2),
     ratio_cap: float | None = None, ref_logp: Tensor | None = None, kl_coef: float = 0.0,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """−J_RL of eq. (1) as GRPO estimates it: Σ_t weight_t·(kl_coef·ρ_t·k3_t − surrogate_t).
+) -> tuple[Tensor, LossTerms]:  # fmt: skip
+    """−J_RL of eq. (2) as GRPO estimates it: Σ_t weight_t·(kl_coef·ρ_t·k3_t − surrogate_t).
 
     All inputs [T]; old_logp, advantage and ref_logp carry no gradient. `ratio_cap` selects the truncated surrogate
-    instead of the clipped one, and bounds the ρ of the KL term, too. Returns the scalar loss and, per token and
-    detached, `ratio`, `limited` (clipped or truncated) and `kl`, which is k3. The value of the loss is about 0 for
-    every on-policy batch; only its gradient is informative.
+    instead of the clipped one, and bounds the ρ of the KL term, too. The value of the scalar loss is about 0 for every
+    on-policy batch; only its gradient is informative.
     """
     ratio = log_ratio(logp, old_logp, weight).exp()
     if ratio_cap is None:
-        (surrogate, limited), bounded = clipped_surrogate(ratio, advantage, *clip), ratio
+        surrogate, limited = clipped_surrogate(ratio, advantage, *clip)
+        kl_ratio = ratio
     else:
         logp = torch.where(weight != 0, logp, 0.0)
         surrogate, limited = truncated_surrogate(logp, ratio, advantage, ratio_cap)
-        bounded = ratio * (ratio_cap / ratio.detach()).clamp(max=1)  # min(ρ, cap), its gradient min(ρ, cap)·∇log π
+        # min(ρ, cap) with the gradient min(ρ, cap)·∇log π: a plain clamp would have none beyond the cap.
+        kl_ratio = ratio * (ratio_cap / ratio.detach()).clamp(max=1)
+
     kl = torch.zeros_like(ratio) if ref_logp is None else k3(logp, ref_logp, weight)
-    loss = (weight * (kl_coef * bounded * kl - surrogate)).sum()
-    return loss, {"ratio": ratio.detach(), "limited": limited, "kl": kl.detach()}
+    loss = (weight * (kl_coef * kl_ratio * kl - surrogate)).sum()
+    return loss, LossTerms(ratio.detach(), limited, kl.detach())
+
+
+@dataclass
+class RLPass:
+    """What one pass of a model over rollouts gives for every response token, [T] each; 0 where its row was not run."""
+
+    logp: Tensor  # log π
+    entropy: Tensor  # of π(· | prompt and response so far), nats
+    slope: Tensor  # ∂J_RL/∂log π, divided by the token's weight
+    ratio: Tensor  # ρ = π/π_old
+    limited: Tensor  # 1 where the clip or the cap limited ρ
+    kl: Tensor  # k3
+    trained: Tensor  # 1 where the row ran with a gradient
+
+    @classmethod
+    def zeros(cls, like: Tensor) -> "RLPass":
+        return cls(*[torch.zeros_like(like) for _ in fields(cls)])
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, f.name) for f in fields(self)]
+
+
+def importance_weighted_reward(log_ratio: Tensor, lengths: list[int], reward: Tensor, cap: float = 10.0) -> Tensor:
+    """The mean of min(π(y)/π_old(y), cap)·r(y) over sequences: the reward of π, estimated on samples of π_old.
+
+    log_ratio [T] log π/π_old of every token, lengths N numbers of tokens, reward [N] -> scalar. The cap bounds the
+    variance, and makes the estimate one from below where rewards are not negative.
+    """
+    per_sequence = [tokens.sum() for tokens in log_ratio.split(lengths)]
+    weight = torch.stack(per_sequence).exp().clamp(max=cap)  # [N]
+    return (weight * reward).mean()

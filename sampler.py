@@ -39,7 +39,7 @@ PREFILL_TOKENS = 16384  # prompt tokens of one prefill, about
 class Completion:
     ids: list[int]  # response tokens; the last one is a stop token unless the completion was truncated
     logps: list[float]  # log-probs under the sampled distribution; under temperature 1 for greedy decoding
-    finish_reason: str  # "stop" or "length"; "expert" for a demonstration in a group, whose logps are nan
+    finish_reason: str  # "stop" or "length"; "demonstration" for one in a group, whose logps are nan
 
     def text(self, tokenizer, stop: list[int]) -> str:
         """What rewards, grader and logs read: all tokens, special ones like </think> too, but a final one of `stop`."""

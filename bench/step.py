@@ -61,7 +61,7 @@ from transformers import AutoModelForCausalLM
 import bridge
 from infra import memory, parallel
 from infra.model import checkpoint_layers, load
-from infra.run import RunFolder, Timer, all_finite
+from infra.run import RunFolder, Timer
 from logprob import response_logprobs, token_logprobs
 from ops.packed import Row
 from rollout import Environment, sample_rollouts
@@ -132,18 +132,19 @@ def random_run(size: str, s: Settings, mean: int | None) -> bridge.Run:
 def one_step(run: bridge.Run, k: int) -> dict[str, dict[str, float]]:
     """Lines 1 to 6 of bridge.train without logs: seconds and tokens by phase."""
     s, m, timer, rollouts, rollouts_hat, rows = run.s, run.m, Watch(k), None, None, {}
-    plan, stats = bridge.updates(s, k), {}
+    plan = bridge.updates(s, k)
     if any(lam for _, lam in plan):
-        rollouts, rollouts_hat = sample_rollouts(run.env, run.prompts, m.policy, m.shadow, k, timer)
+        rollouts, rollouts_hat = sample_rollouts(run.env, run.prompt_order, m.policy, m.shadow, k, timer)
         rows |= {"sample": [([], response) for _, response in rollouts.rows], "rl": rollouts.rows}
         rows["shadow"] = rollouts_hat.rows
     for mu, lam in plan:
-        rows["sft"] = [run.demonstrations[i] for _, i in run.demos.take(s.sft_batch)] if mu else []
-        stats |= bridge.bilevel_gradients(m, rollouts, rollouts_hat, rows["sft"], mu, lam, s, timer)
+        rows["sft"] = [run.demonstrations[i] for _, i in run.demonstration_order.take(s.sft_batch)] if mu else []
+        update = bridge.bilevel_gradients(m, rollouts, rollouts_hat, rows["sft"], mu, lam, s, timer)
+        bridge.keep_old_logp(update, rollouts, rollouts_hat, s)
         with timer("optimizer"):
-            stats |= bridge.clip_and_step(m, stats, s, lam)
-    if not all_finite(stats):
-        raise FloatingPointError(f"a number is not finite: {stats}")
+            norms, stepped = bridge.clip_and_step(m, update.stats, s, lam)
+        if not stepped:
+            raise FloatingPointError(f"a number is not finite: {update.stats | norms}")
     tokens = {phase: sum(len(prompt) + len(ids) for prompt, ids in of_phase) for phase, of_phase in rows.items()}
     return {phase: {"s": t, "tokens": tokens.get(phase, 0)} for phase, t in timer.seconds.items()}
 
@@ -260,7 +261,7 @@ def trl_step(model: nn.Module, run: bridge.Run, folder: str):
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-    s, env, prompts = run.s, run.env, copy.copy(run.prompts)
+    s, env, prompts = run.s, run.env, copy.copy(run.prompt_order)
     tokenizer = copy.deepcopy(env.tokenizer)
     tokenizer.pad_token = tokenizer.eos_token  # AutoTokenizer's own lies outside the embedding
     config = GRPOConfig(

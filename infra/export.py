@@ -25,7 +25,7 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # no path
 
 
 def save_run(out: Path, s: Settings, merged: nn.Module, tokenizer, facts: dict, w: lora.Adapter) -> None:
-    """Writes model/, the merged policy, and adapter/, and prints the accuracies. facts: as in bridge.py:card_facts."""
+    """Writes model/, the merged policy, and adapter/, and prints the accuracies. facts: see tasks/loading.py."""
     evals = read_log(out / "evals.jsonl")
     readme = card(s, out, facts["question"], facts["prompt"], evals, facts["notes"])
     save_model(out / "model", merged, tokenizer, facts["stop"], readme)

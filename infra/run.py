@@ -22,7 +22,6 @@ from tqdm import tqdm
 from infra import parallel
 from infra.files import DataError, append_line, cut_back, printable, read_log, read_object, write_atomically
 from infra.model import pick_device
-from infra.tokens import record_of_step
 from ops.packed import ModelError, Row
 from settings import METHODS, SettingError, Settings, check
 
@@ -31,8 +30,8 @@ ANSWER = ("group", "question", "answer", "response", "extracted", "correct", "fi
 METRICS = (
     "reward", "response_tokens", "truncated_frac", "zero_std_groups", "entropy", "kl", "clip_frac", "sft_nll",
     "cooperative_gain", "gain_grad_norm", "grad_norm_theta", "grad_norm_w", "grad_norm_theta_hat", "ratio_hat_mean",
-    "ratio_hat_max", "ratio_hat_limited", "logp_gap_mean", "logp_gap_max", "lora_norm", "tokens_per_second",
-    "skipped_in_a_row",
+    "ratio_hat_max", "ratio_hat_limited", "logp_gap_mean", "logp_gap_max", "lora_norm", "sampled_tokens",
+    "tokens_per_second", "skipped_in_a_row",
 )  # fmt: skip
 
 MAX_SKIPPED = 5  # updates with a loss or gradient that is not finite, without a clean step between, end the run
@@ -93,46 +92,51 @@ class RunFolder:
             append_line(self.path / "answers.jsonl.gz", {"step": step, "model": model} | columns)
         self.log("evals", step, accuracies)
 
-    def log_step(
-        self, step: int, values: dict, seconds: dict[str, float], skipped: int, seen: dict, tokenizer: object
-    ) -> None:
-        """Appends a step's metrics, null where the method lacks one, the samples of one group, and numbers of tokens.
-
-        values: metrics by name; seconds: by phase; skipped: updates skipped in a row; seen: as in
-        `record_of_step`. Raises Diverged.
-        """
-        values = values | {"skipped_in_a_row": skipped}
-        if "sampled_tokens" in values:
-            values["tokens_per_second"] = values["sampled_tokens"] / seconds["sample"]
-        known = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
-        record = {name: float(f"{known[name]:.6g}") if name in known else None for name in METRICS}
+    def log_metrics(self, step: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
+        """Appends a step's metrics and its seconds by phase. A metric that the method lacks, or nan, becomes null."""
+        record = {}
+        for name in dict.fromkeys((*METRICS, *metrics)):
+            value = metrics.get(name, math.nan)
+            record[name] = float(f"{value:.6g}") if math.isfinite(value) else None
         self.log("metrics", step, record | {"seconds": {phase: round(t, 4) for phase, t in seconds.items()}})
-        rollouts = seen["policy"][0] if "policy" in seen else None
-        for sample in rollouts.records[: rollouts.reward.shape[1]] if rollouts else ():
-            self.log("samples", step, sample)
-        if self.keep != "none" and parallel.rank() == 0:
-            append_line(self.path / "tokens.jsonl.gz", {"step": step} | record_of_step(seen, self.keep, tokenizer))
-        if (fraction := values.get("truncated_frac", 0.0)) > 0.5:
-            print0(f"step {step}: {fraction:.0%} of the completions were truncated; raise max_new_tokens?")
-        if skipped >= MAX_SKIPPED:
-            raise Diverged(
-                f"{skipped} updates had a loss or gradient that is not finite, with no clean step between: look into "
-                f"{self.path}/skipped-*.json, or start again with a lower alpha or beta and another --out"
-            )
-        if (gap := values.get("logp_gap_mean", 0.0)) > MAX_LOGP_GAP:
-            raise Diverged(
-                f"sampler and trainer disagree by {gap:.3f} nats per token on the same weights (logp_gap_mean): the "
-                "rollouts would be off-policy"
-            )
 
-    def dump_skipped(self, name: str, stats: dict, rollouts: list[Row] | None, demonstrations: list[Row]) -> None:
-        """Keeps the batch of a skipped update in skipped-NAME.json."""
+    def log_samples(self, step: int, samples: list[dict]) -> None:
+        """Appends completions with their rewards to samples.jsonl."""
+        for sample in samples:
+            self.log("samples", step, sample)
+
+    def log_tokens(self, step: int, record: dict) -> None:
+        """Appends completions and demonstrations with numbers per token, which report.html shows."""
+        if parallel.rank() == 0:
+            append_line(self.path / "tokens.jsonl.gz", {"step": step} | record)
+
+    def dump_skipped(self, name: str, stats: dict, rollouts: list[Row], demonstrations: list[Row]) -> None:
+        """Keeps the rows of a skipped update in skipped-NAME.json."""
         path = self.path / f"skipped-{name}.json"
         if parallel.rank() == 0:
             numbers = {name: str(value) for name, value in stats.items()}
-            batch = {"rollouts": rollouts or [], "demonstrations": demonstrations}
+            batch = {"rollouts": rollouts, "demonstrations": demonstrations}
             path.write_text(json.dumps({"stats": numbers, **batch}))
         print0(f"update {name}: a loss or gradient is not finite; no parameter was changed, the batch is in {path}")
+
+
+def stop_if_diverged(metrics: dict[str, float], step: int, folder: Path) -> None:
+    """Prints advice where most completions are truncated. Raises Diverged where going on makes no sense."""
+    truncated = metrics.get("truncated_frac", 0.0)
+    if truncated > 0.5:
+        print0(f"step {step}: {truncated:.0%} of the completions were truncated; raise max_new_tokens?")
+    skipped = metrics["skipped_in_a_row"]
+    if skipped >= MAX_SKIPPED:
+        raise Diverged(
+            f"{skipped} updates had a loss or gradient that is not finite, with no clean step between: look into "
+            f"{folder}/skipped-*.json, or start again with a lower alpha or beta and another --out"
+        )
+    gap = metrics.get("logp_gap_mean", 0.0)
+    if gap > MAX_LOGP_GAP:
+        raise Diverged(
+            f"sampler and trainer disagree by {gap:.3f} nats per token on the same weights (logp_gap_mean): the "
+            "rollouts would be off-policy"
+        )
 
 
 def settings_of(config: dict, place: str) -> Settings:
@@ -146,10 +150,6 @@ def settings_of(config: dict, place: str) -> Settings:
     except (KeyError, TypeError, SettingError) as error:
         raise DataError(f"{place}: no settings of this version ({error})") from error
     return s
-
-
-def all_finite(values: dict[str, float]) -> bool:
-    return all(map(math.isfinite, values.values()))
 
 
 def numbers(record: dict) -> dict[str, float]:

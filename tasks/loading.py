@@ -7,14 +7,14 @@ import torch
 from torch import nn
 
 from infra import parallel
-from infra.model import load, stop_tokens
+from infra.model import load, model_fingerprint, stop_tokens
 from ops.packed import Row
 from rewards import load_reward
 from settings import METHODS, SettingError, Settings
 from tasks import builtin
 from tasks.named import load_task
 from tasks.prompts import encode_prompt, end_of_turn
-from tasks.task import Problem, Task, pair, prepare
+from tasks.task import Problem, Task, fingerprint, pair, prepare
 
 
 def load_model(name: str, template: str, device: torch.device | None = None) -> tuple[nn.Module, object, list[int]]:
@@ -34,7 +34,8 @@ class Loaded:
     stop: list[int]  # ids that end a completion
     reward: Callable[[str, Problem], float]
     demonstrations: list[Row]  # D_SFT as token ids
-    demonstration_of: dict[str, Row]  # question -> its demonstration, for methods that need those of their prompts
+    demonstration_of: dict[str, Row]  # question -> its demonstration, for methods that pair prompts with them
+    fingerprints: dict[str, str]  # of the data, and of the initial weights and the tokenizer
 
 
 def load_training(s: Settings) -> Loaded:
@@ -55,7 +56,8 @@ def load_training(s: Settings) -> Loaded:
     positions = model.config.max_position_embeddings
     demonstrations = prepare(task, tokenizer, s.max_new_tokens, positions, METHODS[s.method].sft)
     demonstration_of = pair(task, demonstrations, s.method) if METHODS[s.method].paired else {}
-    return Loaded(task, model, tokenizer, stop, reward, demonstrations, demonstration_of)
+    fingerprints = dict(data=fingerprint(task), model=model_fingerprint(model, tokenizer))
+    return Loaded(task, model, tokenizer, stop, reward, demonstrations, demonstration_of, fingerprints)
 
 
 def describe_data(task: Task, tokenizer, stop: list[int], demonstrations: list[Row]) -> dict[str, str]:
@@ -71,3 +73,10 @@ def describe_data(task: Task, tokenizer, stop: list[int], demonstrations: list[R
         lines["SFT"] = f"the first demonstration, trained tokens in ⟦ ⟧: {text}"
     lines["stop"] = "at " + ", ".join(repr(decode([i])) for i in stop)
     return lines
+
+
+def card_facts(task: Task, tokenizer, stop: list[int]) -> dict:
+    """What an export needs beside the weights: the stop tokens, and for the card a question, its prompt, the notes."""
+    question = task.evaluation[0].question
+    prompt = tokenizer.decode(encode_prompt(tokenizer, question, task.instruction, task.template))
+    return dict(stop=stop, question=question, prompt=prompt, notes=task.notes)

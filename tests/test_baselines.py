@@ -11,6 +11,7 @@ from test_update import assert_close, fresh, gradients, settings
 
 import baselines
 import bridge
+import grpo
 from logprob import response_logprobs
 from rollout import Rollouts
 from settings import Settings
@@ -28,13 +29,16 @@ def exactly(numbers):
 
 def published_batch(method):
     """(log-probs with a gradient, the batch above as rollouts) in float64."""
-    s, reward, entropy = Settings(method=method), *(torch.tensor(x, dtype=torch.float64) for x in (REWARD, ENTROPY))
+    reward, entropy = (torch.tensor(x, dtype=torch.float64) for x in (REWARD, ENTROPY))
     lengths = torch.tensor(LENGTHS)
+    A = grpo.group_advantages(reward, divide_by_std=False)
+    if method == "srft":
+        A = baselines.srft_advantages(A, reward, entropy)
     rollouts = Rollouts(
         rows=[([1], list(range(10 * i, 10 * i + n))) for i, n in enumerate(LENGTHS)], reward=reward,
-        advantage=baselines.advantages(s, reward, entropy).flatten().repeat_interleave(lengths),
+        advantage=A.flatten().repeat_interleave(lengths),
         weight=torch.full((12,), 1 / 6, dtype=torch.float64), sampler_logp=torch.zeros(12), stats={}, records=[],
-        expert=torch.arange(12) >= 9,
+        is_demonstration=torch.arange(12) >= 9,
     )  # fmt: skip
     return torch.tensor(LOGP, dtype=torch.float64, requires_grad=True), rollouts
 
@@ -42,8 +46,8 @@ def published_batch(method):
 def rl_gradient(monkeypatch, method):
     """∂L_RL/∂log π of the batch above, from bridge.rl_pass."""
     logp, rollouts = published_batch(method)
-    monkeypatch.setattr(bridge, "response_logprobs", lambda *a: (logp, torch.zeros(12)))
-    bridge.rl_pass(None, rollouts, None, Settings(method=method))
+    monkeypatch.setattr(bridge, "response_logprobs", lambda *a: (logp, torch.zeros_like(logp)))
+    bridge.rl_pass(None, rollouts, None, None, Settings(method=method))
     return logp.grad.tolist()
 
 
@@ -80,7 +84,9 @@ def test_chord_s_sft_loss_and_its_gradient_are_the_published_ones(monkeypatch):
 def test_luffy_s_loss_and_its_gradient_are_the_published_ones(monkeypatch):
     logp, rollouts = published_batch("luffy")
     assert [A.item() for A in rollouts.advantage[[0, 3, 5, 9]]] == [0.5, -0.5, -0.5, 0.5]
-    surrogate = torch.where(rollouts.expert, baselines.shaped_surrogate(logp, rollouts.advantage), rollouts.advantage)
+    surrogate = torch.where(
+        rollouts.is_demonstration, baselines.shaped_surrogate(logp, rollouts.advantage), rollouts.advantage
+    )
     assert -surrogate.sum().item() / 6 == exactly(0.06879134186898726)
     gradient = rl_gradient(monkeypatch, "luffy")
     assert gradient[:9] == exactly([-0.5 / 6] * 3 + [0.5 / 6] * 6)
@@ -90,10 +96,10 @@ def test_luffy_s_loss_and_its_gradient_are_the_published_ones(monkeypatch):
 def test_srft_s_loss_and_its_gradient_are_the_published_ones(monkeypatch):
     logp, rollouts = published_batch("srft")
     A = rollouts.advantage
-    surrogate = torch.where(rollouts.expert, baselines.shaped_surrogate(logp, A), A * logp)
+    surrogate = torch.where(rollouts.is_demonstration, baselines.shaped_surrogate(logp, A), A * logp)
     assert -surrogate.sum().item() / 6 == exactly(-0.7843154348348437)
     entropy = torch.tensor([0.9, 1.2, 1.5], dtype=torch.float64)
-    weights = baselines.sft_weights(Settings(method="srft"), logp[9:], entropy, [3])
+    weights = baselines.srft_sft_weights(entropy, [3])
     assert -(weights * logp[9:]).mean().item() == exactly(0.17318667184951622)
     rl, (sft, _) = rl_gradient(monkeypatch, "srft"), sft_gradient(monkeypatch, method="srft")
     assert rl[:9] == exactly([-0.02747868784500214] * 3 + [1 / 6] * 6)
@@ -103,20 +109,21 @@ def test_srft_s_loss_and_its_gradient_are_the_published_ones(monkeypatch):
 
 def test_srft_weighs_each_demonstration_by_its_own_entropy():
     entropy = torch.tensor([1.0, 3.0, 0.5])
-    weights = baselines.sft_weights(Settings(method="srft"), entropy, entropy, [2, 1])
+    weights = baselines.srft_sft_weights(entropy, [2, 1])
     assert weights.tolist() == pytest.approx([0.5 * math.exp(-2)] * 2 + [0.5 * math.exp(-0.5)])
-    assert baselines.sft_weights(Settings(method="srft"), entropy[:0], entropy[:0], []).shape == (0,)
+    assert baselines.srft_sft_weights(entropy[:0], []).shape == (0,)
 
 
 def test_srft_s_right_is_a_reward_of_exactly_one():
-    advantage = baselines.srft_advantages(torch.tensor([[1.0, 0.5, 2.0, -1.0]]), torch.zeros(1, 4))
-    assert advantage.tolist() == [[pytest.approx(0.1), -1, -1, -1]]
+    reward = torch.tensor([[1.0, 0.5, 2.0, -1.0, 1.0]])
+    advantage = baselines.srft_advantages(torch.full((1, 5), 0.7), reward, torch.zeros(1, 5))
+    assert advantage.tolist() == [pytest.approx([0.1, -1, -1, -1, 0.7])], "the last is the demonstration"
 
 
 def test_every_other_method_weighs_demonstration_tokens_alike():
     logp = torch.tensor([-0.1, -1.0, -3.0])
     for method in ("sft", "mix", "bridge", "chord", "hpt", "luffy"):
-        weights = baselines.sft_weights(Settings(method=method), logp, -logp, [3])
+        weights = bridge.sft_token_weights(Settings(method=method), logp, -logp, [([], [1, 2, 3])])
         assert weights.tolist() == [1, 1, 1]
 
 
@@ -147,12 +154,12 @@ def theta_gradient(run, rollouts, demonstrations, mu, lam):
 def test_hpt_without_imitation_is_rl_with_the_weights_of_dr_grpo(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "GATE", -1)
     run, rollouts = sampled(tmp_path, "hpt")
-    assert rollouts.traces == []
+    assert rollouts.demonstrations == []
     ours, stats = theta_gradient(run, rollouts, run.demonstrations_of_update(rollouts), 1.0, 1.0)
     assert "sft_nll" not in stats, "a mean over no demonstration is no number"
     rl = make_run(tmp_path, method="rl", aggregation="dr_grpo", prompts_per_step=4, group_size=4)
     rl.env.task, rl.env.reward = run.env.task, odd
-    rl.prompts.count = run.prompts.count
+    rl.prompt_order.count = run.prompt_order.count
     of_rl = sample(rl)
     assert of_rl.rows == rollouts.rows
     expected, _ = theta_gradient(rl, of_rl, [], 0.0, 1.0)
@@ -163,20 +170,28 @@ def test_hpt_without_imitation_is_rl_with_the_weights_of_dr_grpo(tmp_path, monke
 def test_hpt_with_imitation_everywhere_is_sft_on_the_prompts_of_the_step(tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "GATE", 4)
     run, rollouts = sampled(tmp_path, "hpt")
-    assert [prompt for prompt, _ in rollouts.traces] == [prompt for prompt, _ in rollouts.rows[::4]]
-    assert all(trace in run.demonstrations for trace in rollouts.traces)
+    assert [prompt for prompt, _ in rollouts.demonstrations] == [prompt for prompt, _ in rollouts.rows[::4]]
+    assert all(trace in run.demonstrations for trace in rollouts.demonstrations)
     ours, _ = theta_gradient(run, rollouts, run.demonstrations_of_update(rollouts), 1.0, 1.0)
-    expected, _ = theta_gradient(run, rollouts, rollouts.traces, 1.0, 0.0)
+    expected, _ = theta_gradient(run, rollouts, rollouts.demonstrations, 1.0, 0.0)
     assert_close(ours, expected)
 
 
-def test_hpt_imitates_where_no_sample_is_right_and_has_no_rl_there():
-    s, reward = Settings(method="hpt"), torch.tensor([[0.5, 0.0, 0.9], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    assert baselines.imitated(s, reward).tolist() == [True, False, False]
-    advantage = baselines.advantages(s, reward, torch.zeros(3, 3))
-    assert advantage[0].tolist() == advantage[2].tolist() == [0, 0, 0], "all right: neither has a gradient"
-    assert advantage[1].tolist() == pytest.approx([2 / 3, -1 / 3, -1 / 3])
-    assert baselines.imitated(Settings(method="srft"), reward).all()
+def test_hpt_imitates_where_no_sample_is_right():
+    reward = torch.tensor([[0.5, 0.0, 0.9], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
+    assert baselines.hpt_imitates(reward).tolist() == [True, False, False]
+
+
+def test_hpt_has_rl_only_where_it_does_not_imitate(tmp_path):
+    _, rollouts = sampled(tmp_path, "hpt", reward=lambda response, problem: odd(problem.question, problem))
+    imitates = baselines.hpt_imitates(rollouts.reward)
+    assert imitates.any()
+    assert not imitates.all()
+    weight = rollouts.weight[rollouts.offsets[:-1]].view(4, 4)
+    assert (weight == 0).all(1).tolist() == imitates.tolist()
+    assert [prompt for prompt, _ in rollouts.demonstrations] == [
+        rollouts.rows[4 * i][0] for i, yes in enumerate(imitates) if yes
+    ]
 
 
 def test_hpt_with_a_kl_term_has_none_on_the_prompts_that_it_imitates(tmp_path, monkeypatch):
@@ -189,7 +204,7 @@ def test_hpt_with_a_kl_term_has_none_on_the_prompts_that_it_imitates(tmp_path, m
 
 def test_srft_s_samples_have_no_ratio_in_later_updates_either(tmp_path):
     run, rollouts = sampled(tmp_path, "srft", updates_per_rollout=2)
-    _, stats = theta_gradient(run, rollouts, rollouts.traces, 1.0, 1.0)
+    _, stats = theta_gradient(run, rollouts, rollouts.demonstrations, 1.0, 1.0)
     bridge.clip_and_step(run.m, stats, run.s)
     later, _ = theta_gradient(run, rollouts, [], 0.0, 1.0)
     rollouts.old_logp = None  # as in a first update
@@ -209,14 +224,14 @@ def test_the_expert_is_graded_like_a_sample_and_stands_last_in_its_group(tmp_pat
     assert rollouts.reward.shape == (4, 5)
     assert not rollouts.reward.any(), "an expert that is graded wrong has no reward"
     run = make_run(tmp_path, method="luffy", prompts_per_step=4, group_size=4)  # the built-in reward
-    for question, (prompt, _) in list(run.env.traces.items())[::2]:
-        run.env.traces[question] = prompt, boxed(run, "x", 0).ids
+    for question, (prompt, _) in list(run.env.demonstration_of.items())[::2]:
+        run.env.demonstration_of[question] = prompt, boxed(run, "x", 0).ids
     rollouts = sample(run)
     wrong = [rollouts.rows[5 * i + 4][1] == boxed(run, "x", 0).ids for i in range(4)]
     assert any(wrong) != all(wrong), "the case must have both"
     assert rollouts.reward[:, 4].tolist() == [float(not w) for w in wrong]
-    assert [record["finish_reason"] for record in rollouts.records][4] == "expert"
-    is_expert = rollouts.expert[rollouts.offsets[:-1]].view(4, 5)
+    assert [record["finish_reason"] for record in rollouts.records][4] == "demonstration"
+    is_expert = rollouts.is_demonstration[rollouts.offsets[:-1]].view(4, 5)
     assert is_expert[:, 4].all() and not is_expert[:, :4].any()  # noqa: PT018
 
 
@@ -225,10 +240,10 @@ def test_statistics_are_those_of_samples_alone(tmp_path):
     samples = [row[1] for i, row in enumerate(rollouts.rows) if i % 5 < 4]
     assert rollouts.stats["reward"] == pytest.approx(rollouts.reward[:, :4].mean().item())
     assert rollouts.stats["sampled_tokens"] == sum(map(len, samples))
-    _, stats = theta_gradient(run, rollouts, rollouts.traces, 1.0, 1.0)
+    _, stats = theta_gradient(run, rollouts, rollouts.demonstrations, 1.0, 1.0)
     assert stats["logp_gap_max"] < 1e-3
-    assert stats["entropy"] == pytest.approx(-rollouts.sampler_logp[~rollouts.expert].mean().item())
-    assert rollouts.sampler_logp[rollouts.expert].isnan().all()
+    assert stats["entropy"] == pytest.approx(-rollouts.sampler_logp[~rollouts.is_demonstration].mean().item())
+    assert rollouts.sampler_logp[rollouts.is_demonstration].isnan().all()
 
 
 def test_srft_s_samples_are_weighted_by_the_estimated_entropy_of_their_sequence(tmp_path):
@@ -251,13 +266,13 @@ def test_the_gradient_is_that_of_the_formula_on_all_rows_in_any_micro_batches(tm
     of_row = torch.tensor([-1.0, 0.3, 0.5, 0.7, 0.7] * 4)  # equal advantages, too
     rollouts.reward[0, 3:] = 1.0
     rollouts.advantage, rollouts.weight = of_row.repeat_interleave(lengths), torch.ones(int(lengths.sum())) / 500
-    rollouts.expert = torch.tensor([False] * 4 + [True]).repeat(4).repeat_interleave(lengths)
+    rollouts.is_demonstration = torch.tensor([False] * 4 + [True]).repeat(4).repeat_interleave(lengths)
     rollouts.sampler_logp = torch.zeros(len(rollouts.weight))
-    assert {3, 4} <= set(rollouts.distinct(kl=False)[0])
+    assert {3, 4} <= set(rollouts.rows_to_run(has_kl=False).trained)
     ours, _ = theta_gradient(run, rollouts, [], 0.0, 1.0)
     logp, _ = response_logprobs(run.m.policy, rollouts.rows)
     p, A = logp.exp(), rollouts.advantage
-    loss = -torch.where(rollouts.expert, p / (p + 0.1) * A, (logp - logp.detach()).exp() * A).sum() / 500
+    loss = -torch.where(rollouts.is_demonstration, p / (p + 0.1) * A, (logp - logp.detach()).exp() * A).sum() / 500
     assert_close(ours, torch.autograd.grad(loss, run.m.parameters["theta"]))
 
 
@@ -296,11 +311,11 @@ def test_every_prompt_of_the_built_in_task_has_its_demonstration_even_if_long_on
     run = make_run(tmp_path, method="hpt", max_new_tokens=20)
     env, kept = run.env, len(run.demonstrations)
     assert 0 < kept < 256
-    assert len(env.task.problems) == run.prompts.count == kept
+    assert len(env.task.problems) == run.prompt_order.count == kept
     assert {tuple(env.encode(p.question)) for p in env.task.problems} == {
         tuple(prompt) for prompt, _ in run.demonstrations
     }
-    assert all(env.traces[p.question][0] == env.encode(p.question) for p in env.task.problems)
+    assert all(env.demonstration_of[p.question][0] == env.encode(p.question) for p in env.task.problems)
 
 
 @pytest.mark.parametrize("method", ["chord", *PAIRED])

@@ -58,7 +58,7 @@ def test_loss_and_gradient_equal_trl(aggregation, kl_coef, on_policy):
     loss, terms = grpo.grpo_loss(flat, old[keep], advantage, weight, (0.2, 0.28), None, ref[keep], kl_coef)
     (gradient,) = torch.autograd.grad(loss, flat)
 
-    assert on_policy or terms["limited"].any(), "the case must exercise the clip"
+    assert on_policy or terms.limited.any(), "the case must exercise the clip"
     torch.testing.assert_close(loss, theirs, rtol=1e-6, atol=1e-8)  # weights are fp32 numbers
     torch.testing.assert_close(gradient, their_gradient[keep], rtol=1e-6, atol=1e-9)
 
@@ -120,7 +120,7 @@ def test_masked_sequences_weigh_nothing_and_their_infinities_stay_out(aggregatio
         assert loss.isfinite()
         assert gradient.isfinite().all()
         assert gradient[2:].tolist() == [0, 0, 0]
-        assert terms["kl"].isfinite().all()
+        assert terms.kl.isfinite().all()
 
 
 def test_a_log_ratio_is_clamped_at_twenty_on_both_sides():
@@ -137,7 +137,7 @@ def test_clip_stops_the_gradient_only_where_it_would_go_further():
     advantage = torch.tensor([1.0, -1.0, 1.0, -1.0])
     loss, terms = grpo.grpo_loss(logp, torch.zeros(4), advantage, torch.ones(4), (0.2, 0.2))
     (gradient,) = torch.autograd.grad(loss, logp)
-    assert (gradient == 0).tolist() == [True, False, False, True] == terms["limited"].tolist()
+    assert (gradient == 0).tolist() == [True, False, False, True] == terms.limited.tolist()
 
 
 def test_on_policy_the_truncated_and_the_clipped_surrogate_have_the_same_gradient_bit_for_bit():
@@ -155,7 +155,7 @@ def test_truncation_bounds_the_weight_and_keeps_the_gradient():
     loss, terms = grpo.grpo_loss(logp, torch.zeros(2), torch.ones(2), torch.ones(2), ratio_cap=2.0)
     (gradient,) = torch.autograd.grad(loss, logp)
     assert gradient.tolist() == pytest.approx([-2.0, -torch.tensor(-3.0).exp().item()])
-    assert terms["limited"].tolist() == [True, False]
+    assert terms.limited.tolist() == [True, False]
 
 
 def distributions(seed, size=6):

@@ -31,7 +31,7 @@ def make_run(tmp_path, **changes):
 
 def sample(run, prompts=None, step=0):
     """The policy's rollouts on the next prompts."""
-    prompts = prompts or run.prompts
+    prompts = prompts or run.prompt_order
     return rollout.sample_rollouts(run.env, prompts, run.m.policy, None, step, Timer(step))[0]
 
 
@@ -59,7 +59,7 @@ def boxed(run, answer, extra, reason="stop"):
 
 def test_rewards_advantages_and_weights_belong_to_the_tokens_of_their_own_sequence(tmp_path, monkeypatch):
     run = make_run(tmp_path, prompts_per_step=3, group_size=4, overlong_mask=True)
-    problems = [run.env.task.problems[i] for _, i in copy.deepcopy(run.prompts).take(3)]
+    problems = [run.env.task.problems[i] for _, i in copy.deepcopy(run.prompt_order).take(3)]
     right = [[True, False, False, False], [True, True, True, False], [False] * 4]
     groups = [
         [boxed(run, p.answer if r else "x", g + i, "length" if (i, g) == (1, 2) else "stop") for g, r in enumerate(row)]
@@ -120,7 +120,7 @@ def test_rewards_and_logs_read_special_tokens_but_not_the_final_stop_token(tmp_p
 
 def test_groups_stand_as_their_prompts_were_drawn_whichever_rank_has_sampled_them(tmp_path, monkeypatch):
     run = make_run(tmp_path, prompts_per_step=5, group_size=2)
-    again = copy.deepcopy(run.prompts)
+    again = copy.deepcopy(run.prompt_order)
     alone = sample(run)
     of_two_ranks = lambda groups: [*groups[::2], *groups[1::2]]  # noqa: E731
     monkeypatch.setattr(rollout.parallel, "all_gather", of_two_ranks)
@@ -141,7 +141,7 @@ def test_a_sample_is_drawn_from_seed_step_and_number_of_its_draw(tmp_path, monke
 @pytest.mark.parametrize("cap", [0, 1, 5])
 def test_dynamic_sampling_replaces_zero_std_groups_up_to_its_cap(tmp_path, monkeypatch, cap):
     run = make_run(tmp_path, prompts_per_step=2, group_size=2, dynamic_sampling=cap)
-    stream, calls = copy.deepcopy(run.prompts), []
+    stream, calls = copy.deepcopy(run.prompt_order), []
 
     def generate(prompts, *rest):  # one live group in the second batch, one in the fourth
         problems = [run.env.task.problems[i] for _, i in stream.take(2)]
@@ -161,7 +161,7 @@ def test_dynamic_sampling_replaces_zero_std_groups_up_to_its_cap(tmp_path, monke
 
 def test_with_dynamic_sampling_policy_and_own_shadow_keep_the_prompts_with_a_signal_in_both(tmp_path, monkeypatch):
     run = make_run(tmp_path, prompts_per_step=2, group_size=2, dynamic_sampling=2, shadow_rollouts="own")
-    asked = [run.env.task.problems[i].question for _, i in copy.deepcopy(run.prompts).take(6)]
+    asked = [run.env.task.problems[i].question for _, i in copy.deepcopy(run.prompt_order).take(6)]
     draws_with_signal, models = {"policy": {1, 2, 4}, "shadow": {0, 2, 4}}, cycle(("policy", "shadow"))
 
     def sample_groups(env, draws, step):
@@ -170,7 +170,7 @@ def test_with_dynamic_sampling_policy_and_own_shadow_keep_the_prompts_with_a_sig
         return [rollout.Group(d, env.task.problems[i], [1], completions, ["a"] * 2, rewards[d]) for d, i in draws]
 
     monkeypatch.setattr(rollout, "sample_groups", sample_groups)
-    both = rollout.sample_rollouts(run.env, run.prompts, run.m.policy, run.m.shadow, 0, Timer(1))
+    both = rollout.sample_rollouts(run.env, run.prompt_order, run.m.policy, run.m.shadow, 0, Timer(1))
     for rollouts in both:
         assert [record["question"] for record in rollouts.records[::2]] == [asked[2], asked[4]]
 
@@ -227,11 +227,11 @@ def test_the_trainer_uses_the_sampling_temperature(tmp_path):
 def test_the_logged_entropy_estimates_that_of_all_sampled_tokens(tmp_path):
     run = make_run(tmp_path, prompts_per_step=8, group_size=32, temperature=0.8)
     rollouts = sample(run)
-    tokens = bridge.rl_pass(run.m.policy, rollouts, None, run.s)
+    seen = bridge.rl_pass(run.m.policy, rollouts, None, None, run.s)
     with torch.no_grad():
         logp, entropy = response_logprobs(run.m.policy, rollouts.rows, 0.8)
     error = (-logp - entropy).std() / len(logp) ** 0.5
-    estimate = rollout.rl_statistics(tokens, rollouts)["entropy"]
+    estimate = rollout.rl_statistics(seen, rollouts)["entropy"]
     assert abs(estimate - entropy.mean()) < 4 * error < 0.1 * entropy.mean()
 
 
@@ -250,11 +250,11 @@ def test_policy_and_shadow_are_each_evaluated_with_their_own_weights(tmp_path, m
 
 def test_a_checkpoint_holds_the_positions_and_the_skipped_count(tmp_path):
     run = make_run(tmp_path)
-    run.prompts.position, run.demos.position, run.skipped = 3, 7, 2
+    run.prompt_order.position, run.demonstration_order.position, run.skipped = 3, 7, 2
     again = make_run(tmp_path)
     bridge.save(run, 5)
     assert bridge.restore(again, checkpoint.newest(tmp_path / "checkpoint")) == 5
-    assert (again.prompts.position, again.demos.position, again.skipped) == (3, 7, 2)
+    assert (again.prompt_order.position, again.demonstration_order.position, again.skipped) == (3, 7, 2)
 
 
 def test_a_new_method_is_one_row_and_one_case_and_trains_through_export(tmp_path, monkeypatch):

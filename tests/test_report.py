@@ -7,6 +7,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ import grpo
 import plot
 from infra import report
 from infra.files import DataError, append_line, cut_back, read_log
-from infra.tokens import pieces, record_of_step
+from infra.tokens import pieces
 from logprob import response_logprobs
 
 HOSTILE = (
@@ -35,16 +36,22 @@ class Letters:
         return "".join(chr(96 + i) for i in ids)
 
 
-def seen_in(s, m, rollouts, rollouts_hat=None, demonstrations=()):
-    """What bilevel_gradients shows of its tokens."""
-    for r in (rollouts, rollouts_hat or rollouts):
+def record_of(s, m, rollouts, keep, rollouts_hat=None, demonstrations=()):
+    """What an update leaves in tokens.jsonl.gz."""
+    rollouts_hat = rollouts_hat or rollouts
+    for r in (rollouts, rollouts_hat):
         facts = dict(question="q", answer="a", response="", finish_reason="stop")
         r.records = [facts | {"reward": reward} for reward in r.reward.flatten().tolist()]
-    seen = {}
-    mu, lam = bridge.updates(s, 0)[0]
     timer = lambda phase: nullcontext()  # noqa: E731
-    bridge.bilevel_gradients(m, rollouts, rollouts_hat or rollouts, list(demonstrations), mu, lam, s, timer, seen)
-    return seen
+    weights = bridge.updates(s, 0)[0]
+    update = bridge.bilevel_gradients(m, rollouts, rollouts_hat, list(demonstrations), *weights, s, timer)
+    logged = {}
+    folder = SimpleNamespace(keep=keep, log_tokens=lambda step, record: logged.update(record))
+    folder.log_metrics = folder.log_samples = lambda *_: None
+    run = SimpleNamespace(s=s, m=m, folder=folder, skipped=0, env=SimpleNamespace(tokenizer=Letters()))
+    update.stats["sampled_tokens"] = 1
+    bridge.log_step(run, 1, [update], rollouts, rollouts_hat, SimpleNamespace(seconds={"sample": 1.0}))
+    return logged
 
 
 def column(record, name, count):
@@ -68,7 +75,7 @@ def test_the_weight_of_a_token_in_the_gain_is_autograds_coefficient_of_its_log_p
     m = fresh(s, w_trained=True)
     move_shadow(m, by=0.3)
     rollouts = make(m.policy)
-    record = record_of_step(seen_in(s, m, rollouts), "all", Letters())
+    record = record_of(s, m, rollouts, "all")
     A, weight, T = rollouts.advantage, rollouts.weight, len(rollouts.weight)
     cap = s.shadow_ratio_cap or None
     with torch.no_grad():
@@ -94,7 +101,7 @@ def test_numbers_of_rows_that_no_pass_runs_are_null_and_their_log_probs_the_samp
     m = fresh(s)
     rollouts = repetitive_rollouts(m.policy)  # the second group has no reward, the third has all the reward
     rollouts.sampler_logp = rollouts.sampler_logp - 1
-    record = record_of_step(seen_in(s, m, rollouts), "all", Letters())
+    record = record_of(s, m, rollouts, "all")
     T, *starts = len(rollouts.weight), *(rollouts.offsets[i] for i in (4, 8))
     for name, missing in dict(entropy=True, logp_hat=True, ratio_hat=True, slope=False, gain=False).items():
         values = column(record, name, T)
@@ -113,7 +120,7 @@ def test_own_rollouts_of_the_shadow_are_kept_beside_the_policy_s():
     m = fresh(s)
     move_shadow(m)
     rollouts, own = make_rollouts(m.policy), make_rollouts(m.shadow, seed=5)
-    record = record_of_step(seen_in(s, m, rollouts, own), "first", Letters())
+    record = record_of(s, m, rollouts, "first", own)
     policy, shadow = record["groups"]
     assert (policy["of"], shadow["of"]) == ("policy", "shadow")
     assert {"logp", "slope"} <= policy["rows"][0].keys() and "gain" not in policy["rows"][0]  # noqa: PT018
@@ -130,9 +137,8 @@ def test_the_group_that_is_kept_is_the_first_with_an_advantage():
     lengths = torch.tensor([len(r) for _, r in rollouts.rows])
     rollouts.reward, rollouts.weight = rollouts.reward[[1, 0, 2]], grpo.token_weights(lengths, "grpo", 16)
     rollouts.advantage = grpo.group_advantages(rollouts.reward).flatten().repeat_interleave(lengths)
-    seen = seen_in(s, m, rollouts)
-    (group,) = record_of_step(seen, "first", Letters())["groups"]
-    assert group == record_of_step(seen, "all", Letters())["groups"][1]
+    (group,) = record_of(s, m, rollouts, "first")["groups"]
+    assert group == record_of(s, m, rollouts, "all")["groups"][1]
     assert [row["reward"] for row in group["rows"]] == [1, 0, 1, 0]
 
 
@@ -140,13 +146,12 @@ def test_demonstrations_have_the_mean_nll_that_is_logged():
     s = settings()
     m = fresh(s)
     rollouts, demonstrations = make_rollouts(m.policy), rows(12, seed=9)
-    seen = seen_in(s, m, rollouts, None, demonstrations)
-    kept = record_of_step(seen, "all", Letters())["demonstrations"]
+    kept = record_of(s, m, rollouts, "all", None, demonstrations)["demonstrations"]
     assert ["".join(d["pieces"]) for d in kept] == [Letters().decode(response) for _, response in demonstrations]
     nll = [x for d in kept for x in (d["nll"] if isinstance(d["nll"], list) else [d["nll"]] * len(d["pieces"]))]
     expected = bridge.sft_pass(m.policy, demonstrations, 1.0, s).mean().item()
     assert sum(nll) / len(nll) == pytest.approx(expected, rel=1e-3)
-    first = record_of_step(seen, "first", Letters())
+    first = record_of(s, m, rollouts, "first", None, demonstrations)
     assert (len(first["groups"]), len(first["demonstrations"])) == (1, 8)
     assert json.loads(json.dumps(first, allow_nan=False)) == first
 
@@ -312,7 +317,7 @@ def test_a_finished_run_has_a_page_with_its_steps_and_answers(flags, finished_ru
     assert {e["step"] for e in data["answers"]["evaluations"]} == {0, 2}
     if flags[1] == "luffy":
         expert = data["rollouts"][0]["groups"][0]["rows"][-1]
-        assert expert["finish"] == "expert"
+        assert expert["finish"] == "demonstration"
     assert bool(data["rollouts"][0]["groups"]) == (flags[1] != "sft")
 
 

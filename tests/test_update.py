@@ -35,7 +35,7 @@ def make_rollouts(model, seed=0, groups=3, samples=4):
     return Rollouts(
         rows=batch, reward=reward, advantage=grpo.group_advantages(reward).flatten().repeat_interleave(lengths),
         weight=grpo.token_weights(lengths, "grpo", 16), sampler_logp=logp, stats={"reward": 0.5}, records=[],
-        expert=torch.zeros(len(logp), dtype=torch.bool),
+        is_demonstration=torch.zeros(len(logp), dtype=torch.bool),
     )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def repetitive_rollouts(model):
     rollouts.weight = grpo.token_weights(lengths, "grpo", 16)
     with torch.no_grad():
         rollouts.sampler_logp, _ = response_logprobs(model, rollouts.rows)
-    rollouts.expert = torch.zeros_like(rollouts.weight, dtype=torch.bool)
+    rollouts.is_demonstration = torch.zeros_like(rollouts.weight, dtype=torch.bool)
     rollouts.score_rewarded = True
     return rollouts
 
@@ -72,12 +72,20 @@ def move_shadow(m, by=0.3):
             p.add_(by * p.abs().mean() * torch.randn(p.shape, generator=g))
 
 
+def update(m, s, rollouts, rollouts_hat=None, demos=(), sft=0.0, rl=1.0):
+    """Writes the gradients of one update, as the train loop does; returns its metrics."""
+    rollouts_hat = rollouts_hat or rollouts
+    seen = bridge.bilevel_gradients(m, rollouts, rollouts_hat, demos, sft, rl, s, lambda phase: nullcontext())
+    bridge.keep_old_logp(seen, rollouts, rollouts_hat, s)
+    return seen.stats
+
+
 def gradients(m, s, sft=None, rl=None, rollouts=None, rollouts_hat=None, demos=None):
     """.grad of θ, w, θ̂ after bilevel_gradients, and what it reports."""
     rollouts = rollouts or make_rollouts(m.policy)
     a, b = bridge.updates(s, 0)[0] if sft is None else (sft, rl)
     demos = rows(4, seed=9) if demos is None else demos
-    stats = bridge.bilevel_gradients(m, rollouts, rollouts_hat or rollouts, demos, a, b, s, lambda phase: nullcontext())
+    stats = update(m, s, rollouts, rollouts_hat, demos, a, b)
     return {n: [p.grad.clone() if p.grad is not None else None for p in ps] for n, ps in m.parameters.items()}, stats
 
 
@@ -94,7 +102,7 @@ def test_work_that_changes_nothing_is_not_done_and_gradients_and_results_are_tho
     move_shadow(m)
     rollouts = repetitive_rollouts(m.policy)
     rollouts.old_logp = rollouts.sampler_logp
-    ours = bridge.rl_pass(m.shadow, rollouts, m.reference, s, cap)
+    ours = bridge.rl_pass(m.shadow, rollouts, rollouts.old_logp, m.reference, s, cap)
     gradients_of_ours = [p.grad.clone() for p in m.parameters["theta_hat"] + m.parameters["w"]]
     for p in m.parameters["theta_hat"] + m.parameters["w"]:
         p.grad = None
@@ -109,8 +117,8 @@ def test_work_that_changes_nothing_is_not_done_and_gradients_and_results_are_tho
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
     run = torch.tensor([bool(kl) or i not in (4, 5, 6, 7) for i in range(12)])  # all but the group without a reward
     run = run.repeat_interleave(torch.tensor([len(r) for _, r in rollouts.rows]))
-    for name, expected in {"logp": logp, **terms}.items():
-        torch.testing.assert_close(ours[name], expected.float() * run, rtol=1e-4, atol=1e-5, msg=name)
+    for name, expected in {"logp": logp, **vars(terms)}.items():
+        torch.testing.assert_close(getattr(ours, name), expected.float() * run, rtol=1e-4, atol=1e-5, msg=name)
 
 
 def test_each_completion_is_run_once_and_only_those_with_a_gradient_run_backward(monkeypatch):
@@ -123,12 +131,12 @@ def test_each_completion_is_run_once_and_only_those_with_a_gradient_run_backward
         "response_logprobs",
         lambda model, rows, *rest: fed.append((rows, torch.is_grad_enabled())) or real(model, rows, *rest),
     )
-    bridge.rl_pass(m.policy, rollouts, None, s)
+    bridge.rl_pass(m.policy, rollouts, rollouts.old_logp, None, s)
     first, last = rollouts.rows[:4], rollouts.rows[8:]
     assert fed == [([first[0], first[1], first[3]], True), ([last[0], last[3]], False)]
     fed.clear()
     rollouts.score_rewarded = False
-    bridge.rl_pass(m.policy, rollouts, None, s)
+    bridge.rl_pass(m.policy, rollouts, rollouts.old_logp, None, s)
     assert fed == [([first[0], first[1], first[3]], True)]
 
 
@@ -138,7 +146,8 @@ def test_completions_of_equal_text_and_unequal_reward_are_not_merged():
     lengths = torch.tensor([len(r) for _, r in rollouts.rows])
     rollouts.advantage = grpo.group_advantages(rollouts.reward).flatten().repeat_interleave(lengths)
     rollouts.reward[2, 1] = 0.5  # of the same text and advantage as sample 8
-    assert rollouts.distinct(kl=False)[:2] == ([0, 1, 2, 3], [8, 9, 11])
+    to_run = rollouts.rows_to_run(has_kl=False)
+    assert (to_run.trained, to_run.scored) == ([0, 1, 2, 3], [8, 9, 11])
 
 
 def test_without_any_signal_gradients_are_zero_and_all_numbers_finite():
@@ -182,7 +191,7 @@ def test_with_lambda_one_and_shared_rollouts_shadow_and_base_stay_identical_and_
     for step in range(3):
         rollouts = make_rollouts(m.policy, seed=step)
         for _ in range(updates):
-            stats = bridge.bilevel_gradients(m, rollouts, rollouts, [], 0.0, 1.0, s, lambda phase: nullcontext())
+            stats = update(m, s, rollouts)
             assert stats["gain_grad_norm"] == 0.0
             bridge.clip_and_step(m, stats, s)
         assert all(torch.equal(a, b) for a, b in zip(m.parameters["theta"], m.parameters["theta_hat"], strict=True))
@@ -237,11 +246,11 @@ def test_the_one_step_shadow_is_the_next_iterate_of_rl_alone_and_keeps_no_moment
         rl_alone.shadow = None
         rollouts = make_rollouts(m.policy, seed=step)
         theta = [p.clone() for p in m.parameters["theta"]]
-        stats = bridge.bilevel_gradients(rl_alone, rollouts, None, [], 0.0, 1.0, s, lambda phase: nullcontext())
+        stats = update(rl_alone, s, rollouts)
         del rl_alone.optimizers["w"], rl_alone.optimizers["theta_hat"]
         bridge.clip_and_step(rl_alone, stats, s)
         rollouts = make_rollouts(m.policy, seed=step)
-        stats = bridge.bilevel_gradients(m, rollouts, rollouts, rows(4), 0.5, 0.5, s, lambda phase: nullcontext())
+        stats = update(m, s, rollouts, demos=rows(4), sft=0.5, rl=0.5)
         assert all(torch.equal(p, q) for p, q in zip(theta, m.parameters["theta"], strict=True)), "θ is still at k"
         expected = rl_alone.parameters["theta"]
         assert all(torch.equal(p, q) for p, q in zip(m.parameters["theta_hat"], expected, strict=True))
@@ -265,8 +274,8 @@ def test_the_one_step_gain_s_gradient_is_taken_at_the_stepped_shadow():
         return [p.grad for p in m.w.values()]
 
     sft = alone(lambda: bridge.sft_pass(m.policy, rows(4, seed=9), 1.0, s))
-    rl = alone(lambda: bridge.rl_pass(m.policy, rollouts, None, s))
-    rl_hat = alone(lambda: bridge.rl_pass(m.shadow, rollouts, None, s, ratio_cap=s.shadow_ratio_cap))
+    rl = alone(lambda: bridge.rl_pass(m.policy, rollouts, rollouts.old_logp, None, s))
+    rl_hat = alone(lambda: bridge.rl_pass(m.shadow, rollouts, rollouts.old_logp, None, s, ratio_cap=s.shadow_ratio_cap))
     assert_close(g["w"], [(1 - lam) * a + lam * (b - c) for a, b, c in zip(sft, rl, rl_hat, strict=True)])
 
 
@@ -276,7 +285,7 @@ def test_alternating_has_an_adam_state_for_each_of_its_two_updates():
     for k in range(2):
         rollouts = make_rollouts(m.policy, seed=k)
         for mu, lam in bridge.updates(s, k):
-            stats = bridge.bilevel_gradients(m, rollouts, rollouts, rows(4), mu, lam, s, lambda phase: nullcontext())
+            stats = update(m, s, rollouts, None, rows(4), mu, lam)
             before = [p.clone() for p in m.parameters["theta"]]
             bridge.clip_and_step(m, stats, s, lam)
             moved = max((p - q).abs().max().item() for p, q in zip(m.parameters["theta"], before, strict=True))
@@ -311,7 +320,7 @@ def test_clips_and_temperature_reach_the_rl_loss(changes):
     rollouts = make_rollouts(m.policy)
     noise = torch.randn(len(rollouts.weight), generator=torch.Generator().manual_seed(0))
     rollouts.old_logp = rollouts.sampler_logp + 0.1 * noise
-    bridge.rl_pass(m.policy, rollouts, None, s)
+    bridge.rl_pass(m.policy, rollouts, rollouts.old_logp, None, s)
     taken = [p.grad.clone() for p in m.parameters["theta"]]
     logp, _ = response_logprobs(m.policy, rollouts.rows, s.temperature)
     clip = (changes.get("clip_low", 0.2), changes.get("clip_high", 0.2))
@@ -355,8 +364,10 @@ def test_w_s_gradient_is_the_weighted_sum_of_three_separate_ones():
 
     rollouts.old_logp = rollouts.sampler_logp
     sft = alone(lambda c: bridge.sft_pass(c.policy, rows(4, seed=9), 1.0, s))
-    rl = alone(lambda c: bridge.rl_pass(c.policy, rollouts, None, s))
-    rl_hat = alone(lambda c: bridge.rl_pass(c.shadow, rollouts, None, s, ratio_cap=s.shadow_ratio_cap))
+    rl = alone(lambda c: bridge.rl_pass(c.policy, rollouts, rollouts.old_logp, None, s))
+    rl_hat = alone(
+        lambda c: bridge.rl_pass(c.shadow, rollouts, rollouts.old_logp, None, s, ratio_cap=s.shadow_ratio_cap)
+    )
     assert_close(g["w"], [(1 - lam) * a + lam * (b - c) for a, b, c in zip(sft, rl, rl_hat, strict=True)])
 
 
@@ -375,7 +386,7 @@ def test_gradients_of_a_and_b_are_projections_of_the_merged_weight_s(loss):
         if loss == "sft":
             bridge.sft_pass(model, rows(4, seed=9), 1.0, s)
         else:
-            bridge.rl_pass(model, rollouts, None, s, ratio_cap=2.0 if loss == "shadow" else None)
+            bridge.rl_pass(model, rollouts, rollouts.old_logp, None, s, ratio_cap=2.0 if loss == "shadow" else None)
     scale, checked = s.lora_alpha / s.lora_rank, 0
     for name, module in adapted.named_modules():
         if isinstance(module, lora.LoRALinear):
@@ -406,7 +417,8 @@ def test_the_order_of_rows_changes_no_gradient():
     order = [7, 2, 11, 0, 5, 1, 10, 3, 9, 4, 8, 6]
     parts = {n: getattr(r, n).split(lengths) for n in ("advantage", "weight", "sampler_logp")}
     shuffled = Rollouts(
-        rows=[r.rows[i] for i in order], reward=r.reward, stats={"reward": 0.5}, records=[], expert=r.expert,
+        rows=[r.rows[i] for i in order], reward=r.reward, stats={"reward": 0.5}, records=[],
+        is_demonstration=r.is_demonstration,
         **{n: torch.cat([part[i] for i in order]) for n, part in parts.items()},
     )  # fmt: skip
     for name, values in gradients(copy.deepcopy(m), s, rollouts=shuffled)[0].items():
@@ -495,7 +507,7 @@ def test_several_updates_of_one_batch_see_a_ratio_other_than_one():
     m = fresh(s)
     rollouts = make_rollouts(m.policy)
     for expected_cut in (False, True):
-        stats = bridge.bilevel_gradients(m, rollouts, rollouts, [], 0.0, 1.0, s, lambda phase: nullcontext())
+        stats = update(m, s, rollouts)
         assert (stats["clip_frac"] > 0) == expected_cut
         bridge.clip_and_step(m, stats, s)
 
@@ -507,8 +519,8 @@ def test_a_gradient_that_is_not_finite_moves_no_parameter_of_any_set():
     rollouts.advantage[0] = float("nan")
     before = {n: [p.clone() for p in ps] for n, ps in m.parameters.items()}
     _, stats = gradients(m, s, rollouts=rollouts)
-    stats |= bridge.clip_and_step(m, stats, s)
-    assert not bridge.all_finite(stats)
+    _, stepped = bridge.clip_and_step(m, stats, s)
+    assert not stepped
     for name, parameters in m.parameters.items():
         assert all(torch.equal(p, b) for p, b in zip(parameters, before[name], strict=True))
 
@@ -566,6 +578,6 @@ def test_each_set_s_gradient_is_clipped_by_its_own_norm():
             {name: torch.cat([p.grad.flatten() for p in m.parameters[name]]).norm().item()}
         )
     _, stats = gradients(m, s)
-    norms = bridge.clip_and_step(m, stats, s)
+    norms, _ = bridge.clip_and_step(m, stats, s)
     assert all(norm > s.grad_clip for norm in norms.values()), "the case must exercise the clip"
     assert stepped == pytest.approx(dict.fromkeys(("theta", "w", "theta_hat"), s.grad_clip), rel=1e-3)
