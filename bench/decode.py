@@ -34,9 +34,10 @@ from transformers import StoppingCriteriaList, TopPLogitsWarper
 from infra.model import load
 from infra.parallel import micro_batches
 from logprob import response_logprobs
+from ops.graphs import STEPS
 from ops.packed import pads
 from ops.sample import sample_tokens
-from sampler import STEPS, Sampler, generate_naive
+from sampler import Sampler, generate_naive
 from tasks import arithmetic, builtin
 from tasks.prompts import encode_prompt
 

@@ -7,6 +7,8 @@ Shapes: n rows of logits, V vocabulary size.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -113,3 +115,21 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: float, top_p: float = 
     options = dict(GREEDY=temperature == 0, NUCLEUS=top_p < 1, BLOCK=2048, num_warps=8)
     sample_tokens_kernel[(n,)](logits, u, token, logp, V, logits.stride(0), temperature or 1.0, top_p, **options)
     return token, logp
+
+
+def sample_without(
+    excluded: Tensor, sample: Callable, logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """sample(logits, u, …), one of the two functions above, that never draws the ids `excluded`; changes logits.
+
+    The log-probs are still those of the whole distribution, like the trainer's.
+    """
+    if not len(excluded):
+        return sample(logits, u, temperature, top_p)
+    temperature_or_one = temperature or 1.0
+    excluded_mass = (logits[:, excluded] / temperature_or_one).logsumexp(-1)  # [n] log of it
+    logits[:, excluded] = float("-inf")
+    token, logp = sample(logits, u, temperature, top_p)
+    # log p is z − log Σ exp over the kept ids; here the excluded ids join the sum again.
+    z = logits.gather(1, token[:, None])[:, 0] / temperature_or_one
+    return token, z - torch.logaddexp(z - logp, excluded_mass)

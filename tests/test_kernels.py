@@ -21,8 +21,9 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import sampler
 from logprob import token_logprobs
-from ops import decode, decoder, head, sample
-from sampler import Sampler, uniforms
+from ops import decode, decoder, graphs, head, sample
+from ops.slots import uniforms
+from sampler import Sampler
 
 pytest.importorskip("triton")
 GPU = torch.cuda.is_available()
@@ -258,14 +259,14 @@ def test_graphs_that_decode_beyond_the_end_with_unused_slots_change_no_completio
         yield
         graph.step, graph.bucket = current["step"], current["bucket"]
 
-    current, real_graphed = {}, sampler._graphed
+    current, real_graphed = {}, sampler.graphed
     stream = SimpleNamespace(wait_stream=lambda other: None)
     fakes = dict(CUDAGraph=Graph, graph=capture, current_stream=lambda: stream, stream=contextlib.nullcontext,
                  graph_pool_handle=lambda: None)  # fmt: skip
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(sampler, "_graphed", graphed)
-    monkeypatch.setattr(sampler, "_side_stream", lambda: stream)
+    monkeypatch.setattr(sampler, "graphed", graphed)
+    monkeypatch.setattr(graphs, "side_stream", lambda: stream)
     engine.graphs = True
     replayed_groups = engine.generate(prompts, keys, 2, 21, 1.0)
     assert [[c.ids for c in group] for group in replayed_groups] == [[c.ids for c in group] for group in expected]

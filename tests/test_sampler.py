@@ -12,7 +12,8 @@ from logprob import response_logprobs
 from ops.decoder import share_storage_copy
 from ops.packed import ModelError
 from ops.sample import sample_tokens
-from sampler import Sampler, generate_naive, uniforms
+from ops.slots import uniforms
+from sampler import Sampler, generate_naive
 
 PROMPTS = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [3, 3], [12, 30, 2, 2]]
 KEYS = [(0, 7, i) for i in range(len(PROMPTS))]
@@ -52,17 +53,6 @@ def test_log_probs_of_the_sampler_equal_the_trainers_at_the_sampling_temperature
     logp, _ = response_logprobs(any_model, rows, temperature)
     sampled = torch.tensor([lp for group in groups for c in group for lp in c.logps])
     torch.testing.assert_close(sampled, logp, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("slots", [2, 3, 100])
-def test_progress_counts_every_token_once_and_every_sample_at_its_end(slots):
-    calls = []
-    sampler = Sampler(tiny_model(), STOP, slots)
-    groups = sampler.generate(PROMPTS, KEYS, 2, 16, 1.0, progress=lambda tokens, ended: calls.append((tokens, ended)))
-    lengths = [len(c.ids) for group in groups for c in group]
-    assert sum(tokens for tokens, _ in calls) == sum(lengths)
-    assert sorted(itertools.chain(*(ended for _, ended in calls))) == sorted(lengths)
-    assert max(tokens for tokens, _ in calls) <= slots, "a call follows every step: before any answer ends"
 
 
 def test_a_sample_depends_on_its_key_and_not_on_its_neighbours():
