@@ -2,7 +2,6 @@
 
     python evaluate.py RUN_OR_MODEL [--benchmarks paper] [--protocol sampled] [--out FILE]
     python evaluate.py RUN_OR_MODEL --ask "How many legs have 3 cats?"      print the answers of base, policy and shadow
-    python evaluate.py --grade-code FILE --run-model-code                   run programs in answers with their tests
     python evaluate.py --regrade FILE            grade the answers of a result file again, without generating
     python evaluate.py --table FILE FILE ...     compare result files; differences are against the first
 
@@ -17,7 +16,6 @@ import sys
 import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,9 +35,6 @@ PROTOCOLS = {
     "paper": Sampling(max_new_tokens=5000),
     "sampled": Sampling(temperature=0.6, top_p=0.95, max_new_tokens=8192, samples=None),
 }
-CODE_WARNING = """Nothing was run. --grade-code runs the Python programs that a model wrote, with the tests of their
-problems. Each has a process of its own, in which the kernel refuses files, network, processes and signals; a defect of
-the kernel could still let it out. Use a machine that you can lose, and add --run-model-code to run the programs."""
 SECONDS = 5.0  # of decoding, from which the time of an evaluation is estimated
 NAMES = "math500,minerva_math,olympiadbench,aime24,amc23,gsm8k,gpqa,mmlu_pro"  # see tasks/benchmarks.py
 
@@ -52,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("source", nargs="?", type=expand, metavar="RUN_OR_MODEL", help="a folder of a run or a model, or a hub name")
     add("--benchmarks", default="", help=f"paper (the first five) or a list of {NAMES}")
     add("--benchmark-dir", type=expand, default="benchmarks", help="folder of NAME.jsonl, else the hub's")
-    add("--data", type=expand, default="", help="a .jsonl of question and answer, or HumanEval's or MBPP's rows")
+    add("--data", type=expand, default="", help="a .jsonl file with a question and an answer in each row")
     add("--problems", type=int, default=0, help="only the first N of each (of a built-in task: N per group)")
     add("--template", help="prompt: qwen-boxed or plain instead of the chat template (default: the run's)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="paper: greedy, one answer; sampled: T 0.6, top-p 0.95")
@@ -65,23 +60,18 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--slots", type=int, default=64, help="answers decoded at once per process; lower it if memory runs out")
     add("--out", type=expand, help="the result file; an existing one is continued (default: in the run, or in evals/)")
     add("--regrade", type=expand, metavar="FILE", help="grade a result file's answers again")
-    add("--grade-code", type=expand, metavar="FILE", help="grade a result file's programs by running them with tests")
-    add("--run-model-code", action="store_true", help="with --grade-code: yes, run what the model wrote, isolated")
     add("--table", nargs="+", type=expand, metavar="FILE", help="compare result files")
     args = parser.parse_args(argv)
     if args.out is not None and not Path(args.out).name:
         parser.error(f"--out {args.out!r} names no file")
-    if sum(map(bool, (args.source, args.regrade, args.grade_code, args.table))) != 1:
-        parser.error("give a run or model, or --regrade FILE, or --grade-code FILE, or --table FILE ...")
+    if sum(map(bool, (args.source, args.regrade, args.table))) != 1:
+        parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
     given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
     read = {"table": {"table"}, "regrade": {"regrade", "out"},
-            "grade_code": {"grade_code", "run_model_code", "out"},
             "ask": {"ask", "source", "template", "temperature", "top_p", "max_new_tokens", "seed"}}  # fmt: skip
     for mode in (name for name in read if getattr(args, name)):
         if idle := sorted(given - read[mode]):
             parser.error(f"--{idle[0]} does nothing with --{mode}: omit it".replace("_", "-"))
-    if args.run_model_code and not args.grade_code:
-        parser.error("--run-model-code does nothing without --grade-code: omit it")
     if min(args.samples, args.problems, args.max_new_tokens, args.seed) < 0 or args.slots < 1:
         parser.error("--samples, --problems, --max-new-tokens and --seed cannot be negative, --slots not below 1")
     temperature, top_p = args.temperature or 0, 1 if args.top_p is None else args.top_p
@@ -103,7 +93,6 @@ from torch import nn
 from tqdm import tqdm
 
 import rewards
-from grading import code
 from grading.scores import PAPER, by_problem, verdicts
 from infra import checkpoint, export, parallel, results
 from infra.files import DataError, append_line, read_object
@@ -114,7 +103,7 @@ from tasks import builtin
 from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, read_benchmark
 from tasks.named import NAMED, load_task
 from tasks.prompts import encode_prompt, end_of_turn, prompt_text
-from tasks.sources import read_problems, read_programs
+from tasks.sources import read_problems
 from tasks.task import Problem, Task, check_evaluation, fingerprint
 
 
@@ -191,47 +180,24 @@ def evaluate(sampler: Sampler, tokenizer, task: Task, max_new_tokens: int) -> tu
 
 
 def grade(record: dict) -> dict:
-    """correct, extracted and reason of a record's response. A truncated response may still contain its answer.
-
-    Programs remain without a verdict: only --grade-code runs them.
-    """
-    if record["unit"] == code.TESTS:
-        return code.UNGRADED
+    """correct, extracted and reason of a record's response. A truncated response may still contain its answer."""
     gold = dict(tolerance=record["tolerance"], unit=record["unit"])
     return asdict(rewards.is_correct(record["response"], record["answer"], **gold))
 
 
-def regrade(path: Path, out: str | None, with_code: bool = False) -> str:
+def regrade(path: Path, out: str | None) -> str:
     """Grades a result file's answers again and writes them to `out` or NAME.regraded.jsonl. Returns the report.
 
-    with_code: the answers are programs, which are run with their tests. Raises DataError.
+    Raises DataError.
     """
     header, records = results.read_results(path, finished=True)
-    if with_code != all(record["unit"] == code.TESTS for record in records):
-        raise DataError(f"{path} holds {'no programs: use --regrade' if with_code else 'programs: use --grade-code'}")
-    grades = run_programs(records) if with_code else map(grade, records)
-    graded = [record | verdict for record, verdict in zip(records, grades, strict=True)]
+    graded = [record | grade(record) for record in records]
     changed = sum(old["correct"] != new["correct"] for old, new in zip(records, graded, strict=True))
-    header |= dict(grader=code.VERSION if with_code else rewards.VERSION)
-    kind = "graded" if with_code else "regraded"
-    target = Path(out or path.with_name(f"{path.name.removesuffix('.jsonl')}.{kind}.jsonl"))
+    header |= dict(grader=rewards.VERSION)
+    target = Path(out or path.with_name(f"{path.name.removesuffix('.jsonl')}.regraded.jsonl"))
     results.write_results(target, header, graded)
     report = results.write_summary(target, header, graded)
     return f"{report}\n{changed} of {len(records)} verdicts changed, written to {target}"
-
-
-def run_programs(records: list[dict]) -> Iterator[dict]:
-    """The verdict of each record's program. Raises DataError where programs cannot be isolated or tests are damaged."""
-    if not code.can_isolate():
-        raise DataError("this machine cannot isolate programs (Linux on x86-64 with seccomp can): nothing was run")
-    pool = ThreadPoolExecutor(os.cpu_count())  # of threads that wait for processes
-    try:
-        verdicts_of = pool.map(lambda record: code.grade(record["response"], record["answer"]), records)
-        yield from tqdm(verdicts_of, total=len(records), leave=False, desc="programs")
-    except (TypeError, ValueError) as error:
-        raise DataError(f"an answer holds no tests ({error})") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def load_settings(run: Path) -> Settings | None:
@@ -252,10 +218,7 @@ def find_task(args: argparse.Namespace, s: Settings) -> Task:
             raise DataError(f"--benchmarks: no {unknown[0]!r}; there are paper, {', '.join(BENCHMARKS)}")
         task.evaluation = [p for n in names for p in read_benchmark(n, args.benchmark_dir)[:count]]
     elif args.data:
-        if programs := read_programs(args.data, "--data"):
-            task.evaluation, task.instruction = programs[:count], ""  # the questions have their own
-        else:
-            task.evaluation = read_problems(args.data, "--data", task.notes)[:count]
+        task.evaluation = read_problems(args.data, "--data", task.notes)[:count]
     elif s.task in builtin.EVALUATION and not s.rl_data:
         task.evaluation, task.instruction = builtin.EVALUATION[s.task](count or s.eval_problems), ""
     else:
@@ -361,7 +324,7 @@ def run(args: argparse.Namespace) -> None:
         weights=getattr(model.config, "_commit_hash", None) or results.weights_hash(source),
         prompt=prompt_text(tokenizer, "{question}", task.instruction, task.template),
         sampling=asdict(sampling) | {"samples": samples}, seed=args.seed, options_seed=OPTIONS_SEED,
-        grader=code.VERSION if task.evaluation[0].unit == code.TESTS else rewards.VERSION,
+        grader=rewards.VERSION,
         torch=torch.__version__, transformers=transformers.__version__,
         data={g: dict(problems=len(p), sha256=fingerprint(Task(p, [], []))) for g, p in groups.items()},
     )  # fmt: skip
@@ -393,10 +356,7 @@ def run(args: argparse.Namespace) -> None:
                 for record in graded:
                     append_line(out, record)
     if parallel.rank() == 0:
-        if any(record["correct"] is None for record in records):
-            print0(f"The answers are programs and not graded: python evaluate.py --grade-code {out} --run-model-code")
-        else:
-            print0(results.write_summary(out, header, records))
+        print0(results.write_summary(out, header, records))
         print0(f"\n{header['sampling']} · seed {args.seed} · grader {header['grader']} · answers in {out}")
     parallel.end()
 
@@ -408,11 +368,8 @@ def main() -> None:
             print0(results.table([Path(name) for name in args.table]))
         elif args.ask:
             ask(args)
-        elif args.grade_code and not args.run_model_code:
-            print0(CODE_WARNING)
-            sys.exit(2)
-        elif args.regrade or args.grade_code:
-            print0(regrade(Path(args.regrade or args.grade_code), args.out, with_code=bool(args.grade_code)))
+        elif args.regrade:
+            print0(regrade(Path(args.regrade), args.out))
         else:
             run(args)
 

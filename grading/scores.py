@@ -10,7 +10,6 @@ from collections import defaultdict
 import numpy as np
 
 from grading.answers import equivalent
-from grading.code import TESTS
 
 PAPER = ("math500", "minerva_math", "olympiadbench", "aime24", "amc23")  # the benchmarks of the paper's average
 P_NOTE = "Differences, with p for these two models on these problems, not for two methods: a run is one seed."
@@ -113,7 +112,7 @@ def per_problem(problems: list[list[dict]]) -> dict[str, np.ndarray]:
     votes = [majority([r["extracted"] for r in p], [r["correct"] for r in p]) for p in problems]
     return {
         "accuracy": correct.mean(1), **{f"pass@{k + 1}": pass_at_k(correct, k + 1) for k in range(correct.shape[1])},
-        **({"majority": np.array(votes)} if problems[0][0].get("unit") != TESTS else {}),  # of programs: none is equal
+        "majority": np.array(votes),
         **{name: np.array([np.mean([of(r) for r in p]) for p in problems]) for name, of in means.items()},
     }  # fmt: skip
 

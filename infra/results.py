@@ -5,19 +5,18 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from grading.code import TESTS
 from grading.scores import compare, report, summarise
 from infra.files import DataError, is_count, is_number, read_lines, write_atomically, write_lines
 
 RECORD = dict(group=str, id=int, sample=int, labels=list, answer=str, tolerance=int | float | None, unit=str | None,
-              response=str, tokens=int, finish_reason=str, correct=bool | None, extracted=str | None,
+              response=str, tokens=int, finish_reason=str, correct=bool, extracted=str | None,
               reason=str)  # fmt: skip
 
 
-def read_results(path: Path, finished: bool = False, graded: bool = False) -> tuple[dict, list[dict]]:
+def read_results(path: Path, finished: bool = False) -> tuple[dict, list[dict]]:
     """(header, records) of a result file, without a torn last line. Raises DataError, naming file and line.
 
-    finished: every answer is there; graded: and has a verdict.
+    finished: every answer is there.
     """
     lines = read_lines(path, torn=True)
     place, first = next(lines, (f"{path}, line 1", {}))
@@ -36,15 +35,12 @@ def read_results(path: Path, finished: bool = False, graded: bool = False) -> tu
         if not wrong:
             problems, samples = sizes.get(record["group"], (0, 0))
             inside = dict(group=samples > 0, id=0 <= record["id"] < problems, sample=0 <= record["sample"] < samples)
-            inside |= dict(correct=record["correct"] is not None or record["unit"] == TESTS)
             wrong = [name for name, is_inside in inside.items() if not is_inside][:1]
         if wrong:
             raise DataError(f"{place}: no answer to a problem of the header; wrong or missing: {wrong}")
         records[record["group"], record["id"], record["sample"]] = record
     if finished and len(records) < asked:
         raise DataError(f"{path} holds {len(records)} of {asked} answers: the command that made it will finish it")
-    if graded and any(record["correct"] is None for record in records.values()):
-        raise DataError(f"{path} holds programs that are not graded: --grade-code {path} runs them")
     return header, list(records.values())
 
 
@@ -52,7 +48,7 @@ def _fits(value: object, kind: type) -> bool:
     """Whether a value of a record has its type; labels are texts, numbers finite."""
     if kind is list:
         return isinstance(value, list) and all(isinstance(label, str) for label in value)
-    return isinstance(value, kind) and (kind == bool | None or not isinstance(value, int | float) or is_number(value))
+    return isinstance(value, kind) and (kind is bool or not isinstance(value, int | float) or is_number(value))
 
 
 def complete(header: dict, records: list[dict]) -> list[dict]:
@@ -87,7 +83,7 @@ def write_summary(path: Path, header: dict, records: list[dict]) -> str:
 
 def table(paths: list[Path]) -> str:
     """The comparison of result files to print. Raises DataError like `read_results`, and if their problems differ."""
-    read = [(path, *read_results(path, finished=True, graded=True)) for path in paths]
+    read = [(path, *read_results(path, finished=True)) for path in paths]
     results = [("/".join(path.with_suffix("").parts[-2:]), header, records) for path, header, records in read]
     try:
         return compare(results)
