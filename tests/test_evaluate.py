@@ -346,29 +346,6 @@ def test_training_evaluates_greedily_and_averages_over_groups(model):
     assert [r["question"] for r in sorted(records, key=lambda r: r["id"])] == [p.question for p in task.evaluation]
 
 
-def test_the_bar_counts_tokens_and_its_total_falls_with_every_early_end():
-    progress = evaluate.Progress(answers=3, limit=100)
-    with progress.bar as bar:
-        progress(3, [])
-        assert (bar.n, bar.total) == (3, 300)
-        progress(30, [10, 7])
-        assert (bar.n, bar.total) == (33, 300 - 90 - 93)
-        assert bar.postfix == "2 of 3 answers"
-        progress(84, [100])
-        assert bar.n == bar.total == 117
-
-
-def test_the_expected_time_is_announced_once_after_seconds_of_decoding_and_bounds_all_tokens(monkeypatch, capsys):
-    clock = iter([100.0, 103.0, 106.0])  # the first call follows the prompts and starts no clock
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
-    progress = evaluate.Progress(answers=2, limit=1000, announce=True)
-    with progress.bar:
-        for tokens in (2, 2, 30, 30, 30):
-            progress(tokens, [])
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("10 tokens/s in the first 6 s of decoding: 03:13 more if no answer ends early;")  # 1936 left
-
-
 def test_an_evaluation_says_before_it_starts_how_many_tokens_it_may_take(model, greedy, tmp_path, capsys):
     out = tmp_path / "a.jsonl"
     out.write_text("".join(greedy.read_text().splitlines(keepends=True)[:6]))  # the header and 5 of 12 answers
@@ -687,15 +664,16 @@ def test_a_model_answers_alone_and_temperature_and_seed_change_its_answer(model,
 
 def test_questions_have_the_instruction_and_the_template_of_the_run(tmp_path):
     def prompt(source, s, *flags):
-        task = evaluate.prompt_of(evaluate.parse([source, "--ask", "q", *flags]), s)
+        task = evaluate.find_task(evaluate.parse([source, *flags]), s)
         return task.instruction, task.template
 
     (tmp_path / "own.py").write_text("from tasks.task import *\ndef f(s): return Task([], [], [], ' Go.', 'plain')")
-    assert prompt("run", Settings()) == prompt("logic-laptop", None) == ("", "")
-    assert prompt("run", Settings(task="limr", template="qwen-boxed")) == (INSTRUCTION, "qwen-boxed")
-    assert prompt("owner/name", None, "--template", "plain") == (INSTRUCTION, "plain")
-    assert prompt("run", Settings(task=f"{tmp_path}/own.py:f")) == (" Go.", "plain")
-    assert prompt("run", Settings(task=f"{tmp_path}/own.py:f"), "--template", "") == (" Go.", "")
+    ask, own = ("--ask", "q"), Settings(task=f"{tmp_path}/own.py:f")
+    assert prompt("run", Settings(), *ask) == prompt("logic-laptop", None, *ask) == ("", "")
+    assert prompt("run", Settings(task="limr", template="qwen-boxed"), *ask) == (INSTRUCTION, "qwen-boxed")
+    assert prompt("owner/name", None, "--template", "plain", *ask) == (INSTRUCTION, "plain")
+    assert prompt("run", own, *ask) == prompt("run", own) == (" Go.", "plain")
+    assert prompt("run", own, "--template", "", *ask) == (" Go.", "")
 
 
 # The command line
@@ -703,11 +681,9 @@ def test_questions_have_the_instruction_and_the_template_of_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "m --regrade x", "m --seed -1", "m --temperature 1e-300", "m --data x --benchmarks paper",
-     "m --slots 0", "m --out /", "m --out .", "m --out=", "m --data \0", "m --out \udcff", "--table a b\0",
-     "--table a b --samples 4", "--table a b --out c", "--regrade a --seed 3", "--regrade a --protocol sampled",
-     "--ask q", "m --ask q --problems 3", "--ask q --regrade x", "m --ask \udcff",
-     "m --problems -1", "m --top-p 0", "m --top-p 1.1", "m --temperature -1", "m --temperature nan"],
+    ["", "m --regrade x", "--ask q", "--ask q --regrade x", "m --seed -1", "m --slots 0", "m --out .",
+     "m --data x --benchmarks paper", "m --temperature 1e-300", "m --temperature nan", "m --top-p 0", "m --top-p 1.1",
+     "--table a b --samples 4", "--table a b --out c", "--regrade a --seed 3", "m --ask q --problems 3"],
 )  # fmt: skip
 def test_a_command_that_makes_no_sense_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
@@ -716,7 +692,7 @@ def test_a_command_that_makes_no_sense_is_refused(flags, capsys):
 
 
 @pytest.mark.parametrize("program", ["bridge.py", "evaluate.py", "plot.py"])
-@pytest.mark.parametrize("stream", [">&-", "2>&-", "<&- >&- 2>&-", "| true", "> /dev/null"])
+@pytest.mark.parametrize("stream", ["<&- >&- 2>&-", "| true"])
 def test_the_help_needs_no_terminal_and_no_encoding(program, stream):
     environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     command = ["bash", "-o", "pipefail", "-c", f"{sys.executable} {program} --help {stream}"]
@@ -724,28 +700,24 @@ def test_the_help_needs_no_terminal_and_no_encoding(program, stream):
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
-def test_reports_are_printed_in_any_encoding_and_without_any_stream(greedy, run_folder, monkeypatch, few_draws):
-    for stream in (io.TextIOWrapper(io.BytesIO(), "ascii"), io.TextIOWrapper(io.BytesIO(), "latin-1"), None):
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, stream)
-        start_program()
-        call("--table", greedy, greedy)  # with a minus sign
-        run_main(plot, run_folder, "--out", run_folder / "θ.png")
-        if stream:
-            stream.flush()
-            assert b"?.png" in stream.buffer.getvalue()
+def test_reports_are_printed_in_any_encoding(greedy, monkeypatch, few_draws):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream)
+    start_program()
+    call("--table", greedy, greedy)
+    stream.flush()
+    assert b" ? " in stream.buffer.getvalue()  # the minus sign of the differences
 
 
-def test_a_closed_pipe_or_a_full_disk_ends_in_one_line(greedy, tmp_path, run_folder, monkeypatch):
+def test_a_closed_pipe_or_a_full_disk_ends_in_one_line(greedy, tmp_path):
     for text, file in (("Broken pipe", None), ("No space left", "/dev/full")):
         reader, writer = os.pipe()
         os.close(reader)
         with open(file or writer, "w") as stream, pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
-            for module, flags in ((evaluate, ("--regrade", greedy, "--out", tmp_path / "r.jsonl")),
-                                  (plot, (run_folder, "--out", tmp_path / "f.png"))):  # fmt: skip
-                with pytest.raises(SystemExit, match=rf"^{module.__name__}\.py: [^\n]*{text}[^\n]*$"):
-                    run_main(module, *flags)
+            with pytest.raises(SystemExit, match=rf"^evaluate\.py: [^\n]*{text}[^\n]*$"):
+                call("--regrade", greedy, "--out", tmp_path / "r.jsonl")
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes what is left in the buffer
 
 
