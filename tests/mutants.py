@@ -192,7 +192,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("grading/scores.py", "sorted(problems)]", "problems]"),
     ("grading/scores.py", "np.abs(null / len(differences)) >= abs(observed)", "null / len(differences) >= observed"),
     ("grading/scores.py", "if header[\"data\"] != first_header[\"data\"]:", "if False:"),
-    ("grading/scores.py", "p = (1 + np.sum(", "p = (np.sum("),
+    ("grading/scores.py", "p = (1 + as_large)", "p = as_large"),
     ("grading/scores.py", "name != \"tokens\" and np.isin", "np.isin"),
     ("grading/scores.py", "if len(columns) == 1:", "if False:"),
     ("grading/scores.py", "n + (z / (2 * n)) ** 2", "n"),
