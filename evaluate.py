@@ -2,7 +2,6 @@
 
     python evaluate.py RUN_OR_MODEL [--benchmarks paper] [--protocol sampled] [--out FILE]
     python evaluate.py RUN_OR_MODEL --ask "How many legs have 3 cats?"      print the answers of base, policy and shadow
-    python evaluate.py --grade-code FILE --run-model-code                   run programs in answers with their tests
     python evaluate.py --regrade FILE            grade the answers of a result file again, without generating
     python evaluate.py --table FILE FILE ...     compare result files; differences are against the first
 
@@ -14,10 +13,8 @@ built-in task. The same command continues an interrupted evaluation.
 import argparse
 import os
 import sys
-import time
 import zlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -37,11 +34,9 @@ PROTOCOLS = {
     "paper": Sampling(max_new_tokens=5000),
     "sampled": Sampling(temperature=0.6, top_p=0.95, max_new_tokens=8192, samples=None),
 }
-CODE_WARNING = """Nothing was run. --grade-code runs the Python programs that a model wrote, with the tests of their
-problems. Each has a process of its own, in which the kernel refuses files, network, processes and signals; a defect of
-the kernel could still let it out. Use a machine that you can lose, and add --run-model-code to run the programs."""
-SECONDS = 5.0  # of decoding, from which the time of an evaluation is estimated
 NAMES = "math500,minerva_math,olympiadbench,aime24,amc23,gsm8k,gpqa,mmlu_pro"  # see tasks/benchmarks.py
+BUILTIN_LIMIT = 96  # tokens per answer of a model on the problems of a built-in task
+SAMPLES = 4  # answers per problem by the protocol "sampled", for problems of no benchmark
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
@@ -52,7 +47,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("source", nargs="?", type=expand, metavar="RUN_OR_MODEL", help="a folder of a run or a model, or a hub name")
     add("--benchmarks", default="", help=f"paper (the first five) or a list of {NAMES}")
     add("--benchmark-dir", type=expand, default="benchmarks", help="folder of NAME.jsonl, else the hub's")
-    add("--data", type=expand, default="", help="a .jsonl of question and answer, or HumanEval's or MBPP's rows")
+    add("--data", type=expand, default="", help="a .jsonl file with a question and an answer in each row")
     add("--problems", type=int, default=0, help="only the first N of each (of a built-in task: N per group)")
     add("--template", help="prompt: qwen-boxed or plain instead of the chat template (default: the run's)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="paper: greedy, one answer; sampled: T 0.6, top-p 0.95")
@@ -60,42 +55,50 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--temperature", type=float, help="0 is greedy (default: the protocol's)")
     add("--top-p", type=float, help="sample from the likeliest tokens that reach this mass (default: the protocol's)")
     add("--max-new-tokens", type=int, default=0, help="tokens per answer (default: the protocol's; a run's own)")
-    add("--seed", type=int, default=0, help="of the samples")
+    add("--seed", type=int, default=0, help="seed of the sampled answers")
     add("--ask", action="append", metavar="QUESTION", help="print the answers of a run's base, policy and shadow to it")
     add("--slots", type=int, default=64, help="answers decoded at once per process; lower it if memory runs out")
     add("--out", type=expand, help="the result file; an existing one is continued (default: in the run, or in evals/)")
     add("--regrade", type=expand, metavar="FILE", help="grade a result file's answers again")
-    add("--grade-code", type=expand, metavar="FILE", help="grade a result file's programs by running them with tests")
-    add("--run-model-code", action="store_true", help="with --grade-code: yes, run what the model wrote, isolated")
     add("--table", nargs="+", type=expand, metavar="FILE", help="compare result files")
     args = parser.parse_args(argv)
-    if args.out is not None and not Path(args.out).name:
-        parser.error(f"--out {args.out!r} names no file")
-    if sum(map(bool, (args.source, args.regrade, args.grade_code, args.table))) != 1:
-        parser.error("give a run or model, or --regrade FILE, or --grade-code FILE, or --table FILE ...")
-    given = {name for name, value in vars(args).items() if value != parser.get_default(name)}
-    read = {"table": {"table"}, "regrade": {"regrade", "out"},
-            "grade_code": {"grade_code", "run_model_code", "out"},
-            "ask": {"ask", "source", "template", "temperature", "top_p", "max_new_tokens", "seed"}}  # fmt: skip
-    for mode in (name for name in read if getattr(args, name)):
-        if idle := sorted(given - read[mode]):
-            parser.error(f"--{idle[0]} does nothing with --{mode}: omit it".replace("_", "-"))
-    if args.run_model_code and not args.grade_code:
-        parser.error("--run-model-code does nothing without --grade-code: omit it")
-    if min(args.samples, args.problems, args.max_new_tokens, args.seed) < 0 or args.slots < 1:
-        parser.error("--samples, --problems, --max-new-tokens and --seed cannot be negative, --slots not below 1")
-    temperature, top_p = args.temperature or 0, 1 if args.top_p is None else args.top_p
-    if not (temperature == 0 or 1e-3 <= temperature < float("inf")) or not 0 < top_p <= 1:
-        parser.error("--temperature must be 0 or at least 0.001, --top-p above 0 and at most 1")
-    if any(question != question.encode("utf-8", "ignore").decode() for question in args.ask or ()):
-        parser.error("--ask: the question is no text in UTF-8")
-    if args.benchmarks and args.data:
-        parser.error("--benchmarks and --data are two kinds of problems: give one")
+    check(args, parser)
     return args
 
 
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Exits with status 2 and a message if flags are out of range or have no effect."""
+    modes = [mode for mode in (args.source, args.regrade, args.table) if mode]
+    if len(modes) != 1:
+        parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
+    if args.benchmarks and args.data:
+        parser.error("--benchmarks and --data are two kinds of problems: give one")
+    if args.out is not None and not Path(args.out).name:
+        parser.error(f"--out {args.out!r} names no file")
+
+    if min(args.samples, args.problems, args.max_new_tokens, args.seed) < 0 or args.slots < 1:
+        parser.error("--samples, --problems, --max-new-tokens and --seed cannot be negative, --slots not below 1")
+    if args.temperature is not None and not (args.temperature == 0 or 1e-3 <= args.temperature < float("inf")):
+        parser.error("--temperature must be 0 or at least 0.001")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        parser.error("--top-p must be above 0 and at most 1")
+
+    # A flag without an effect is a mistake.
+    if args.table:
+        mode, used = "--table", {"table"}
+    elif args.regrade:
+        mode, used = "--regrade", {"regrade", "out"}
+    elif args.ask:
+        mode, used = "--ask", {"source", "ask", "template", "temperature", "top_p", "max_new_tokens", "seed"}
+    else:
+        return
+    for name, value in vars(args).items():
+        if value != parser.get_default(name) and name not in used:
+            parser.error(f"--{name.replace('_', '-')} does nothing with {mode}: omit it")
+
+
 if __name__ == "__main__":
-    start_program(parse)
+    start_program(parse)  # prints the help and exits, before the imports below load torch
 
 import torch
 import transformers
@@ -103,227 +106,176 @@ from torch import nn
 from tqdm import tqdm
 
 import rewards
-from grading import code
 from grading.scores import PAPER, by_problem, verdicts
 from infra import checkpoint, export, parallel, results
 from infra.files import DataError, append_line, read_object
-from infra.model import is_builtin, load, stop_tokens
+from infra.model import is_builtin, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
 from sampler import Sampler
 from tasks import builtin
 from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, read_benchmark
+from tasks.loading import load_model
 from tasks.named import NAMED, load_task
 from tasks.prompts import encode_prompt, end_of_turn, prompt_text
-from tasks.sources import read_problems, read_programs
+from tasks.sources import read_problems
 from tasks.task import Problem, Task, check_evaluation, fingerprint
 
-
-class Progress:
-    """A bar over the tokens that this rank generates at most; it shrinks whenever an answer ends before its limit."""
-
-    def __init__(self, answers: int, limit: int, announce: bool = False):
-        """limit: tokens of an answer; announce: print speed and longest time once, after SECONDS of decoding."""
-        most = answers * limit
-        self.bar = tqdm(total=most, unit="tok", unit_scale=True, leave=False, disable=parallel.rank() > 0)
-        self.answers, self.limit, self.announce = answers, limit, announce and parallel.rank() == 0
-        self.calls = self.ended = 0
-
-    def __call__(self, tokens: int, ended: list[int]) -> None:
-        """Counts `tokens` new ones, and the answers that ended, by their lengths."""
-        self.bar.total -= sum(self.limit - length for length in ended)
-        self.ended += len(ended)
-        self.bar.set_postfix_str(f"{self.ended} of {self.answers} answers", refresh=False)
-        self.bar.update(tokens)
-        self.calls += 1
-        if self.calls == 2:  # the first call follows the prompts, the second one a step that may compile kernels
-            self.start, self.before = time.monotonic(), self.bar.n
-        elif self.announce and self.calls > 2 and (seconds := time.monotonic() - self.start) > SECONDS:
-            self.announce, rate = False, (self.bar.n - self.before) / seconds
-            longest = tqdm.format_interval((self.bar.total - self.bar.n) / rate)
-            speed = f"{rate:,.0f} tokens/s in the first {seconds:.0f} s of decoding"
-            print0(f"{speed}: {longest} more if no answer ends early; most do, but longer answers are slower")
-
-
-def share_of(items: list) -> list:
-    """The items of this rank."""
-    return items[parallel.rank() :: parallel.world_size()]
+# Answers and grades
 
 
 def answer(
-    sampler: Sampler, tokenizer, task: Task, problems: list[Problem], keys: list[tuple[int, ...]], sampling: Sampling,
-    progress: Progress | None = None,
-) -> list[dict]:  # fmt: skip
+    sampler: Sampler, tokenizer, task: Task, problems: list[Problem], keys: list[tuple[int, ...]], sampling: Sampling
+) -> list[dict]:
     """One graded record per problem and sample, of all ranks; each rank answers its share.
 
     keys: one per problem; the last number is the problem's id, and sample i is drawn from the seed (*key, i).
     """
-    problems, keys = share_of(problems), share_of(keys)
-    asked = [(tokenizer, p.question, task.instruction, task.template) for p in problems]
-    prompts = [(prompt_text(*a), encode_prompt(*a)) for a in asked]  # side by side, so that each is rendered once
+    share = slice(parallel.rank(), None, parallel.world_size())
+    problems = problems[share]
+    keys = keys[share]
+    texts = []
+    prompts = []
+    for problem in problems:
+        parts = (tokenizer, problem.question, task.instruction, task.template)
+        texts.append(prompt_text(*parts))
+        prompts.append(encode_prompt(*parts))  # uses the text, which is rendered once
     completions = []
     if problems:  # a rank has none if there are fewer problems than ranks
         completions = sampler.generate(
-            [ids for _, ids in prompts], keys, sampling.samples, sampling.max_new_tokens, sampling.temperature,
-            sampling.top_p, progress,
-        )  # fmt: skip
+            prompts, keys, sampling.samples, sampling.max_new_tokens, sampling.temperature, sampling.top_p
+        )
     records = []
-    for problem, key, (text, _), samples in zip(problems, keys, prompts, completions, strict=True):
+    for problem, key, text, samples in zip(problems, keys, texts, completions, strict=True):
         for i, completion in enumerate(samples):
-            record = dict(
-                group=problem.group, id=key[-1], labels=problem.labels, sample=i, question=problem.question,
-                prompt=text, answer=problem.answer, tolerance=problem.tolerance, unit=problem.unit,
-                response=completion.text(tokenizer, sampler.stop), tokens=len(completion.ids),
-                finish_reason=completion.finish_reason,
-            )  # fmt: skip
+            record = {
+                "group": problem.group,
+                "id": key[-1],
+                "labels": problem.labels,
+                "sample": i,
+                "question": problem.question,
+                "prompt": text,
+                "answer": problem.answer,
+                "tolerance": problem.tolerance,
+                "unit": problem.unit,
+                "response": completion.text(tokenizer, sampler.stop),
+                "tokens": len(completion.ids),
+                "finish_reason": completion.finish_reason,
+            }
             records.append(record | grade(record))
     return sorted(parallel.all_gather(records), key=lambda r: (r["group"], r["id"], r["sample"]))
+
+
+def grade(record: dict) -> dict:
+    """correct, extracted and reason of a record's response. A truncated response may still contain its answer."""
+    verdict = rewards.is_correct(
+        record["response"], record["answer"], tolerance=record["tolerance"], unit=record["unit"]
+    )
+    return asdict(verdict)
 
 
 def evaluate(sampler: Sampler, tokenizer, task: Task, max_new_tokens: int) -> tuple[dict[str, float], list[dict]]:
     """({group: greedy pass@1, "average": their plain mean}, records) of task.evaluation. All ranks call it."""
     keys = [(0, i) for i in range(len(task.evaluation))]
-    progress = Progress(len(share_of(keys)), max_new_tokens)
-    with progress.bar:
-        greedy = Sampling(max_new_tokens=max_new_tokens)
-        records = answer(sampler, tokenizer, task, task.evaluation, keys, greedy, progress)
-    accuracy = {group: float(verdicts(rows).mean()) for group, rows in sorted(by_problem(records).items())}
-    return accuracy | {"average": sum(accuracy.values()) / len(accuracy)}, records
+    greedy = Sampling(max_new_tokens=max_new_tokens)
+    records = answer(sampler, tokenizer, task, task.evaluation, keys, greedy)
+    accuracy = {}
+    for group, problems in sorted(by_problem(records).items()):
+        accuracy[group] = float(verdicts(problems).mean())
+    accuracy["average"] = sum(accuracy.values()) / len(accuracy)
+    return accuracy, records
 
 
-def grade(record: dict) -> dict:
-    """correct, extracted and reason of a record's response. A truncated response may still contain its answer.
-
-    Programs remain without a verdict: only --grade-code runs them.
-    """
-    if record["unit"] == code.TESTS:
-        return code.UNGRADED
-    gold = dict(tolerance=record["tolerance"], unit=record["unit"])
-    return asdict(rewards.is_correct(record["response"], record["answer"], **gold))
-
-
-def regrade(path: Path, out: str | None, with_code: bool = False) -> str:
+def regrade(path: Path, out: str | None) -> str:
     """Grades a result file's answers again and writes them to `out` or NAME.regraded.jsonl. Returns the report.
 
-    with_code: the answers are programs, which are run with their tests. Raises DataError.
+    Raises DataError.
     """
     header, records = results.read_results(path, finished=True)
-    if with_code != all(record["unit"] == code.TESTS for record in records):
-        raise DataError(f"{path} holds {'no programs: use --regrade' if with_code else 'programs: use --grade-code'}")
-    grades = run_programs(records) if with_code else map(grade, records)
-    graded = [record | verdict for record, verdict in zip(records, grades, strict=True)]
-    changed = sum(old["correct"] != new["correct"] for old, new in zip(records, graded, strict=True))
-    header |= dict(grader=code.VERSION if with_code else rewards.VERSION)
-    kind = "graded" if with_code else "regraded"
-    target = Path(out or path.with_name(f"{path.name.removesuffix('.jsonl')}.{kind}.jsonl"))
-    results.write_results(target, header, graded)
-    report = results.write_summary(target, header, graded)
-    return f"{report}\n{changed} of {len(records)} verdicts changed, written to {target}"
+    header["grader"] = rewards.VERSION
+    regraded = [record | grade(record) for record in records]
+    changed = [old for old, new in zip(records, regraded, strict=True) if old["correct"] != new["correct"]]
+    target = Path(out or path.with_name(f"{path.name.removesuffix('.jsonl')}.regraded.jsonl"))
+    results.write_results(target, header, regraded)
+    report = results.write_summary(target, header, regraded)
+    return f"{report}\n{len(changed)} of {len(records)} verdicts changed, written to {target}"
 
 
-def run_programs(records: list[dict]) -> Iterator[dict]:
-    """The verdict of each record's program. Raises DataError where programs cannot be isolated or tests are damaged."""
-    if not code.can_isolate():
-        raise DataError("this machine cannot isolate programs (Linux on x86-64 with seccomp can): nothing was run")
-    pool = ThreadPoolExecutor(os.cpu_count())  # of threads that wait for processes
-    try:
-        verdicts_of = pool.map(lambda record: code.grade(record["response"], record["answer"]), records)
-        yield from tqdm(verdicts_of, total=len(records), leave=False, desc="programs")
-    except (TypeError, ValueError) as error:
-        raise DataError(f"an answer holds no tests ({error})") from error
-    finally:
-        pool.shutdown(cancel_futures=True)
+# What is evaluated
 
 
 def load_settings(run: Path) -> Settings | None:
     """The settings of a finished run, None for another folder. Raises DataError for an unfinished or damaged run."""
-    if not any(os.path.lexists(run / name) for name in ("evals.jsonl", "metrics.jsonl", "checkpoint")):
+    if not any((run / name).exists() for name in ("evals.jsonl", "metrics.jsonl", "checkpoint")):
         return None
     if not (run / "model").is_dir():
         raise DataError(f"{run} has no model/ yet: the run has not finished, --resume continues it")
     return settings_of(read_object(run / "config.json"), f"{run}/config.json")
 
 
-def find_task(args: argparse.Namespace, s: Settings) -> Task:
-    """The problems of the benchmarks, the file, the run's task or the built-in one. Raises DataError."""
-    count, task = args.problems or None, Task(problems=[], demonstrations=[], evaluation=[])
-    if args.benchmarks:
-        names = list(dict.fromkeys(args.benchmarks.replace("paper", ",".join(PAPER)).split(",")))
-        if unknown := [n for n in names if n not in BENCHMARKS]:
-            raise DataError(f"--benchmarks: no {unknown[0]!r}; there are paper, {', '.join(BENCHMARKS)}")
-        task.evaluation = [p for n in names for p in read_benchmark(n, args.benchmark_dir)[:count]]
-    elif args.data:
-        if programs := read_programs(args.data, "--data"):
-            task.evaluation, task.instruction = programs[:count], ""  # the questions have their own
-        else:
-            task.evaluation = read_problems(args.data, "--data", task.notes)[:count]
-    elif s.task in builtin.EVALUATION and not s.rl_data:
-        task.evaluation, task.instruction = builtin.EVALUATION[s.task](count or s.eval_problems), ""
-    else:
-        task = load_task(replace(s, sft_data="", method="rl"))  # reads no demonstrations
-        task.evaluation = task.evaluation[:count]
-    task.template = s.template if args.template is None else args.template
-    return task
+def find_task(args: argparse.Namespace, s: Settings | None) -> Task:
+    """The problems to answer, with their instruction and template. Raises DataError.
 
-
-def prompt_of(args: argparse.Namespace, s: Settings | None) -> Task:
-    """A task with the instruction and the template of a run, or of a model (None). Raises DataError.
-
-    Problems are loaded only for a function of the user's own, which alone has its instruction.
+    They are those of --ask, of the benchmarks, of the file, of the run's task or of the model's built-in task.
+    s: the settings of a run; None for a model.
     """
+    count = args.problems or None  # None: all
     task = Task(problems=[], demonstrations=[], evaluation=[])
-    if is_builtin(args.source) if s is None else s.task in builtin.EVALUATION and not s.rl_data:
+    own = s or Settings(task=builtin.task_of(args.source))
+    is_own_builtin = own.task in builtin.EVALUATION and not own.rl_data
+    if args.ask:
+        # Only the user's own function can have an instruction of its own: its problems are loaded for that alone.
+        if s and not s.rl_data and s.task not in NAMED:
+            task = load_task(replace(s, sft_data="", method="rl"))
+        elif is_own_builtin and (s or is_builtin(args.source)):
+            task.instruction = ""
+        task.evaluation = [Problem(question, "") for question in args.ask]
+    elif args.benchmarks:
+        for name in benchmark_names(args.benchmarks):
+            task.evaluation += read_benchmark(name, args.benchmark_dir)[:count]
+    elif args.data:
+        task.evaluation = read_problems(args.data, "--data", task.notes)[:count]
+    elif is_own_builtin:
         task.instruction = ""
-    elif s and not s.rl_data and s.task not in NAMED:
-        task = load_task(replace(s, sft_data="", method="rl"))
-    task.template = (s.template if s else "") or task.template if args.template is None else args.template
+        task.evaluation = builtin.EVALUATION[own.task](count or own.eval_problems)
+    else:
+        task = load_task(replace(own, sft_data="", method="rl"))  # reads no demonstrations
+        task.evaluation = task.evaluation[:count]
+    if args.template is not None:
+        task.template = args.template
+    elif s and s.template:
+        task.template = s.template
     return task
 
 
-def policies(source: str, s: Settings | None) -> Iterator[tuple[str, nn.Module | None, object]]:
-    """(title, model, tokenizer) of a run's base model, policy and shadow, or of one model (None).
-
-    The weights θ̂ exist in checkpoints only. The title says why there is no shadow; its model is None then.
-    """
-    if s is None:
-        yield source, *load(builtin.resolve(source))
-        return
-    yield f"base model {s.model}", *load(builtin.resolve(s.model))
-    yield f"policy after {s.total_steps} steps of {s.method}", *load(f"{source}/model")
-    folder = Path(source, "checkpoint")
-    if METHODS[s.method].shadow and checkpoint.steps_in(folder):
-        saved = checkpoint.newest(folder)
-        yield f"shadow at step {saved.facts['step']}", *export.merged_policy(Path(source), saved, s, "theta_hat")
-    else:
-        why = f"{folder} has no checkpoint" if METHODS[s.method].shadow else f"the method {s.method} has none"
-        yield f"no shadow: {why}", None, None
+def benchmark_names(text: str) -> list[str]:
+    """The benchmarks of a comma list, each once; "paper" stands for the paper's five. Raises DataError."""
+    names = text.replace("paper", ",".join(PAPER)).split(",")
+    for name in names:
+        if name not in BENCHMARKS:
+            raise DataError(f"--benchmarks: no {name!r}; there are paper, {', '.join(BENCHMARKS)}")
+    return list(dict.fromkeys(names))
 
 
-def ask(args: argparse.Namespace) -> None:
-    """Prints the answers to the questions of --ask one under another, greedy by default. Raises DataError."""
-    refuse_idle(args, args.temperature or 0)
-    s, top_p = load_settings(Path(args.source)), 1.0 if args.top_p is None else args.top_p
-    task, columns = prompt_of(args, s), []  # columns: (title, an answer to each question)
-    for title, model, tokenizer in policies(args.source, s):
-        if model is None:
-            columns.append((title, [""] * len(args.ask)))
-            continue
-        prompts = [encode_prompt(tokenizer, question, task.instruction, task.template) for question in args.ask]
-        positions = model.config.max_position_embeddings
-        most = min(PROTOCOLS["paper"].max_new_tokens, positions - max(map(len, prompts)))
-        limit = args.max_new_tokens or (s.max_new_tokens if s else max(most, 1))
-        asked = [Problem(question, "") for question in args.ask]
-        check_evaluation(asked, tokenizer, task.instruction, limit, positions, task.template)
-        stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, task.template))
-        sampler = Sampler(model, stop, dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-        keys = [(args.seed, i) for i in range(len(prompts))]  # equal for all models
-        groups = sampler.generate(prompts, keys, 1, limit, args.temperature or 0, top_p)
-        texts = [c.text(tokenizer, stop) + " … (cut off)" * (c.finish_reason == "length") for (c,) in groups]
-        columns.append((title, texts))
-    for i, question in enumerate(args.ask):
-        print0("\n".join([question, *(f"--- {title}\n{texts[i]}".rstrip() for title, texts in columns), ""]))
+def choose_sampling(args: argparse.Namespace, s: Settings | None) -> Sampling:
+    """The protocol, with the values of the flags in its place. Raises DataError."""
+    sampling = PROTOCOLS[args.protocol]
+    if not (args.benchmarks or args.data):
+        sampling = replace(sampling, max_new_tokens=s.max_new_tokens if s else BUILTIN_LIMIT)
+    if args.max_new_tokens:
+        sampling = replace(sampling, max_new_tokens=args.max_new_tokens)
+    if args.temperature is not None:
+        sampling = replace(sampling, temperature=args.temperature)
+    if args.top_p is not None:
+        sampling = replace(sampling, top_p=args.top_p)
+    if args.samples:
+        sampling = replace(sampling, samples=args.samples)
+    refuse_greedy_flags(args, sampling.temperature)
+    if sampling.temperature == 0:
+        sampling = replace(sampling, samples=1)
+    return sampling
 
 
-def refuse_idle(args: argparse.Namespace, temperature: float) -> None:
+def refuse_greedy_flags(args: argparse.Namespace, temperature: float) -> None:
     """Raises DataError for settings of sampling beside a greedy temperature."""
     if temperature == 0 and args.samples > 1:
         raise DataError(f"--samples {args.samples} greedy answers would be the same: set --temperature too")
@@ -331,74 +283,208 @@ def refuse_idle(args: argparse.Namespace, temperature: float) -> None:
         raise DataError("--seed and --top-p do nothing at temperature 0, which is greedy: set --temperature too")
 
 
+def pick_dtype() -> torch.dtype:
+    """The precision of the sampler's weights."""
+    return torch.bfloat16 if torch.cuda.is_available() else torch.float32
+
+
+# Questions of one's own
+
+
+def policies(
+    source: str, s: Settings | None, template: str
+) -> Iterator[tuple[str, nn.Module | None, object, list[int]]]:
+    """(title, model, tokenizer, stop ids) of a run's base model, policy and shadow, or of one model (None).
+
+    The weights θ̂ exist in checkpoints only. The title says why there is no shadow; its model is None then.
+    """
+    if s is None:
+        yield source, *load_model(source, template)
+        return
+    yield f"base model {s.model}", *load_model(s.model, template)
+    yield f"policy after {s.total_steps} steps of {s.method}", *load_model(f"{source}/model", template)
+    folder = Path(source, "checkpoint")
+    if not METHODS[s.method].shadow:
+        yield f"no shadow: the method {s.method} has none", None, None, []
+    elif not checkpoint.steps_in(folder):
+        yield f"no shadow: {folder} has no checkpoint", None, None, []
+    else:
+        saved = checkpoint.newest(folder)
+        model, tokenizer = export.merged_policy(Path(source), saved, s, "theta_hat")
+        stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, template))
+        yield f"shadow at step {saved.facts['step']}", model, tokenizer, stop
+
+
+def ask(args: argparse.Namespace) -> None:
+    """Prints the answers to the questions of --ask one under another, greedy by default. Raises DataError."""
+    refuse_greedy_flags(args, args.temperature or 0.0)
+    s = load_settings(Path(args.source))
+    task = find_task(args, s)
+    answers = []  # (title, one text per question) of each model
+    for title, model, tokenizer, stop in policies(args.source, s, task.template):
+        texts = [""] * len(args.ask)
+        if model is not None:
+            texts = replies(args, s, task, model, tokenizer, stop)
+        answers.append((title, texts))
+    for i, question in enumerate(args.ask):
+        print0(question)
+        for title, texts in answers:
+            print0(f"--- {title}\n{texts[i]}".rstrip())
+        print0("")
+
+
+def replies(
+    args: argparse.Namespace, s: Settings | None, task: Task, model: nn.Module, tokenizer, stop: list[int]
+) -> list[str]:
+    """One model's answer to each question. Raises DataError if a question is too long."""
+    prompts = [encode_prompt(tokenizer, p.question, task.instruction, task.template) for p in task.evaluation]
+    positions = model.config.max_position_embeddings
+    if args.max_new_tokens:
+        limit = args.max_new_tokens
+    elif s:
+        limit = s.max_new_tokens
+    else:
+        room = positions - max(len(prompt) for prompt in prompts)
+        limit = max(1, min(PROTOCOLS["paper"].max_new_tokens, room))
+    check_evaluation(task.evaluation, tokenizer, task.instruction, limit, positions, task.template)
+    sampler = Sampler(model, stop, dtype=pick_dtype())
+    keys = [(args.seed, i) for i in range(len(prompts))]  # equal for all models
+    top_p = 1.0 if args.top_p is None else args.top_p
+    groups = sampler.generate(prompts, keys, 1, limit, args.temperature or 0.0, top_p)
+    texts = []
+    for (completion,) in groups:
+        text = completion.text(tokenizer, stop)
+        if completion.finish_reason == "length":
+            text += " … (cut off)"
+        texts.append(text)
+    return texts
+
+
+# Benchmarks
+
+
 def run(args: argparse.Namespace) -> None:
     """Answers the problems that the result file lacks, appends the records to it, and prints the report."""
     parallel.start(timedelta(days=1))  # the timeout of collectives: one rank may generate much longer than another
-    folder = Path(args.source)
-    s = load_settings(folder)  # None: a model, not a run
-    task = find_task(args, s or Settings(task=builtin.task_of(args.source)))
+    s = load_settings(Path(args.source))  # None: a model, not a run
+    task = find_task(args, s)
     for note in task.notes:
         print0(note)
     with parallel.rank0_first():  # rank 0 builds or downloads the model, then the other ranks read it from the disk
-        source = str(folder / "model") if s else builtin.resolve(args.source)
-        model, tokenizer = load(source)
-    dtype = torch.bfloat16 if model.device.type == "cuda" else torch.float32  # of weights; rotations stay fp32
+        source = builtin.resolve(f"{args.source}/model" if s else args.source)
+        model, tokenizer, stop = load_model(source, task.template)
 
-    named = (args.benchmarks or Path(args.data).stem).replace(",", "+")  # empty: the run's own or the built-in task
-    own_limit = s.max_new_tokens if s else 96
-    given = dict(temperature=args.temperature, top_p=args.top_p, samples=args.samples or None)
-    given["max_new_tokens"] = args.max_new_tokens or (None if named else own_limit)
-    sampling = replace(PROTOCOLS[args.protocol], **{flag: value for flag, value in given.items() if value is not None})
-    refuse_idle(args, sampling.temperature)
-    if sampling.temperature == 0:
-        sampling = replace(sampling, samples=1)
-    limit, positions = sampling.max_new_tokens, model.config.max_position_embeddings
-    check_evaluation(task.evaluation, tokenizer, task.instruction, limit, positions, task.template)
-    groups = {g: [p for p in task.evaluation if p.group == g] for g in dict.fromkeys(p.group for p in task.evaluation)}
-    samples = {g: sampling.samples or (BENCHMARKS[g].samples if g in BENCHMARKS else 4) for g in groups}
-    header = dict(
-        model=os.path.normpath(args.source), dtype=str(dtype),
-        weights=getattr(model.config, "_commit_hash", None) or results.weights_hash(source),
-        prompt=prompt_text(tokenizer, "{question}", task.instruction, task.template),
-        sampling=asdict(sampling) | {"samples": samples}, seed=args.seed, options_seed=OPTIONS_SEED,
-        grader=code.VERSION if task.evaluation[0].unit == code.TESTS else rewards.VERSION,
-        torch=torch.__version__, transformers=transformers.__version__,
-        data={g: dict(problems=len(p), sha256=fingerprint(Task(p, [], []))) for g, p in groups.items()},
-    )  # fmt: skip
-    name = f"answers-{named}-{args.protocol}.jsonl" if named else f"answers-{args.protocol}.jsonl"
-    out = Path(args.out or (folder / name if s else Path("evals") / folder.name / name))
-    records = parallel.broadcast(results.open_results(out, header) if parallel.rank() == 0 else None)
+    sampling = choose_sampling(args, s)
+    positions = model.config.max_position_embeddings
+    check_evaluation(task.evaluation, tokenizer, task.instruction, sampling.max_new_tokens, positions, task.template)
+    work = group_work(task.evaluation, sampling)
+    header = {
+        "model": os.path.normpath(args.source),
+        "dtype": str(pick_dtype()),
+        "weights": getattr(model.config, "_commit_hash", None) or results.weights_hash(source),
+        "prompt": prompt_text(tokenizer, "{question}", task.instruction, task.template),
+        "sampling": asdict(sampling) | {"samples": {group: w.sampling.samples for group, w in work.items()}},
+        "seed": args.seed,
+        "options_seed": OPTIONS_SEED,
+        "grader": rewards.VERSION,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "data": {group: describe(w.problems) for group, w in work.items()},
+    }
+    out = result_file(args, s)
+    records = results.open_results(out, header) if parallel.rank() == 0 else None
+    records = parallel.broadcast(records)
 
-    stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, task.template))
-    sampler = Sampler(model, stop, slots=args.slots, dtype=dtype)
-    del model
-    answered = {(r["group"], r["id"]) for r in records}
-    parts = []  # (group, ids of the problems that are answered between two writes)
-    for group, problems in groups.items():
-        todo = [i for i in range(len(problems)) if (group, i) not in answered]
-        size = parallel.world_size() * max(1, 2 * args.slots // samples[group])
-        parts += [(group, todo[start : start + size]) for start in range(0, len(todo), size)]
-    count, own = (sum(len(of(ids)) * samples[group] for group, ids in parts) for of in (list, share_of))
-    asked = f"{sum(len(ids) for _, ids in parts)} problems, {count} answers of at most {limit} tokens"
-    print0(f"{asked}, {args.slots * parallel.world_size()} at once: at most {count * limit:,} tokens")
-    progress = Progress(own, limit, announce=True)
-    with progress.bar:
+    sampler = Sampler(model, stop, slots=args.slots, dtype=pick_dtype())
+    del model  # the sampler has its own copy
+    records += answer_missing(args, sampler, tokenizer, task, work, records, out)
+    if parallel.rank() == 0:
+        print0(results.write_summary(out, header, records))
+        print0(f"\n{header['sampling']} · seed {args.seed} · grader {header['grader']} · answers in {out}")
+    parallel.end()
+
+
+@dataclass(frozen=True)
+class Work:
+    """The problems of one group, and how they are sampled."""
+
+    problems: list[Problem]
+    sampling: Sampling  # its samples are a number
+
+
+def group_work(problems: list[Problem], sampling: Sampling) -> dict[str, Work]:
+    """The work of each group; without a number of samples in `sampling`, each benchmark has its own."""
+    work: dict[str, Work] = {}
+    for problem in problems:
+        group = problem.group
+        if group not in work:
+            usual = BENCHMARKS[group].samples if group in BENCHMARKS else SAMPLES
+            work[group] = Work([], replace(sampling, samples=sampling.samples or usual))
+        work[group].problems.append(problem)
+    return work
+
+
+def describe(problems: list[Problem]) -> dict:
+    """The number of the problems and a hash of their texts and golds."""
+    task = Task(problems, demonstrations=[], evaluation=[])
+    return {"problems": len(problems), "sha256": fingerprint(task)}
+
+
+def result_file(args: argparse.Namespace, s: Settings | None) -> Path:
+    """--out, or a name that says data and protocol: in the run's folder, or in evals/ for a model."""
+    if args.out:
+        return Path(args.out)
+    data = args.benchmarks or Path(args.data).stem  # empty: the run's own problems or the built-in task
+    name = f"answers-{data.replace(',', '+')}-{args.protocol}.jsonl" if data else f"answers-{args.protocol}.jsonl"
+    folder = Path(args.source)
+    return folder / name if s else Path("evals") / folder.name / name
+
+
+def answer_missing(
+    args: argparse.Namespace, sampler: Sampler, tokenizer, task: Task, work: dict[str, Work], records: list[dict],
+    out: Path,
+) -> list[dict]:  # fmt: skip
+    """Answers the problems without a record and appends the new records to the file `out`. Returns them."""
+    parts = unanswered(work, records, args.slots)
+    problems = 0
+    answers = 0
+    for group, ids in parts:
+        problems += len(ids)
+        answers += len(ids) * work[group].sampling.samples
+    limit = next(iter(work.values())).sampling.max_new_tokens
+    at_once = args.slots * parallel.world_size()
+    print0(
+        f"{problems} problems, {answers} answers of at most {limit} tokens, {at_once} at once: "
+        f"at most {answers * limit:,} tokens"
+    )
+    new = []
+    with tqdm(total=answers, unit="answer", leave=False, disable=parallel.rank() > 0) as bar:
         for group, ids in parts:
+            chosen = [work[group].problems[i] for i in ids]
             keys = [(args.seed, zlib.crc32(group.encode()), i) for i in ids]
-            with_count = replace(sampling, samples=samples[group])
-            chosen = [groups[group][i] for i in ids]
-            graded = answer(sampler, tokenizer, task, chosen, keys, with_count, progress)
-            records += graded
+            graded = answer(sampler, tokenizer, task, chosen, keys, work[group].sampling)
             if parallel.rank() == 0:
                 for record in graded:
                     append_line(out, record)
-    if parallel.rank() == 0:
-        if any(record["correct"] is None for record in records):
-            print0(f"The answers are programs and not graded: python evaluate.py --grade-code {out} --run-model-code")
-        else:
-            print0(results.write_summary(out, header, records))
-        print0(f"\n{header['sampling']} · seed {args.seed} · grader {header['grader']} · answers in {out}")
-    parallel.end()
+            new += graded
+            bar.update(len(graded))
+    return new
+
+
+def unanswered(work: dict[str, Work], records: list[dict], slots: int) -> list[tuple[str, list[int]]]:
+    """(group, ids of problems without an answer) of each part of the work.
+
+    The answers of a part are written at its end. Each rank answers about two times `slots` samples in it, so that most
+    slots are in use most of the time.
+    """
+    answered = {(record["group"], record["id"]) for record in records}
+    parts = []
+    for group, w in work.items():
+        ids = [i for i in range(len(w.problems)) if (group, i) not in answered]
+        size = parallel.world_size() * max(1, 2 * slots // w.sampling.samples)
+        for start in range(0, len(ids), size):
+            parts.append((group, ids[start : start + size]))
+    return parts
 
 
 def main() -> None:
@@ -406,13 +492,10 @@ def main() -> None:
     with one_line_errors("evaluate.py", f"lower --slots {args.slots}, but not below the samples per problem"):
         if args.table:
             print0(results.table([Path(name) for name in args.table]))
+        elif args.regrade:
+            print0(regrade(Path(args.regrade), args.out))
         elif args.ask:
             ask(args)
-        elif args.grade_code and not args.run_model_code:
-            print0(CODE_WARNING)
-            sys.exit(2)
-        elif args.regrade or args.grade_code:
-            print0(regrade(Path(args.regrade or args.grade_code), args.out, with_code=bool(args.grade_code)))
         else:
             run(args)
 

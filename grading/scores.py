@@ -10,7 +10,6 @@ from collections import defaultdict
 import numpy as np
 
 from grading.answers import equivalent
-from grading.code import TESTS
 
 PAPER = ("math500", "minerva_math", "olympiadbench", "aime24", "amc23")  # the benchmarks of the paper's average
 P_NOTE = "Differences, with p for these two models on these problems, not for two methods: a run is one seed."
@@ -18,10 +17,13 @@ P_NOTE = "Differences, with p for these two models on these problems, not for tw
 
 def by_problem(records: list[dict]) -> dict[str, list[list[dict]]]:
     """{group: [the records of each problem]}; groups in order of appearance, problems in order of their id."""
-    groups = defaultdict(lambda: defaultdict(list))
-    for i, record in enumerate(records):
-        groups[record["group"]][record.get("id", i)].append(record)
-    return {group: [problems[i] for i in sorted(problems)] for group, problems in groups.items()}
+    groups: dict[str, dict[int, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for record in records:
+        groups[record["group"]][record["id"]].append(record)
+    in_order = {}
+    for group, problems in groups.items():
+        in_order[group] = [problems[i] for i in sorted(problems)]
+    return in_order
 
 
 def verdicts(problems: list[list[dict]]) -> np.ndarray:
@@ -40,7 +42,8 @@ def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     s = correct.shape[1]
     if not 1 <= k <= s:
         raise ValueError(f"pass@{k} needs at least {k} samples per problem, there are {s}")
-    c, i = correct.sum(1, keepdims=True), np.arange(k)
+    c = correct.sum(1, keepdims=True)
+    i = np.arange(k)
     return 1 - np.prod(np.clip(s - c - i, 0, None) / (s - i), 1)
 
 
@@ -51,15 +54,29 @@ def majority(extracted: list[str | None], correct: list[bool]) -> float:
     (1.0, 0.5)
     """
     votes: list[list] = []  # [answer, count, is correct]
-    for text, right in ((t, r) for t, r in zip(extracted, correct, strict=True) if t is not None):
-        equal = (v for v in votes if v[0] == text or (v[2] == right and (right or equivalent(text, v[0]))))
-        if vote := next(equal, None):
-            vote[1] += 1
+    for text, right in zip(extracted, correct, strict=True):
+        if text is None:  # no answer, no vote
+            continue
+        for vote in votes:
+            if is_same_answer(text, right, vote[0], vote[2]):
+                vote[1] += 1
+                break
         else:
             votes.append([text, 1, right])
-    most = max((count for _, count, _ in votes), default=0)
+    if not votes:
+        return 0.0
+    most = max(count for _, count, _ in votes)
     winners = [right for _, count, right in votes if count == most]
-    return sum(winners) / len(winners) if winners else 0.0
+    return sum(winners) / len(winners)
+
+
+def is_same_answer(a: str, a_is_correct: bool, b: str, b_is_correct: bool) -> bool:
+    """Whether two extracted answers count as one: equal texts, two correct answers, or two equivalent wrong ones."""
+    if a == b:
+        return True
+    if a_is_correct != b_is_correct:
+        return False
+    return a_is_correct or equivalent(a, b)
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
@@ -69,8 +86,11 @@ def wilson(share: float, n: int) -> tuple[float, float]:
     '0.000 0.114'
     """
     z = 1.959964
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
-    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+    middle = share + z * z / (2 * n)
+    half = z * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    low = (middle - half) / (1 + z * z / n)
+    high = (middle + half) / (1 + z * z / n)
+    return max(0.0, low), min(1.0, high)
 
 
 def interval(columns: list[np.ndarray], draws: int = 10_000) -> tuple[np.ndarray, np.ndarray]:
@@ -79,14 +99,20 @@ def interval(columns: list[np.ndarray], draws: int = 10_000) -> tuple[np.ndarray
     columns: one array [n] of per-problem values for each benchmark, or [n, m] of m numbers that are drawn together.
     A draw resamples problems with all their samples: it covers sampling and the choice of problems. The seed is fixed.
     """
-    rng, means = np.random.default_rng(0), 0.0
+    rng = np.random.default_rng(0)
+    means = 0.0
     for values in columns:
         n = len(values)
-        values, times = np.unique(values, axis=0, return_counts=True)  # draws count problems with equal values together
-        blocks = np.diff([*range(0, draws, 1 + 10**7 // len(values)), draws])  # one block takes at most 80 MB
-        counts = (rng.multinomial(n, times / n, block) for block in blocks)
-        means = means + np.concatenate([c @ values / n for c in counts])
-    return tuple(np.percentile(means / len(columns), [2.5, 97.5], axis=0))
+        # Problems with equal values are drawn together: a draw only counts how many of each kind it has.
+        values, times = np.unique(values, axis=0, return_counts=True)
+        block = 1 + 10**7 // len(values)  # draws at a time: their counts take at most 80 MB
+        drawn = []
+        for start in range(0, draws, block):
+            counts = rng.multinomial(n, times / n, min(block, draws - start))  # [draws, kinds]
+            drawn.append(counts @ values / n)
+        means = means + np.concatenate(drawn)
+    low, high = np.percentile(means / len(columns), [2.5, 97.5], axis=0)
+    return low, high
 
 
 def paired_test(a: list[np.ndarray], b: list[np.ndarray], draws: int = 10_000) -> tuple[float, float, float, float]:
@@ -97,55 +123,90 @@ def paired_test(a: list[np.ndarray], b: list[np.ndarray], draws: int = 10_000) -
     """
     differences = [y - x for x, y in zip(a, b, strict=True)]
     observed = np.mean([d.mean() for d in differences])
-    rng, null = np.random.default_rng(1), np.zeros(draws)
+    rng = np.random.default_rng(1)
+    null = np.zeros(draws)
     for d in differences:
         nonzero = d[d != 0]
-        null += [rng.choice([-1.0, 1.0], len(nonzero)) @ nonzero / len(d) for _ in range(draws)]
-    p = (1 + np.sum(np.abs(null / len(differences)) >= abs(observed) - 1e-12)) / (1 + draws)
-    return float(observed), *map(float, interval(differences)), float(p)
+        for i in range(draws):
+            signs = rng.choice([-1.0, 1.0], len(nonzero))
+            null[i] += signs @ nonzero / len(d)
+    as_large = np.sum(np.abs(null / len(differences)) >= abs(observed) - 1e-12)
+    p = (1 + as_large) / (1 + draws)
+    low, high = interval(differences)
+    return float(observed), float(low), float(high), float(p)
 
 
 def per_problem(problems: list[list[dict]]) -> dict[str, np.ndarray]:
     """{name of a number: [n], its value for each problem}."""
     correct = verdicts(problems)
-    means = {"cut off": lambda r: r["finish_reason"] == "length", "no box": lambda r: r["reason"] == "no_answer",
-             "tokens": lambda r: r["tokens"]}  # fmt: skip
-    votes = [majority([r["extracted"] for r in p], [r["correct"] for r in p]) for p in problems]
-    return {
-        "accuracy": correct.mean(1), **{f"pass@{k + 1}": pass_at_k(correct, k + 1) for k in range(correct.shape[1])},
-        **({"majority": np.array(votes)} if problems[0][0].get("unit") != TESTS else {}),  # of programs: none is equal
-        **{name: np.array([np.mean([of(r) for r in p]) for p in problems]) for name, of in means.items()},
-    }  # fmt: skip
+    values = {"accuracy": correct.mean(1)}
+    for k in range(1, correct.shape[1] + 1):
+        values[f"pass@{k}"] = pass_at_k(correct, k)
+    rows = []
+    for problem in problems:
+        rows.append(
+            {
+                "majority": majority([r["extracted"] for r in problem], [r["correct"] for r in problem]),
+                "cut off": np.mean([r["finish_reason"] == "length" for r in problem]),
+                "no box": np.mean([r["reason"] == "no_answer" for r in problem]),
+                "tokens": np.mean([r["tokens"] for r in problem]),
+            }
+        )
+    for name in rows[0]:
+        values[name] = np.array([row[name] for row in rows])
+    return values
 
 
 def with_intervals(values: dict[str, np.ndarray]) -> dict[str, list[float]]:
     """{name: [n]} -> {name: [mean, low, high]}: Wilson's interval for 0/1 values of problems, else the bootstrap's."""
     matrix = np.stack(list(values.values()), 1)  # [n, m]
-    rows = np.stack([matrix.mean(0), *interval([matrix])], 1)  # [m, 3]
-    counts = {name: name != "tokens" and np.isin(column, (0, 1)).all() for name, column in values.items()}
-    return {name: [mean, *(wilson(mean, len(matrix)) if counts[name] else bootstrap)]
-            for name, (mean, *bootstrap) in zip(values, rows.tolist(), strict=True)}  # fmt: skip
+    means = matrix.mean(0).tolist()  # [m]
+    lows, highs = interval([matrix])  # [m], [m]
+    numbers = {}
+    for i, (name, column) in enumerate(values.items()):
+        is_share = name != "tokens" and np.isin(column, (0, 1)).all()
+        if is_share:
+            low, high = wilson(means[i], len(matrix))
+        else:
+            low, high = float(lows[i]), float(highs[i])
+        numbers[name] = [means[i], low, high]
+    return numbers
 
 
 def summarise(records: list[dict]) -> dict:
     """{group: its numbers as [mean, low, high], and its accuracy by label; "average": the mean of the accuracies}."""
-    summary, accuracy = {}, {}
+    summary = {}
+    accuracy = {}
     for group, problems in by_problem(records).items():
         values = per_problem(problems)
         accuracy[group] = values["accuracy"]
-        summary[group] = dict(problems=len(problems), samples=len(problems[0]), **with_intervals(values), labels={})
-        for label in sorted({label for problem in problems for label in problem[0]["labels"]}):
-            chosen = accuracy[group][[label in problem[0]["labels"] for problem in problems]]
-            summary[group]["labels"][label] = dict(problems=len(chosen), **with_intervals({"accuracy": chosen}))
-    of = averaged(list(accuracy))
-    return summary | {"average": dict(of=of, accuracy=plain_mean([accuracy[g] for g in of]))}
+        summary[group] = {"problems": len(problems), "samples": len(problems[0]), **with_intervals(values)}
+        summary[group]["labels"] = by_label(problems, values["accuracy"])
+    chosen = averaged(list(accuracy))
+    summary["average"] = {"of": chosen, "accuracy": plain_mean([accuracy[group] for group in chosen])}
+    return summary
+
+
+def by_label(problems: list[list[dict]], accuracy: np.ndarray) -> dict[str, dict]:
+    """{label: number and accuracy of the problems that have it}."""
+    labels = set()
+    for problem in problems:
+        labels.update(problem[0]["labels"])
+    numbers = {}
+    for label in sorted(labels):
+        has_label = [label in problem[0]["labels"] for problem in problems]
+        chosen = accuracy[has_label]
+        numbers[label] = {"problems": len(chosen), **with_intervals({"accuracy": chosen})}
+    return numbers
 
 
 def plain_mean(columns: list[np.ndarray]) -> list[float]:
     """[mean, low, high] of the mean over columns of each column's mean; a single column is one benchmark."""
     if len(columns) == 1:
         return with_intervals({"accuracy": columns[0]})["accuracy"]
-    return [np.mean([c.mean() for c in columns]).item(), *map(float, interval(columns))]
+    low, high = interval(columns)
+    mean = np.mean([column.mean() for column in columns])
+    return [float(mean), float(low), float(high)]
 
 
 def averaged(groups: list[str]) -> list[str]:
@@ -162,57 +223,98 @@ def percent(number: float | list[float]) -> str:
 
 def markdown(rows: list[list]) -> str:
     """A Markdown table; the first row is its head."""
-    return "\n".join(f"| {' | '.join(map(str, row))} |" for row in (rows[0], ["---"] * len(rows[0]), *rows[1:]))
+    head, *rest = rows
+    lines = []
+    for row in (head, ["---"] * len(head), *rest):
+        lines.append(f"| {' | '.join(str(cell) for cell in row)} |")
+    return "\n".join(lines)
 
 
 def table(columns: dict[str, dict[str, float]]) -> str:
     """A Markdown table, in percent, of {row title: {group: accuracy}}."""
     groups = list(next(iter(columns.values())))
-    return markdown([["", *groups], *([title, *(percent(a[g]) for g in groups)] for title, a in columns.items())])
+    rows = [["", *groups]]
+    for title, accuracy in columns.items():
+        rows.append([title, *(percent(accuracy[group]) for group in groups)])
+    return markdown(rows)
 
 
 def report(header: dict, summary: dict) -> str:
     """The tables of one result file: numbers by benchmark, then accuracies by label (level, subject, …)."""
-    groups = {g: numbers for g, numbers in summary.items() if g != "average"}
+    groups = {group: numbers for group, numbers in summary.items() if group != "average"}
     most = max(numbers["samples"] for numbers in groups.values())
     shown = [f"pass@{k}" for k in (2, 4, 8, 16, 32, 64, 128, 256) if k <= most]  # the summary file has all k
-    shown += ["majority"] if most > 1 else []
+    if most > 1:
+        shown.append("majority")
     name = "pass@1, greedy" if header["sampling"]["temperature"] == 0 else "avg@n"
+
     rows = [["", "problems", "n", name, *shown, "cut off", "no box", "tokens"]]
     labels = [["", "label", "problems", name]]
-    for g, n in groups.items():
-        cells = [percent(n[k]) if k in n else "" for k in ("accuracy", *shown)]
-        rows.append([g, n["problems"], n["samples"], *cells, *(percent(n[k][0]) for k in ("cut off", "no box")),
-                     round(n["tokens"][0])])  # fmt: skip
-        labels += [[g, label, m["problems"], percent(m["accuracy"])] for label, m in n["labels"].items()]
+    for group, numbers in groups.items():
+        row = [group, numbers["problems"], numbers["samples"]]
+        for column in ("accuracy", *shown):
+            row.append(percent(numbers[column]) if column in numbers else "")
+        for column in ("cut off", "no box"):
+            mean, _, _ = numbers[column]
+            row.append(percent(mean))
+        row.append(round(numbers["tokens"][0]))
+        rows.append(row)
+        for label, of_label in numbers["labels"].items():
+            labels.append([group, label, of_label["problems"], percent(of_label["accuracy"])])
     average = summary["average"]
-    rows.append([f"average of {len(average['of'])}", "", "", percent(average["accuracy"]), *[""] * (len(shown) + 3)])
-    return "\n\n".join(markdown(table) for table in (rows, labels) if len(table) > 1)
+    empty = [""] * (len(shown) + 3)
+    rows.append([f"average of {len(average['of'])}", "", "", percent(average["accuracy"]), *empty])
+
+    tables = [markdown(rows)]
+    if len(labels) > 1:
+        tables.append(markdown(labels))
+    return "\n\n".join(tables)
 
 
 def compare(results: list[tuple[str, dict, list[dict]]]) -> str:
-    """Tables of accuracies and of paired differences to the first result. Raises ValueError if the problems differ."""
+    """Tables of accuracies and of paired differences to the first result. Raises ValueError if the problems differ.
+
+    results: (name, header, records) of each.
+    """
     first_name, first_header, first_records = results[0]
     groups = list(by_problem(first_records))
-    choices = [*([g] for g in groups), averaged(groups)]  # one cell for each benchmark, one for the average
-    head = ["", *groups, f"average of {len(choices[-1])}"]
-    rows, differences, notes, first_cells = [head], [head], [], []
-    for name, header, records in results:
+    columns = [[group] for group in groups]  # a column of the tables is the mean over some groups
+    columns.append(averaged(groups))
+    head = ["", *groups, f"average of {len(columns[-1])}"]
+    first_cells = cells_of(first_records, columns)
+    rows = [head]
+    differences = [head]
+    notes = []
+    for i, (name, header, records) in enumerate(results):
         if header["data"] != first_header["data"]:
             raise ValueError(f"{name} and {first_name} were evaluated on different data: {header['data']}")
-        accuracy = {g: verdicts(problems).mean(1) for g, problems in by_problem(records).items()}
-        cells = [[accuracy[g] for g in chosen] for chosen in choices]
+        cells = cells_of(records, columns)
         rows.append([name, *(percent(plain_mean(cell)) for cell in cells)])
-        if not first_cells:
-            first_cells = cells
+        if i == 0:
             continue
-        differences.append([f"{name} − {first_name}"])
+        row = [f"{name} − {first_name}"]
         for first, cell in zip(first_cells, cells, strict=True):
-            d, low, high, p = paired_test(first, cell)
-            significance = f"p={p:.3f}" if p >= 0.001 else "p<0.001"
-            differences[-1].append(f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] {significance}")
+            row.append(difference(first, cell))
+        differences.append(row)
         for key in ("prompt", "sampling", "seed", "grader", "dtype"):
             if header.get(key) != first_header.get(key):
                 notes.append(f"{name} and {first_name} differ in {key}: {header.get(key)} and {first_header.get(key)}")
-    tables = [markdown(rows), P_NOTE, markdown(differences)] if len(results) > 1 else [markdown(rows)]
+    tables = [markdown(rows)]
+    if len(results) > 1:
+        tables += [P_NOTE, markdown(differences)]
     return "\n\n".join([*tables, *notes])
+
+
+def cells_of(records: list[dict], columns: list[list[str]]) -> list[list[np.ndarray]]:
+    """For each column of groups the accuracies [n] of their problems."""
+    accuracy = {}
+    for group, problems in by_problem(records).items():
+        accuracy[group] = verdicts(problems).mean(1)
+    return [[accuracy[group] for group in column] for column in columns]
+
+
+def difference(first: list[np.ndarray], second: list[np.ndarray]) -> str:
+    """The paired difference of two cells in percentage points, with its interval and p."""
+    d, low, high, p = paired_test(first, second)
+    significance = f"p={p:.3f}" if p >= 0.001 else "p<0.001"
+    return f"{100 * d:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}] {significance}"

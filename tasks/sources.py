@@ -13,7 +13,6 @@ from decimal import Decimal
 from pathlib import Path
 
 import rewards
-from grading.code import TESTS
 from infra.files import DataError, read_lines
 from tasks.task import SURROGATE, Demonstration, Problem, note_dropped
 
@@ -106,34 +105,6 @@ def read_problems(sources: str, setting: str, notes: list[str], any_gold: bool =
         gold = gold if solution or gold_field in ANSWER else ""
         problems.append(Problem(question, gold, level or difficulty or "all", extra=extra))
     return keep_readable(problems, sources, setting, notes, any_gold)
-
-
-def read_programs(sources: str, setting: str) -> list[Problem]:
-    """The problems of rows in HumanEval's or MBPP's form, whose answers are tests; none if the first row has neither.
-
-    A HumanEval row has prompt, test and entry_point; an MBPP row has text or prompt, test_list and perhaps
-    test_setup_code or test_imports. Raises DataError.
-    """
-    problems: list[Problem] = []
-    for place, row in read_rows(sources, setting):
-        if {"prompt", "test", "entry_point"} <= row.keys():
-            group, before, names = "humaneval", str(row["prompt"]), [str(row["entry_point"])]
-            tests = f"{row['test']}\ncheck({names[0]})\n"
-            question = f"Complete this Python function.\n```python\n{before.strip()}\n```"
-        elif "test_list" in row and (text := row.get("text") or row.get("prompt")):
-            group, names, imports, listed = "mbpp", [], row.get("test_imports") or [], row["test_list"]
-            if not all(isinstance(lines, list | tuple) for lines in (imports, listed)):
-                raise DataError(f"{place}: test_list and test_imports must be lists")
-            before = "\n".join([*map(str, imports), row.get("test_setup_code") or ""])
-            tests = "\n".join(map(str, listed))
-            question = f"{text}\nThe program must pass these tests.\n```python\n{tests}\n```"
-        elif problems:
-            raise DataError(f"{place}: has no tests like the first row: test and entry_point, or test_list")
-        else:
-            return []
-        question += "\nAnswer with one Python code block that holds the whole program."
-        problems.append(Problem(question, json.dumps([before, tests, names]), group, unit=TESTS))
-    return problems
 
 
 def read_demonstrations(sources: str, setting: str, notes: list[str], any_gold: bool = False) -> list[Demonstration]:

@@ -1,25 +1,21 @@
 """Evaluation: every number equals its definition; result files survive interruption, damage and more ranks."""
 
-import contextlib
 import io
 import itertools
 import json
 import math
 import os
 import random
-import re
 import shutil
 import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import fork_ranks, lines, tensors_in
-from matplotlib import figure
 
 import evaluate
 import lora
@@ -28,10 +24,9 @@ import rewards
 from grading import scores
 from grading.scores import PAPER, interval, majority, paired_test, pass_at_k, report, summarise
 from infra import checkpoint, export
-from infra.files import DataError, read_lines, write_lines
+from infra.files import DataError
 from infra.model import load, stop_tokens
 from infra.results import weights_hash, write_results
-from infra.run import RunFolder, one_line_errors
 from sampler import Sampler
 from settings import PRESETS, Settings, start_program
 from tasks import arithmetic, benchmarks, builtin, named
@@ -351,29 +346,6 @@ def test_training_evaluates_greedily_and_averages_over_groups(model):
     assert [r["question"] for r in sorted(records, key=lambda r: r["id"])] == [p.question for p in task.evaluation]
 
 
-def test_the_bar_counts_tokens_and_its_total_falls_with_every_early_end():
-    progress = evaluate.Progress(answers=3, limit=100)
-    with progress.bar as bar:
-        progress(3, [])
-        assert (bar.n, bar.total) == (3, 300)
-        progress(30, [10, 7])
-        assert (bar.n, bar.total) == (33, 300 - 90 - 93)
-        assert bar.postfix == "2 of 3 answers"
-        progress(84, [100])
-        assert bar.n == bar.total == 117
-
-
-def test_the_expected_time_is_announced_once_after_seconds_of_decoding_and_bounds_all_tokens(monkeypatch, capsys):
-    clock = iter([100.0, 103.0, 106.0])  # the first call follows the prompts and starts no clock
-    monkeypatch.setattr(evaluate.time, "monotonic", lambda: next(clock))
-    progress = evaluate.Progress(answers=2, limit=1000, announce=True)
-    with progress.bar:
-        for tokens in (2, 2, 30, 30, 30):
-            progress(tokens, [])
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.startswith("10 tokens/s in the first 6 s of decoding: 03:13 more if no answer ends early;")  # 1936 left
-
-
 def test_an_evaluation_says_before_it_starts_how_many_tokens_it_may_take(model, greedy, tmp_path, capsys):
     out = tmp_path / "a.jsonl"
     out.write_text("".join(greedy.read_text().splitlines(keepends=True)[:6]))  # the header and 5 of 12 answers
@@ -508,46 +480,22 @@ def test_the_table_compares_runs_problem_by_problem(tmp_path, capsys, few_draws)
         call("--table", tmp_path / "weak.jsonl", tmp_path / "short.jsonl")
 
 
-HEADER = json.dumps({"header": dict(data={"g": {"problems": 1}}, sampling=dict(temperature=0, samples={"g": 1}))})
-DAMAGE = {  # a result file and the end of the message
-    "": "line 1: a header with sampling and data is needed; this is no result file of evaluate.py",
+DAMAGE = {  # a file and the end of the message
+    '{"question": "1+1"}\n': "line 1: there is no header; this is no result file of evaluate.py",
+    "": "line 1: there is no header; this is no result file of evaluate.py",
     "# BRIDGE\n": "line 1: not valid JSON",
-    '{"header": 1}\n': "line 1: a header with sampling and data is needed",
-    '{"header": {"sampling": {}, "data": {"g": []}}}\n': "line 1: a header with sampling and data is needed",
-    f"{HEADER}\n[1]\n": "line 2: a JSON object is needed",
-    f"{HEADER}\n{json.dumps(record())[:40]}\n": "line 2: not valid JSON",
-    f"{HEADER}\n{json.dumps(record(tokens='5'))}\n": r"line 2: no answer .* wrong or missing: \['tokens'\]",
-    f"{HEADER}\n{json.dumps(record('h'))}\n": r"line 2: no answer .* wrong or missing: \['group'\]",
-    f"{HEADER}\n\udcff\n": "line 2: is not UTF-8 text",
-    '{"header": {"sampling": {"samples": {"g": 1}}, "data": {"g": {"problems": 1}}}}\n': "line 1: a header with",
-    HEADER.replace('"problems": 1', '"problems": "1"') + "\n": "line 1: a header with",
-    HEADER.replace('"problems": 1', '"problems": 0') + "\n": "line 1: a header with",
-    HEADER.replace('"g"', '"average"') + "\n": "line 1: a header with",
-    '{"header": {"sampling": {"samples": {}, "temperature": 0}, "data": {}}}\n': "line 1: a header with",
-    **{f"{HEADER}\n{json.dumps(record(**odd))}\n": rf"line 2: no answer .* wrong or missing: \['{name}'\]"
-       for odd in (dict(labels=[["x"]]), dict(tokens=True), dict(tokens=10**400), dict(tolerance=float("nan")),
-                   dict(tolerance="x"), dict(unit=[]), dict(correct=1), dict(extracted=0), dict(reason=None))
-       for name in odd},
-    **{f"{HEADER}\n{json.dumps(record() | odd)}\n": rf"line 2: no answer .* wrong or missing: \['{name}'\]"
-       for odd in (dict(id=1), dict(id=-1), dict(sample=1), dict(id="0"), dict(group=["g"])) for name in odd},
-}  # fmt: skip
+    '{"header": {"data": {}, "sampling": {}}}\n[1]\n': "line 2: a JSON object is needed",
+}
 
 
 @pytest.mark.parametrize("text", DAMAGE)
-def test_a_damaged_result_file_ends_in_one_line_with_file_and_line(text, greedy, model, tmp_path):
-    damaged = tmp_path / "a.jsonl"
-    damaged.write_bytes(text.encode("utf-8", "surrogateescape"))
-    for flags in (("--regrade", damaged), ("--table", greedy, damaged)):
+def test_a_file_of_another_kind_ends_in_one_line_with_its_name_and_stays_as_it_is(text, greedy, model, tmp_path):
+    other = tmp_path / "a.jsonl"
+    other.write_text(text)
+    for flags in (("--regrade", other), ("--table", greedy, other), (model, *GREEDY, "--out", other)):
         with pytest.raises(SystemExit, match=rf"^evaluate\.py: \S*a\.jsonl, {DAMAGE[text]}[^\n]*$"):
             call(*flags)
-    assert damaged.read_bytes() == text.encode("utf-8", "surrogateescape")
-
-
-def test_continuing_a_damaged_result_file_ends_in_the_same_line(model, greedy, tmp_path):
-    damaged = tmp_path / "a.jsonl"
-    damaged.write_text(greedy.read_text().replace('"tokens"', '"token"', 1))
-    with pytest.raises(SystemExit, match=r"^evaluate\.py: \S*a\.jsonl, line 2: no answer [^\n]*$"):
-        call(model, *GREEDY, "--out", damaged)
+    assert other.read_text() == text
 
 
 # Run folders
@@ -572,16 +520,8 @@ def run_folder(tmp_path):
     [
         ("{", r"not valid JSON"),
         ("[1]", "a JSON object is needed"),
-        ("\udcff", "is not UTF-8 text"),
-        ("", "not valid JSON"),
-        ("null", "a JSON object is needed"),
         ("{}", r"no settings of this version \('settings'\)"),
-        ('{"settings": [1]}', "no settings of this version"),
-        ('{"settings": null}', "no settings of this version"),
         ('{"settings": {"seed": "0"}}', r"no settings of this version \('seed' must be of type int\)"),
-        ('{"settings": {"seed": true}}', r"no settings of this version \('seed' must be of type int\)"),
-        ('{"settings": {"rl_data": null}}', r"no settings of this version \('rl_data' must be of type str\)"),
-        ('{"settings": {"lam": NaN}}', r"no settings of this version \(lam must be at least 0; got nan\)"),
         ('{"settings": {"method": "ppo"}}', r"no settings of this version \(method must be one of"),
     ],
 )
@@ -648,119 +588,14 @@ def test_figures_need_no_evaluation_and_ignore_a_torn_line(run_folder, tmp_path,
     ("name", "text", "message"),
     [
         ("metrics.jsonl", METRICS + "[1]\n", "line 2: a JSON object is needed"),
-        ("metrics.jsonl", METRICS + '{"step": 2}\n', "line 2: lacks seconds"),
-        ("metrics.jsonl", '{"seconds": {}}\n', "line 1: lacks step"),
-        ("evals.jsonl", EVALS + '{"shadow": {}}\n', "line 2: lacks step, policy"),
+        ("metrics.jsonl", METRICS + '{"step": 2, "sec\n', "line 2: not valid JSON"),
         ("evals.jsonl", EVALS + "\udcff\n", "line 2: is not UTF-8 text"),
-        ("evals.jsonl", '{"step": 0, "policy": {"n=3": 0.5}}\n', "line 1: policy must be accuracies .* average"),
-        ("evals.jsonl", '{"step": 0, "policy": {"average": 0.5}}\n', "line 1: policy must be accuracies"),
-        ("evals.jsonl", '{"step": 0, "policy": [1]}\n', "line 1: policy must be accuracies"),
-        ("evals.jsonl", EVALS.replace("0.25", '"0.25"'), "line 1: shadow must be accuracies"),
-        ("evals.jsonl", EVALS.replace("0.5", "5"), "line 1: policy must be accuracies"),
-        *(
-            ("metrics.jsonl", METRICS + METRICS.replace('"step": 1', f'"step": {odd}'), "line 2: step must be a whole")
-            for odd in ("null", '"1"', "1.5", "[1]", "NaN", "true", "-1", "1" + "0" * 400)
-        ),
-        ("metrics.jsonl", METRICS.replace("0.1", "Infinity"), "line 1: seconds must be numbers"),
-        ("metrics.jsonl", METRICS.replace("9", "{}"), "line 1: response_tokens must be a number or null"),
-        ("metrics.jsonl", METRICS.replace("9", "1" + "0" * 400), "line 1: response_tokens must be a number or null"),
-        ("metrics.jsonl", "1" * 5000 + "\n", "line 1: not valid JSON"),
-        pytest.param("metrics.jsonl", "[" * 100_000 + "\n", "line 1: not valid JSON", id="nested"),
     ],
 )
-def test_figures_of_a_damaged_log_end_in_one_line_with_file_and_line(run_folder, name, text, message):
+def test_a_line_of_a_log_that_is_no_object_ends_in_one_line_with_file_and_line(run_folder, name, text, message):
     (run_folder / name).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(SystemExit, match=rf"^plot\.py: \S*{name}, {message}[^\n]*$"):
         run_main(plot, run_folder, "--out", run_folder / "a.png")
-
-
-def as_folder(path):
-    path.unlink()
-    path.mkdir()
-
-
-def as_loop(path):
-    path.unlink()
-    path.symlink_to(path.name)
-
-
-def first_object(change):
-    """A damage that changes the first JSON object of a file, or a checkpoint's facts with a right checksum."""
-
-    def damage(path):
-        if path.suffix == ".gz":
-            first, *rest = (row for _, row in read_lines(path))
-            return write_lines(path, [change(first), *rest])
-        first, *rest = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
-        path.write_text("\n".join([json.dumps(change(json.loads(first))), *rest, ""]))
-        if path.name == "facts.json":
-            (path.parent / "checksum").write_text(str(checkpoint._checksum(path.parent)))
-
-    return damage
-
-
-TEXTS = (
-    b"",
-    b"\n",
-    b"null\n",
-    b"[1]\n",
-    b"{}\n",
-    b"\xff\xfe\n",
-    b"[" * 10**5 + b"\n",
-    b"1" * 5000 + b"\n",
-    b'{"step": NaN}\n',
-)
-DAMAGES = [
-    lambda path: path.unlink(), as_folder, as_loop, *(lambda path, text=text: path.write_bytes(text) for text in TEXTS),
-    lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
-    *(lambda path, more=more: path.write_bytes(path.read_bytes() + more) for more in (b"\0\n", b"[]\n")),
-    *(first_object(lambda row, odd=odd: dict.fromkeys(row, odd)) for odd in (None, [], {}, "x", -1, True, 10**400)),
-]  # fmt: skip
-
-
-def ending(reader, run) -> str:
-    """The text with which a reader of a run folder ends the program, or that it works."""
-    try:
-        reader(run)
-    except SystemExit as ended:
-        return str(ended.code)
-    return "bridge.py: works"
-
-
-def begin(run):
-    with one_line_errors("bridge.py"):
-        RunFolder(run).begin(Settings(), [], 1)
-        RunFolder(run).is_evaluated(1)
-
-
-READERS = {  # by file of the run folder
-    "config.json": (call, lambda run: run_main(export, run)),
-    "metrics.jsonl": (begin, lambda run: run_main(plot, run)),
-    "evals.jsonl": (begin, lambda run: run_main(plot, run), lambda run: run_main(export, run)),
-    "samples.jsonl": (begin,),
-    "tokens.jsonl.gz": (begin, lambda run: run_main(plot, run, "--html")),
-    "answers.jsonl.gz": (begin, lambda run: run_main(plot, run, "--html")),
-    "checkpoint/step-000002/facts.json": (lambda run: run_main(export, run, "--step", 2),),
-}
-
-
-@pytest.mark.parametrize("name", READERS)
-def test_every_reader_of_a_damaged_run_folder_works_or_ends_in_one_line(name, finished_run, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    shutil.copytree(finished_run("--steps", "2", "--save-every", "1"), run)
-    stop, saved, kept = mock.Mock(side_effect=DataError("read")), checkpoint.newest(run / "checkpoint"), run / "kept"
-    for module, reached in ((figure, "Figure"), (export, "load"), (evaluate, "find_task")):
-        monkeypatch.setattr(module, reached, stop)
-    if not name.startswith("checkpoint"):
-        monkeypatch.setattr(checkpoint, "of_step", lambda *_: saved)
-    shutil.copy(run / name, kept)
-    for damage, reader in itertools.product(DAMAGES, READERS[name]):
-        with contextlib.suppress(IsADirectoryError, FileNotFoundError):
-            (run / name).unlink()
-        shutil.rmtree(run / name, ignore_errors=True)
-        shutil.copy(kept, run / name)
-        damage(run / name)
-        assert re.fullmatch(r"[\w.]+: [^\n]+", ending(reader, run))
 
 
 # Questions of one's own
@@ -829,15 +664,16 @@ def test_a_model_answers_alone_and_temperature_and_seed_change_its_answer(model,
 
 def test_questions_have_the_instruction_and_the_template_of_the_run(tmp_path):
     def prompt(source, s, *flags):
-        task = evaluate.prompt_of(evaluate.parse([source, "--ask", "q", *flags]), s)
+        task = evaluate.find_task(evaluate.parse([source, *flags]), s)
         return task.instruction, task.template
 
     (tmp_path / "own.py").write_text("from tasks.task import *\ndef f(s): return Task([], [], [], ' Go.', 'plain')")
-    assert prompt("run", Settings()) == prompt("logic-laptop", None) == ("", "")
-    assert prompt("run", Settings(task="limr", template="qwen-boxed")) == (INSTRUCTION, "qwen-boxed")
-    assert prompt("owner/name", None, "--template", "plain") == (INSTRUCTION, "plain")
-    assert prompt("run", Settings(task=f"{tmp_path}/own.py:f")) == (" Go.", "plain")
-    assert prompt("run", Settings(task=f"{tmp_path}/own.py:f"), "--template", "") == (" Go.", "")
+    ask, own = ("--ask", "q"), Settings(task=f"{tmp_path}/own.py:f")
+    assert prompt("run", Settings(), *ask) == prompt("logic-laptop", None, *ask) == ("", "")
+    assert prompt("run", Settings(task="limr", template="qwen-boxed"), *ask) == (INSTRUCTION, "qwen-boxed")
+    assert prompt("owner/name", None, "--template", "plain", *ask) == (INSTRUCTION, "plain")
+    assert prompt("run", own, *ask) == prompt("run", own) == (" Go.", "plain")
+    assert prompt("run", own, "--template", "", *ask) == (" Go.", "")
 
 
 # The command line
@@ -845,11 +681,9 @@ def test_questions_have_the_instruction_and_the_template_of_the_run(tmp_path):
 
 @pytest.mark.parametrize(
     "flags",
-    ["", "m --regrade x", "m --seed -1", "m --temperature 1e-300", "m --data x --benchmarks paper",
-     "m --slots 0", "m --out /", "m --out .", "m --out=", "m --data \0", "m --out \udcff", "--table a b\0",
-     "--table a b --samples 4", "--table a b --out c", "--regrade a --seed 3", "--regrade a --protocol sampled",
-     "--ask q", "m --ask q --problems 3", "--ask q --regrade x", "m --ask \udcff",
-     "m --problems -1", "m --top-p 0", "m --top-p 1.1", "m --temperature -1", "m --temperature nan"],
+    ["", "m --regrade x", "--ask q", "--ask q --regrade x", "m --seed -1", "m --slots 0", "m --out .",
+     "m --data x --benchmarks paper", "m --temperature 1e-300", "m --temperature nan", "m --top-p 0", "m --top-p 1.1",
+     "--table a b --samples 4", "--table a b --out c", "--regrade a --seed 3", "m --ask q --problems 3"],
 )  # fmt: skip
 def test_a_command_that_makes_no_sense_is_refused(flags, capsys):
     with pytest.raises(SystemExit):
@@ -858,7 +692,7 @@ def test_a_command_that_makes_no_sense_is_refused(flags, capsys):
 
 
 @pytest.mark.parametrize("program", ["bridge.py", "evaluate.py", "plot.py"])
-@pytest.mark.parametrize("stream", [">&-", "2>&-", "<&- >&- 2>&-", "| true", "> /dev/null"])
+@pytest.mark.parametrize("stream", ["<&- >&- 2>&-", "| true"])
 def test_the_help_needs_no_terminal_and_no_encoding(program, stream):
     environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     command = ["bash", "-o", "pipefail", "-c", f"{sys.executable} {program} --help {stream}"]
@@ -866,28 +700,24 @@ def test_the_help_needs_no_terminal_and_no_encoding(program, stream):
     assert (finished.returncode, finished.stderr) == (0, "")
 
 
-def test_reports_are_printed_in_any_encoding_and_without_any_stream(greedy, run_folder, monkeypatch, few_draws):
-    for stream in (io.TextIOWrapper(io.BytesIO(), "ascii"), io.TextIOWrapper(io.BytesIO(), "latin-1"), None):
-        for name in ("stdout", "stderr"):
-            monkeypatch.setattr(sys, name, stream)
-        start_program()
-        call("--table", greedy, greedy)  # with a minus sign
-        run_main(plot, run_folder, "--out", run_folder / "θ.png")
-        if stream:
-            stream.flush()
-            assert b"?.png" in stream.buffer.getvalue()
+def test_reports_are_printed_in_any_encoding(greedy, monkeypatch, few_draws):
+    stream = io.TextIOWrapper(io.BytesIO(), "ascii")
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, stream)
+    start_program()
+    call("--table", greedy, greedy)
+    stream.flush()
+    assert b" ? " in stream.buffer.getvalue()  # the minus sign of the differences
 
 
-def test_a_closed_pipe_or_a_full_disk_ends_in_one_line(greedy, tmp_path, run_folder, monkeypatch):
+def test_a_closed_pipe_or_a_full_disk_ends_in_one_line(greedy, tmp_path):
     for text, file in (("Broken pipe", None), ("No space left", "/dev/full")):
         reader, writer = os.pipe()
         os.close(reader)
         with open(file or writer, "w") as stream, pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
-            for module, flags in ((evaluate, ("--regrade", greedy, "--out", tmp_path / "r.jsonl")),
-                                  (plot, (run_folder, "--out", tmp_path / "f.png"))):  # fmt: skip
-                with pytest.raises(SystemExit, match=rf"^{module.__name__}\.py: [^\n]*{text}[^\n]*$"):
-                    run_main(module, *flags)
+            with pytest.raises(SystemExit, match=rf"^evaluate\.py: [^\n]*{text}[^\n]*$"):
+                call("--regrade", greedy, "--out", tmp_path / "r.jsonl")
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())  # takes what is left in the buffer
 
 

@@ -23,12 +23,12 @@ from settings import METHODS, PRESETS, Settings
 ROOT = Path(__file__).parents[1]
 PAGES = {path.name: path.read_text() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 EVERYTHING = "\n".join(PAGES.values())
-OTHERS = {  # flags of torchrun, pip and srun, of bench/, and those beside the settings of bridge.py
+OTHERS = {  # flags of torchrun, pip, srun and other evaluators, of bench/, and those beside the settings of bridge.py
     "--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts",
     "--shutdown-timeout", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal",
     "--preset", "--out", "--resume", "--dry-run", "--gpu", "--gpus", "--help", "--seeds", "--quick", "--size",
     "--only", "--step", "--trace", "--heap", "--iterations", "--table", "--tune", "--methods", "--no-runs", "--rows",
-    "--no-deps", "--keep-rollouts", "--html",
+    "--no-deps", "--keep-rollouts", "--html", "--dataset", "--backend", "--greedy", "--tasks", "--confirm", "--batch",
 }  # fmt: skip
 
 

@@ -172,18 +172,21 @@ def test_pieces_join_to_the_completion_and_a_broken_character_belongs_to_its_las
 
 def test_a_compressed_log_survives_a_cut_at_every_byte(tmp_path):
     log = tmp_path / "log.jsonl.gz"
+    records = [{"step": step, "text": "é" * step} for step in (1, 2, 3)]
     ends = []
-    for step in (1, 2, 3):
-        append_line(log, {"step": step, "text": "é" * step})
+    for record in records:
+        append_line(log, record)
         ends.append(log.stat().st_size)
     whole = log.read_bytes()
     for size in range(len(whole) + 1):
         log.write_bytes(whole[:size])
-        complete = [step for step, end in zip((1, 2, 3), ends, strict=True) if end <= size]
-        assert [r["step"] for r in read_log(log)] == complete
+        found = read_log(log)
+        complete = sum(end <= size for end in ends)
+        assert found == records[: len(found)]
+        assert len(found) - complete in (0, 1)  # the text of a member can be whole without the member's checksum
         cut_back(log, 2)
         append_line(log, {"step": 9})
-        assert [r["step"] for r in read_log(log)] == [*(step for step in complete if step <= 2), 9]
+        assert read_log(log) == [*found[:2], {"step": 9}]
     log.write_bytes(whole[: ends[0]] + b"garbage" + whole[ends[0] :])
     with pytest.raises(DataError, match=r"log\.jsonl\.gz: damaged"):
         read_log(log)
@@ -191,19 +194,19 @@ def test_a_compressed_log_survives_a_cut_at_every_byte(tmp_path):
 
 def test_a_resumed_run_keeps_each_step_once_and_keep_rollouts_chooses_the_groups(tmp_path):
     flags = ["--prompts-per-step", "3", "--group-size", "4", "--save-every", "1", "--eval-problems", "1"]
-    run(tmp_path, *flags, "--keep-rollouts", "all", steps=1)
+    run(tmp_path, *flags, "--keep-rollouts", "none", steps=1)
+    assert not (tmp_path / "tokens.jsonl.gz").exists()
     for name in ("tokens", "answers"):
         append_line(tmp_path / f"{name}.jsonl.gz", {"step": 2})  # as if killed before the checkpoint of step 2
-    run(tmp_path, *flags, "--resume", steps=2)
-    run(tmp_path, *flags, "--resume", "--keep-rollouts", "none", steps=3)
+    run(tmp_path, *flags, "--resume", "--keep-rollouts", "all", steps=2)
     kept = read_log(tmp_path / "tokens.jsonl.gz")
-    assert [(r["step"], len(r["groups"]), len(r["demonstrations"])) for r in kept] == [(1, 3, 8), (2, 1, 8)]
-    assert [[len(g["rows"]) for g in r["groups"]] for r in kept] == [[4, 4, 4], [4]]
-    samples = [r["response"] for r in lines(tmp_path / "samples.jsonl") if r["step"] == 1]
+    assert [(r["step"], len(r["groups"]), len(r["demonstrations"])) for r in kept] == [(2, 3, 8)]
+    assert [len(g["rows"]) for g in kept[0]["groups"]] == [4, 4, 4]
+    samples = [r["response"] for r in lines(tmp_path / "samples.jsonl") if r["step"] == 2]
     joined = ["".join(row["pieces"]) for row in kept[0]["groups"][0]["rows"]]
     assert [text.removesuffix("<eos>") for text in joined] == samples
     evaluated = [(r["step"], r["model"]) for r in read_log(tmp_path / "answers.jsonl.gz")]
-    assert evaluated == [(step, model) for step in (0, 1, 2, 3) for model in ("policy", "shadow")]
+    assert evaluated == [(step, model) for step in (0, 1, 2) for model in ("policy", "shadow")]
     for evals, answers in zip(
         lines(tmp_path / "evals.jsonl"), read_log(tmp_path / "answers.jsonl.gz")[::2], strict=True
     ):
@@ -293,14 +296,11 @@ def test_answers_that_do_not_fit_are_those_of_the_first_and_last_evaluation():
     assert len(found["problems"]) == len(found["evaluations"][0]["answers"]) == 2
 
 
-def test_the_flag_html_writes_the_page_of_each_run_and_damage_is_one_line(tmp_path, capsys, monkeypatch):
+def test_the_flag_html_writes_the_page_of_each_run(tmp_path, capsys, monkeypatch):
     hostile_run(tmp_path)
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--html"])
     plot.main()
     assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
-    append_line(tmp_path / "tokens.jsonl.gz", {"step": 4, "groups": [{"of": "policy"}]})
-    with pytest.raises(SystemExit, match=r"^plot\.py: \S*tokens\.jsonl\.gz: a record that no run writes [^\n]*$"):
-        plot.main()
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--html", "--out", "x.png"])
     with pytest.raises(SystemExit):
         plot.main()
