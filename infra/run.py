@@ -158,40 +158,44 @@ def numbers(record: dict) -> dict[str, float]:
     >>> numbers({"reward": 0.5, "kl": None, "seconds": {"sample": 1.5}})
     {'reward': 0.5, 'seconds/sample': 1.5}
     """
-    flat: dict = {}
+    flat = {}
     for name, value in record.items():
-        flat |= {f"{name}/{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in flat.items() if value is not None}
+        if isinstance(value, dict):
+            flat |= {f"{name}/{inner}": number for inner, number in value.items()}
+        elif value is not None:
+            flat[name] = value
+    return flat
 
 
 @contextmanager
 def tracked(folder: RunFolder, s: Settings, start: int) -> Iterator[None]:
     """Sends the folder's records to the package `s.track` ("", "tensorboard" or "wandb") during the block.
 
-    A run resumed at step `start` continues its curves: TensorBoard drops the steps beyond `start`, W&B ignores their
-    second record, which has the same numbers. Raises SettingError if W&B refuses.
+    A run that resumes at step `start` continues its curves: TensorBoard drops the steps beyond `start`. W&B keeps its
+    first record of them, which has the same numbers.
     """
-    out = folder.path
     if parallel.rank() > 0 or not s.track:
         yield
     elif s.track == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(out / "tensorboard", purge_step=start + 1 if start else 0) as writer:
-            folder.tracker = lambda step, record: [writer.add_scalar(n, v, step) for n, v in numbers(record).items()]
+        first = start + 1 if start else 0  # step 0 has an evaluation
+        with SummaryWriter(folder.path / "tensorboard", purge_step=first) as writer:
+
+            def add_scalars(step: int, record: dict) -> None:
+                for name, value in numbers(record).items():
+                    writer.add_scalar(name, value, step)
+
+            folder.tracker = add_scalars
             yield
     else:
         import wandb
 
-        id_file = out / "wandb-id.txt"
+        id_file = folder.path / "wandb-id.txt"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
-        names = dict(project="bridge", name=out.name, id=id_file.read_text())
-        try:
-            run = wandb.init(**names, resume="allow", dir=out, config=asdict(s))
-        except wandb.Error as error:
-            raise SettingError(f"track: wandb refuses: {str(error).splitlines()[0]}") from error
-        with run:
+        names = dict(project="bridge", name=folder.path.name, id=id_file.read_text(), resume="allow")
+        with wandb.init(**names, dir=folder.path, config=asdict(s)) as run:
             folder.tracker = lambda step, record: run.log(numbers(record), step=step)
             yield
 
