@@ -309,10 +309,10 @@ def evaluate_policies(run: Run, step: int) -> None:
 
 
 def card_facts(env: Environment) -> dict:
-    """What an export needs beside weights: the stop tokens, and for the card a question, its prompt, the notes."""
+    """What an export needs beside weights: the stop tokens, and for the card a question and its prompt."""
     question = env.task.evaluation[0].question
     prompt = env.tokenizer.decode(env.encode(question))
-    return dict(stop=env.sampler.stop, question=question, prompt=prompt, notes=env.task.notes)
+    return dict(stop=env.sampler.stop, question=question, prompt=prompt)
 
 
 def save(run: Run, step: int) -> None:
