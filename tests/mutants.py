@@ -206,7 +206,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("infra/parallel.py", "return attempt > 1 or any(all_gather([restarted]))", "return restarted"),
     ("infra/checkpoint.py", "if name in ALLOWED.get(module, ()):", "if True:"),
     ("infra/checkpoint.py", "if int((path / \"checksum\").read_text()) != _checksum(path):", "if False:"),
-    ("infra/checkpoint.py", "if (broken := archive.testzip()) is not None:", "if (broken := None) is not None:"),
+    ("infra/checkpoint.py", "if broken is not None:", "if False:"),
     ("infra/checkpoint.py", "shutil.rmtree(final, ignore_errors=True)", "pass"),
     ("infra/checkpoint.py", "[s for s in saved if s <= step][-KEEP:]", "[*saved][-KEEP:]"),
     ("infra/export.py", "if record[\"step\"] == step", "if True"),
