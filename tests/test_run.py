@@ -584,9 +584,9 @@ def easy(s):
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [(LlamaConfig, dict(attention_bias=True)), (Qwen2Config, {}), (Qwen3Config, dict(tie_word_embeddings=False))],
+    [(LlamaConfig, dict(attention_bias=True)), (Qwen3Config, dict(tie_word_embeddings=False))],
 )
-def test_models_of_three_families_train_on_real_mathematics(tmp_path, family, options):
+def test_models_of_other_families_train_on_real_mathematics(tmp_path, family, options):
     source = DATA / "math_test_solutions.jsonl"
     if not source.exists():
         pytest.skip("shared/data/math_test_solutions.jsonl is absent")
@@ -596,9 +596,9 @@ def test_models_of_three_families_train_on_real_mathematics(tmp_path, family, op
     task.write_text(EASY)
     run(tmp_path / "run", "--model", str(tmp_path / "model"), "--template", "plain", "--task", f"{task}:easy",
         "--max-new-tokens", "48", "--sft-batch", "4", "--prompts-per-step", "2", "--group-size", "2",
-        steps=3)  # fmt: skip
+        steps=2)  # fmt: skip
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
-    assert len(metrics) == 3
+    assert len(metrics) == 2
     assert all(m["skipped_in_a_row"] == 0 and m["logp_gap_max"] < 1e-3 for m in metrics)
     assert metrics[-1]["lora_norm"] > 0
 
