@@ -170,14 +170,14 @@ PAPER = dict(
 PRESETS: dict[str, dict] = {
     "laptop": {},  # the defaults: minutes on two cores
     "chains": dict(task="chains", steps=150),  # harder: longer chains, and half of the demonstrations are useless
-    # The paper's three models. From the paper: 64 prompts, 5 samples, 3000 tokens, α, rank, alpha, λ, the benchmarks,
-    # 6 epochs (steps = 6·rows/64), and LIMR for Qwen2.5-3B. Ours: β (the paper states none), sft_batch, sft_steps and
-    # the memory settings. Llama's template is not stated.
+    # The paper's three models. From the paper: 64 prompts, 5 samples of 3000 tokens (8B: 8 of 8000), α, rank, alpha, λ,
+    # the benchmarks, 6 epochs (steps = 6·rows/64), LIMR for Qwen2.5-3B. Ours: β (the paper states none), sft_batch,
+    # sft_steps and the memory settings. Llama's template is not stated.
     "qwen2.5-3b": PAPER | dict(model="Qwen/Qwen2.5-3B", template="qwen-boxed", task="limr", steps=130,
                                sampler_slots=128),
     "llama-3.2-3b-instruct": PAPER | dict(model="meta-llama/Llama-3.2-3B-Instruct", task="math_level3to5", steps=799),
     "qwen3-8b-base": PAPER | dict(model="Qwen/Qwen3-8B-Base", template="qwen-boxed", task="math_level3to5", steps=799,
-                                  sampler_slots=32, tokens_per_micro_batch=8192),
+                                  group_size=8, max_new_tokens=8000, sampler_slots=24, tokens_per_micro_batch=8192),
     "smoke": dict(model="arithmetic-smoke", steps=6, sft_steps=3, prompts_per_step=8, group_size=8, sft_batch=8,
                   eval_every=3, eval_problems=4, save_every=2, lora_rank=4, lora_alpha=8.0),
     # A pretrained model of 135M parameters on two cores: see docs/results.md.
@@ -310,11 +310,11 @@ def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
     parser.add_argument("--out", type=expand, help="run folder (default: runs/METHOD-PRESET-SEED)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     parser.add_argument("--keep-rollouts", choices=KEEP, default="first", help="groups of each step in report.html")
-    parser.add_argument("--dry-run", action="store_true", help="print memory and time of the run, load nothing, stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the memory of a GPU by part, load nothing, stop")
     parser.add_argument(
-        "--gpu", help="with --dry-run: a100, h100, h200, l40s or 4090 (default: this machine's, else a table of all)"
+        "--gpu", help="with --dry-run: does it fit in a100, h100, h200, l40s or 4090? (default: this machine's)"
     )
-    parser.add_argument("--gpus", type=int, default=1, help="with --dry-run: number of GPUs")
+    parser.add_argument("--gpus", type=int, default=1, help="with --dry-run: number of GPUs that share the run")
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     defaults = {f.name: f.default for f in fields(Settings)} | PRESETS[known.preset]
     for f in fields(Settings):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.tensor import DTensor
 
@@ -54,14 +54,16 @@ def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor]) -> No
     if parallel.rank() == 0:
         saved = steps_in(folder)
         keep = [s for s in saved if s <= step][-KEEP:]  # a later one is damaged, or the run would have resumed there
-        for old in [path for s, path in saved.items() if s not in keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        for s, path in saved.items():
+            if s not in keep:
+                shutil.rmtree(path, ignore_errors=True)
     parallel.broadcast(None)  # a barrier: the checkpoint is complete
 
 
 def steps_in(folder: Path) -> dict[int, Path]:
     """The checkpoints of a run by step, in order, intact or not."""
-    return dict(sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdecimal()))
+    folders = {int(p.name[5:]): p for p in folder.glob("step-*") if p.name[5:].isdecimal()}
+    return dict(sorted(folders.items()))
 
 
 @dataclass
@@ -77,25 +79,47 @@ class Saved:
         dcp.load(tensors, storage_reader=_Reader(self.folder), no_dist=parallel.world_size() == 1)
 
     def restore(self, optimizers: Optimizers) -> None:
-        """Overwrites parameters and AdamW moments. Raises SettingError if their shapes differ from the checkpoint's."""
+        """Overwrites the parameters and the state of their optimizers, of any class in torch.optim.
+
+        Raises SettingError if names or shapes differ from the checkpoint's.
+        """
+        with_state = {".".join(name.split(".")[:2]) for name in self.shapes if name.count(".") > 1}
         for name, optimizer in optimizers.items():
-            for i, p in enumerate(optimizer.param_groups[0]["params"]):
-                if f"{name}.{i}.step" in self.shapes:  # allocates the state that AdamW makes in its first step
-                    step, first, second = torch.zeros((), device=p.device), torch.zeros_like(p), torch.zeros_like(p)
-                    optimizer.state[p] = {"step": step, "exp_avg": first, "exp_avg_sq": second}
+            parameters = optimizer.param_groups[0]["params"]
+            make_state(optimizer, [p for i, p in enumerate(parameters) if f"{name}.{i}" in with_state])
         tensors = state_tensors(optimizers)
-        if {name: tensor.shape for name, tensor in tensors.items()} != self.shapes:
-            raise SettingError(f"model: its shapes differ from those in {self.folder}: the run began with another")
+        for name in sorted(tensors.keys() | self.shapes.keys()):
+            if name not in tensors or tensors[name].shape != self.shapes.get(name):
+                raise SettingError(f"model or optimizer: {name} differs from that in {self.folder}: use another --out")
         self.load(tensors)
 
 
+def make_state(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+    """Lets an optimizer allocate the state of these parameters, by a step with gradients of 0. It may change both."""
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    if parameters:
+        optimizer.step()
+    optimizer.zero_grad()
+
+
 def state_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
-    """Every parameter and AdamW moment by name: theta.0, theta.0.exp_avg, …; a parameter of two optimizers once."""
-    tensors, names = {}, {}  # names: parameter -> its name
+    """Every parameter and state of an optimizer by name: theta.0, theta.0.exp_avg, …; a parameter of two only once.
+
+    Raises TypeError if an optimizer has state that is not a tensor.
+    """
+    tensors = {}
+    names = {}  # parameter -> its name
     for name, optimizer in optimizers.items():
         for i, p in enumerate(optimizer.param_groups[0]["params"]):
-            tensors[names.setdefault(p, f"{name}.{i}")] = p.detach()
-            tensors |= {f"{name}.{i}.{moment}": x for moment, x in optimizer.state.get(p, {}).items()}
+            names.setdefault(p, f"{name}.{i}")
+            tensors[names[p]] = p.detach()
+            for key, value in optimizer.state.get(p, {}).items():
+                if not isinstance(value, Tensor):
+                    raise TypeError(
+                        f"optimizer {name}: its state {key!r} is no tensor, and a checkpoint has tensors only"
+                    )
+                tensors[f"{name}.{i}.{key}"] = value
     return tensors
 
 
@@ -167,7 +191,8 @@ def _verified(path: Path) -> Saved:
             file.seek(piece.offset)
             content = io.BytesIO(file.read(piece.length))
         with zipfile.ZipFile(content) as archive:
-            if (broken := archive.testzip()) is not None:
+            broken = archive.testzip()
+            if broken is not None:
                 raise zipfile.BadZipFile(f"checksum of {broken} in {piece.relative_path} does not match")
         content.seek(0)
         torch.load(content, weights_only=True)  # torch is stricter than zipfile

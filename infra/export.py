@@ -6,7 +6,6 @@ python -m infra.export RUN [--step N] writes RUN/model-step-N from a checkpoint,
 import argparse
 import copy
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -16,18 +15,16 @@ from transformers import GenerationConfig
 import lora
 from grading.scores import table
 from infra import checkpoint, gguf
-from infra.files import DataError, atomic_folder, printable, read_log, read_object
-from infra.model import MODELS, is_builtin, load, repository_of, stop_tokens
+from infra.files import DataError, atomic_folder, printable, read_log
+from infra.model import MODELS, is_builtin, load, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
 from settings import METHODS, Settings, expand, start_program
-
-HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")  # no path
 
 
 def save_run(out: Path, s: Settings, merged: nn.Module, tokenizer, facts: dict, w: lora.Adapter) -> None:
     """Writes model/, the merged policy, and adapter/, and prints the accuracies. facts: see tasks/loading.py."""
     evals = read_log(out / "evals.jsonl")
-    readme = card(s, out, facts["question"], facts["prompt"], evals, facts["notes"])
+    readme = card(s, out.resolve().name, facts, evals, s.total_steps)
     save_model(out / "model", merged, tokenizer, facts["stop"], readme)
     if w:  # its base is the trained θ of a checkpoint, not model/, which contains w already
         with atomic_folder(out / "adapter") as scratch:
@@ -43,10 +40,10 @@ def save_checkpoint(run: Path, step: int | None) -> Path:
     Raises DataError, ModelError and OSError.
     """
     saved = checkpoint.of_step(run / "checkpoint", step)
-    s, step = settings_of(saved.facts, f"{saved.folder}/facts.json"), saved.facts["step"]
-    facts = dict(stop=[], question="", prompt="", notes=[]) | saved.facts.get("export", {})
-    evals = read_log(run / "evals.jsonl")
-    readme = card(s, run, facts["question"], facts["prompt"], evals, facts["notes"], step)
+    s = settings_of(saved.facts, f"{saved.folder}/facts.json")
+    step = saved.facts["step"]
+    facts = dict(stop=[], question="", prompt="") | saved.facts.get("export", {})
+    readme = card(s, run.resolve().name, facts, read_log(run / "evals.jsonl"), step)
     model, tokenizer = merged_policy(run, saved, s)
     folder = run / f"model-step-{step}"
     save_model(folder, model, tokenizer, facts["stop"] or stop_tokens(model, tokenizer), readme)
@@ -59,13 +56,21 @@ def merged_policy(run: Path, saved: checkpoint.Saved, s: Settings, base: str = "
     The weights come from the checkpoint, however many ranks wrote it. Architecture and tokenizer come from RUN/model,
     else from the model that the run began with. Raises DataError, ModelError and OSError.
     """
-    first = MODELS / s.model if is_builtin(s.model) else gguf.resolve(s.model)
-    model, tokenizer = load(str(run / "model" if (run / "model").is_dir() else first), torch.device("cpu"))
+    if (run / "model").is_dir():
+        source = run / "model"
+    elif is_builtin(s.model):
+        source = MODELS / s.model
+    else:
+        source = gguf.resolve(s.model)
+    model, tokenizer = load(str(source), torch.device("cpu"))
     merged = copy.deepcopy(model).to(getattr(torch, s.dtype))
-    w = lora.create(model, s.lora_targets.split(","), s.lora_rank, s.seed) if METHODS[s.method].adapter else {}
+    w = {}
+    if METHODS[s.method].adapter:
+        w = lora.create(model, s.lora_targets.split(","), s.lora_rank, s.seed)
     lora.attach(model, w, s.lora_alpha / s.lora_rank)
-    sets = {base: lora.base_parameters(model), "w": w}
-    tensors = {f"{name}.{i}": p.data for name, of_set in sets.items() for i, p in enumerate(of_set.values())}
+
+    tensors = {f"{base}.{i}": p.data for i, p in enumerate(lora.base_parameters(model).values())}
+    tensors |= {f"w.{i}": p.data for i, p in enumerate(w.values())}
     weights = {name: shape for name, shape in saved.shapes.items() if re.fullmatch(rf"({base}|w)\.\d+", name)}
     if {name: tensor.shape for name, tensor in tensors.items()} != weights:
         raise DataError(
@@ -81,8 +86,10 @@ def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readm
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise FloatingPointError(f"{name} holds a value that is not finite: {folder} is not written")
-    bos, pad = model.generation_config.bos_token_id, tokenizer.pad_token_id
-    pad = pad if pad is not None and pad < model.config.vocab_size else None  # without an embedding it is of no use
+    bos = model.generation_config.bos_token_id
+    pad = tokenizer.pad_token_id
+    if pad is not None and pad >= model.config.vocab_size:  # it has no embedding
+        pad = None
     model.config.tie_word_embeddings = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=stop, pad_token_id=pad)
     with atomic_folder(folder) as scratch:
@@ -91,53 +98,50 @@ def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readm
         (scratch / "README.md").write_text(printable(readme), encoding="utf-8")
 
 
-def accuracies(s: Settings, evals: list[dict], step: int | None = None) -> str:
-    """A Markdown table of evals.jsonl before training and at `step`, by default the last one that was evaluated."""
-    at_step = [e for e in evals if step is None or e["step"] == step]
+def accuracies(s: Settings, evals: list[dict], step: int) -> str:
+    """A Markdown table of the accuracies in evals.jsonl before training and at `step`."""
+    at_step = [record for record in evals if record["step"] == step]
     if not at_step:
         return f"none: step {step} was not evaluated"
+    first = evals[0]
     last = at_step[-1]
-    columns = {"before": evals[0]["policy"]} if evals[0]["step"] == 0 else {}
-    columns |= {f"{s.method}, step {last['step']}": last["policy"]}
+    columns = {f"{s.method}, step {step}": last["policy"]}
+    if first["step"] == 0 and first["policy"].keys() == last["policy"].keys():
+        columns = {"before": first["policy"]} | columns
     if "shadow" in last:
         columns["its shadow (θ̂, w)"] = last["shadow"]
-    return table({title: column for title, column in columns.items() if column.keys() == last["policy"].keys()})
+    return table(columns)
 
 
-def card(
-    s: Settings, run: Path, question: str, prompt: str, evals: list[dict], notes: list[str], step: int | None = None
-) -> str:
-    """README.md: method, step, an evaluation question with its prompt, accuracies of that step, notes, settings."""
-    config, step = read_object(run / "config.json"), s.total_steps if step is None else step
-    if not (isinstance(config.get("command"), list) and isinstance(config.get("versions"), dict)):
-        raise DataError(f"{run}/config.json: lacks the command and the versions of a run")
-    changed = [f"{name}={value}" for name, value in asdict(s).items() if value != getattr(Settings, name)]
-    versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
-    published = gguf.HUB if s.model == gguf.PACKAGED else repository_of(s.model)[0]
-    local = is_builtin(s.model) or Path(s.model).exists() or gguf.is_gguf(published)  # the last may have moved
-    on_hub = not local and HUB_NAME.fullmatch(published)
-    base = f"base_model: {published}\n" if on_hub else ""
+def card(s: Settings, name: str, facts: dict, evals: list[dict], step: int) -> str:
+    """README.md: model, method, how to load it, a prompt as in training, accuracies. facts: of bridge.py:card_facts."""
+    base = gguf.HUB if s.model == gguf.PACKAGED else s.model
+    licence = "" if is_builtin(s.model) else f" The licence of `{base}` applies."
     return f"""---
-{base}library_name: transformers
+library_name: transformers
 pipeline_tag: text-generation
 tags: [{s.method}]
 ---
-# {run.resolve().name}
+# {name}
 
-Trained from `{s.model}` for {step} steps with `{s.method}` of [arXiv 2509.06948](https://arxiv.org/abs/2509.06948):
-{METHODS[s.method].text}.
+`{base}`, trained for {step} steps with `{s.method}` of [arXiv 2509.06948](https://arxiv.org/abs/2509.06948):
+{METHODS[s.method].text}.{licence}
 
-Training sampled at temperature {s.temperature:g} and had prompts of this form only, here for {question!r}:
+All prompts of the training had the form of this one, for {facts["question"]!r}:
 
-    {prompt!r}
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(".")  # the folder of this file
+tokenizer = AutoTokenizer.from_pretrained(".")
+prompt = {facts["prompt"]!r}
+ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens={s.max_new_tokens})[0]))
+```
 
 Greedy accuracy, %, on problems in no training set, answers of at most {s.max_new_tokens} tokens:
 
 {accuracies(s, evals, step)}
-
-Notes on the data: {"; ".join(notes) or "none"}.
-Settings other than the defaults: {", ".join(changed) or "none"}.
-Command: `{" ".join(map(str, config["command"]))}`; {versions}.
 """
 
 

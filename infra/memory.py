@@ -1,13 +1,13 @@
-"""Memory of each GPU, tokens, FLOPs and estimated seconds of a step, computed before anything is loaded.
+"""The memory of each GPU by part, computed before anything is loaded: `python bridge.py --dry-run` prints it.
 
-Memory assumes that every response has max_new_tokens tokens; tokens, FLOPs and seconds assume mean lengths.
+It assumes that every prompt has PROMPT tokens and every response max_new_tokens tokens.
 T: tokens of a micro-batch; R: response tokens among them; H: hidden size; b: bytes of a number in `dtype`.
 """
 
 import math
 import os
-from collections import namedtuple
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -20,23 +20,8 @@ GiB = 2**30
 Parts = dict[str, float]  # part -> bytes
 CHUNK, PREFILL_TOKENS = 2048, 16384  # as in ops/head.py and sampler.py
 PROMPT = 200  # assumed: tokens of every prompt
-MEAN_RESPONSE, MEAN_DEMONSTRATION = 0.33, 0.8  # assumed: mean lengths as fractions of max_new_tokens
-COMPUTE, BANDWIDTH = 0.5, 0.55  # assumed: fractions of the data sheet's rates that a step reaches
 RESERVE = {"GPU": (1.5 * GiB, 0.05), "CPU": (0.45 * GiB, 0.12)}  # libraries, fraction lost between allocations
-
-GPU = namedtuple("GPU", "memory bf16 bandwidth")  # bytes; FLOP/s of dense matmuls and bytes/s, by the data sheets
-GPUS = {
-    "a100": GPU(79 * GiB, 312e12, 2.04e12),
-    "h100": GPU(79 * GiB, 989e12, 3.35e12),
-    "h200": GPU(139 * GiB, 989e12, 4.8e12),
-    "l40s": GPU(44 * GiB, 362e12, 0.864e12),
-    "4090": GPU(23.5 * GiB, 165e12, 1.008e12),
-}
-# root: parameters outside the layers (embedding, vocabulary head, final norm); hidden: H; q, kv: widths of all query
-# and of all key heads; head_norms: queries and keys are normalised, as in Qwen3; tied: the vocabulary head is the
-# embedding; linears: (last name, out, in) of every linear of the layers; linear: their parameters.
-Shapes = namedtuple("Shapes", "parameters tensors root layers hidden mlp heads kv_heads vocabulary "
-                              "q kv head_norms tied linears linear")  # fmt: skip
+GPUS = {"a100": 79 * GiB, "h100": 79 * GiB, "h200": 139 * GiB, "l40s": 44 * GiB, "4090": 23.5 * GiB}  # usable bytes
 FIELDS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
 PUBLISHED = {  # these fields of the paper's models, from their config.json: no network is needed
@@ -46,9 +31,30 @@ PUBLISHED = {  # these fields of the paper's models, from their config.json: no 
 }
 
 
+class Shapes(NamedTuple):
+    """What the memory of a model depends on."""
+
+    parameters: int
+    tensors: int  # parameters are in so many tensors
+    root: int  # parameters outside the layers: embedding, vocabulary head, final norm
+    layers: int
+    hidden: int  # H
+    mlp: int  # width of the MLP
+    heads: int  # of queries
+    kv_heads: int
+    vocabulary: int
+    q: int  # width of all query heads
+    kv: int  # width of all key heads
+    head_norms: bool  # queries and keys are normalised, as in Qwen3
+    tied: bool  # the vocabulary head is the embedding
+    linears: list[tuple[str, int, int]]  # (last name, out, in) of every linear of the layers
+    linear: int  # parameters of these linears
+
+
 def config_of(model: str) -> PretrainedConfig:
     """The config of a published model, a folder or a hub name, NAME or NAME@REVISION. Raises ModelError."""
-    if (name := repository_of(model)[0]) in PUBLISHED:
+    name = repository_of(model)[0]
+    if name in PUBLISHED:
         return AutoConfig.for_model(**dict(zip(FIELDS, PUBLISHED[name], strict=True)))
     return read_config(model)
 
@@ -58,204 +64,227 @@ def shapes(config: PretrainedConfig) -> Shapes:
     with reading(f"model of type {config.model_type!r} is not built like Llama, Qwen2 or Qwen3"):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        layers, c, attention = model.model.layers, model.config, model.model.layers[0].self_attn
-        total, inside = (sum(p.numel() for p in module.parameters()) for module in (model, layers))
-        linears = [(n.split(".")[-1], *x.weight.shape) for n, x in layers.named_modules() if isinstance(x, nn.Linear)]
+        config = model.config
+        layers = model.model.layers
+        attention = layers[0].self_attn
+        parameters = sum(p.numel() for p in model.parameters())
+        inside = sum(p.numel() for p in layers.parameters())
+        linears = [
+            (name.split(".")[-1], *module.weight.shape)
+            for name, module in layers.named_modules()
+            if isinstance(module, nn.Linear)
+        ]
         return Shapes(
-            total, len(list(model.parameters())), total - inside, len(layers), c.hidden_size, c.intermediate_size,
-            c.num_attention_heads, c.num_key_value_heads, c.vocab_size, attention.q_proj.out_features,
-            attention.k_proj.out_features, hasattr(attention, "q_norm"),
-            model.get_output_embeddings().weight is model.get_input_embeddings().weight,
-            linears, sum(out * into for _, out, into in linears),
-        )  # fmt: skip
+            parameters=parameters,
+            tensors=len(list(model.parameters())),
+            root=parameters - inside,
+            layers=len(layers),
+            hidden=config.hidden_size,
+            mlp=config.intermediate_size,
+            heads=config.num_attention_heads,
+            kv_heads=config.num_key_value_heads,
+            vocabulary=config.vocab_size,
+            q=attention.q_proj.out_features,
+            kv=attention.k_proj.out_features,
+            head_norms=hasattr(attention, "q_norm"),
+            tied=model.get_output_embeddings().weight is model.get_input_embeddings().weight,
+            linears=linears,
+            linear=sum(out * into for _, out, into in linears),
+        )
 
 
 def state(s: Settings, m: Shapes, world: int) -> tuple[Parts, Parts]:
     """(kept for the whole run, gradients), in fp32; only the sampler's copy of the weights is in `dtype`."""
-    method, share = METHODS[s.method], world if s.shard else 1
-    sets = {"θ": (m.parameters / share, m.tensors, 1)}  # name -> (parameters, tensors, sets of gradients)
+    method = METHODS[s.method]
+    base = m.parameters / (world if s.shard else 1)
+    sizes = {"θ": base}  # parameters of each set
+    tensors = {"θ": m.tensors}
+    gradients = {"θ gradients": 4 * base}
     if method.shadow:
-        sets["θ̂"] = sets["θ"]
-    if method.adapter:  # w has gradients for each of g_sft, g_rl and g_rl_hat
+        sizes["θ̂"] = base
+        tensors["θ̂"] = m.tensors
+        gradients["θ̂ gradients"] = 4 * base
+    if method.adapter:
         adapted = [out + into for name, out, into in m.linears if name in s.lora_targets.split(",")]
-        losses = [method.sft, method.rl, method.shadow].count(True)
-        sets["w"] = s.lora_rank * sum(adapted), 2 * len(adapted), losses
-    kept = {f"{name} weights": 4 * size for name, (size, _, _) in sets.items()}
-    kept |= {f"{name} moments": 8 * size + 4 * tensors for name, (size, tensors, _) in sets.items()}  # and a step count
-    kept["θ moments"] *= 2 if method.two_optimizers else 1
+        sizes["w"] = s.lora_rank * sum(adapted)
+        tensors["w"] = 2 * len(adapted)
+        losses = [method.sft, method.rl, method.shadow].count(True)  # w has g_sft, g_rl and g_rl_hat
+        gradients["w gradients"] = 4 * sizes["w"] * losses
+
+    kept = {}
+    for name, size in sizes.items():
+        kept[f"{name} weights"] = 4 * size
+        kept[f"{name} moments"] = 8 * size + 4 * tensors[name]  # AdamW's: two moments, and a step count per tensor
+    if method.two_optimizers:
+        kept["θ moments"] *= 2
     if s.kl_coef > 0:
-        kept["reference"] = 4 * m.parameters / share
+        kept["reference"] = 4 * base
     kept["sampler's merged copy"] = getattr(torch, s.dtype).itemsize * m.parameters
-    return kept, {f"{name} gradients": 4 * size * count for name, (size, _, count) in sets.items()}
+    return kept, gradients
 
 
 def kv_cache(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> tuple[int, int]:
     """(slots, bytes) of the keys and values of a rank's rollouts. Evaluation is assumed to need no more."""
-    slots = max(min(s.sampler_slots, math.ceil(s.prompts_per_step / world) * s.group_size), s.group_size)
-    return slots, m.layers * 2 * slots * (prompt + s.max_new_tokens) * m.kv * getattr(torch, s.dtype).itemsize
+    samples = math.ceil(s.prompts_per_step / world) * s.group_size
+    slots = max(min(s.sampler_slots, samples), s.group_size)
+    tokens = slots * (prompt + s.max_new_tokens)
+    return slots, m.layers * 2 * tokens * m.kv * getattr(torch, s.dtype).itemsize
 
 
 def sampling(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> Parts:
     """Bytes that the sampler allocates besides its weights."""
-    (slots, kv), prompts = kv_cache(s, m, world, prompt), math.ceil(s.prompts_per_step / world)
+    slots, kv = kv_cache(s, m, world, prompt)
+    prompts = math.ceil(s.prompts_per_step / world)
     samples = prompts * s.group_size * (s.max_new_tokens + 1) * (8 + 8 + 4)  # uniforms, ids, log-probs
-    widths = (3 * m.hidden + 2 * (m.q + m.kv) + 3 * m.mlp) * getattr(torch, s.dtype).itemsize
-    prefill = max(min(PREFILL_TOKENS, prompts * prompt), slots) * widths
-    return {"KV cache": kv, "samples and logits": samples + 4 * slots * m.vocabulary, "prefill activations": prefill}
+    logits = 4 * slots * m.vocabulary
+    prefilled = max(min(PREFILL_TOKENS, prompts * prompt), slots)  # tokens
+    widths = 3 * m.hidden + 2 * (m.q + m.kv) + 3 * m.mlp
+    prefill = prefilled * widths * getattr(torch, s.dtype).itemsize
+    return {"KV cache": kv, "samples and logits": samples + logits, "prefill activations": prefill}
 
 
 def saved_by_layer(m: Shapes, b: int, padded: bool) -> int:
     """Bytes per token that autograd saves in one layer; `padded` attention also copies its output."""
-    # fp32: x, x̂ and their product of two norms. bf16: x in fp32 and x̂, and a cast of the product for five linears
-    norms = 8 + (4 * 6 if b == 4 else 2 * (4 + 2) + 5 * 2) * m.hidden
+    # two norms; fp32: x, x̂ and their product in each; bf16: x in fp32, x̂, and casts of the product for five linears
+    channel = 4 * 6 if b == 4 else 2 * (4 + 2) + 5 * 2
+    norms = 8 + channel * m.hidden
     if m.head_norms:
         norms += 4 * (m.heads + m.kv_heads) + (8 if b == 4 else 6) * (m.q + m.kv)
     attention = 4 * m.heads + b * (2 * m.q + 2 * m.kv)  # log-sum-exp, queries, outputs, keys, values
-    return norms + attention + (b * m.q if padded else 0) + b * 4 * m.mlp
+    if padded:
+        attention += b * m.q
+    return norms + attention + b * 4 * m.mlp
+
+
+def micro_batch(s: Settings, world: int, prompt: int) -> tuple[int, int]:
+    """(T, R) of a rank's largest micro-batch."""
+    method = METHODS[s.method]
+    rows = 0
+    if method.rl:
+        rows = math.ceil(s.prompts_per_step * (s.group_size + method.joins_group) / world)
+    if method.sft:
+        rows = max(rows, math.ceil(s.demonstrations / world))
+    row = prompt + s.max_new_tokens
+    T = max(row, min(s.tokens_per_micro_batch, rows * row))  # a longer row is a micro-batch of its own
+    return T, T * s.max_new_tokens // row
 
 
 def training(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMPT) -> Parts:
     """Bytes at the largest moment of a micro-batch's forward and backward pass, without state and gradients."""
-    method, b, H, row = METHODS[s.method], getattr(torch, s.dtype).itemsize, m.hidden, prompt + s.max_new_tokens
-    rollouts = math.ceil(s.prompts_per_step * (s.group_size + method.joins_group) / world) if method.rl else 0
-    rows = max(rollouts, math.ceil(s.demonstrations / world) if method.sft else 0)
-    T = max(row, min(s.tokens_per_micro_batch, rows * row))  # a longer row is a micro-batch of its own
-    R, checkpointed = T * s.max_new_tokens // row, min(s.checkpoint_layers, m.layers)
+    adapter = METHODS[s.method].adapter
+    b = getattr(torch, s.dtype).itemsize
+    H = m.hidden
+    T, R = micro_batch(s, world, prompt)
+
+    # activations
+    checkpointed = min(s.checkpoint_layers, m.layers)
     stored = m.layers - checkpointed  # layers that keep all activations
     recomputed = max(stored, 1)  # a checkpointed layer has its activations during its backward pass
     layer = saved_by_layer(m, b, padded=not cuda or b == 4) * T
-    inputs, final_norm = checkpointed * b * H * T, (8 if b == 4 else 6) * H * T
-    # per layer: autocast's bf16 copies of the linears; in fp32 only the sums θ + s·B·A are new
-    copies = b * m.linear / m.layers if b == 2 or method.adapter else 0
+    inputs = checkpointed * b * H * T
+    final_norm = (8 if b == 4 else 6) * H * T
     # gradients of the MLP's activations, and of the largest weight in `dtype` and fp32
-    in_flight = b * (3 * m.mlp + 2 * H) * T + (4 + b) * max(out * into for _, out, into in m.linears)
-    # head: hidden and d_hidden [R, H], the weight's cast, its gradient in fp32, logits and their gradients
-    d_weight, cast = 4 * m.vocabulary * H, b * m.vocabulary * H if b == 2 else 0
-    waiting = d_weight if m.tied else 0  # until the embedding's gradient is added
+    largest_weight = max(out * into for _, out, into in m.linears)
+    in_flight = b * (3 * m.mlp + 2 * H) * T + (4 + b) * largest_weight
+
+    # copies of a layer's weights: autocast's bf16 ones; in fp32 only the sums θ + s·B·A are new
+    copies = b * m.linear / m.layers if b == 2 or adapter else 0
+
+    # vocabulary head: hidden and d_hidden [R, H], the weight's cast, its gradient in fp32, logits and their gradients
+    d_weight = 4 * m.vocabulary * H
+    cast = b * m.vocabulary * H if b == 2 else 0
     logits = min(CHUNK, R) * m.vocabulary * (4 + b if cuda else 7 * 4)  # PyTorch's version makes seven tensors
-    # the three largest moments, each as (activations, copies of weights, vocabulary head)
-    end_of_forward = stored * layer + inputs + final_norm, 0 if method.adapter else m.layers * copies, 0
-    in_head = stored * layer + inputs + final_norm, stored * copies, 2 * b * R * H + cast + d_weight + logits
-    in_layer = recomputed * layer + inputs + in_flight, recomputed * copies, waiting
+    head = 2 * b * R * H + cast + d_weight + logits
+    waiting = d_weight if m.tied else 0  # until the embedding's gradient is added
+
+    # three moments: (activations, copies of weights, vocabulary head)
+    end_of_forward = (stored * layer + inputs + final_norm, 0 if adapter else m.layers * copies, 0)
+    in_head = (stored * layer + inputs + final_norm, stored * copies, head)
+    in_layer = (recomputed * layer + inputs + in_flight, recomputed * copies, waiting)
     largest = max(end_of_forward, in_head, in_layer, key=sum)
     parts = dict(zip(("activations", "copies of weights", "vocabulary head"), largest, strict=True))
-    if s.shard and world > 1:  # weights of root and two layers, gradients of root and one, the reference's root
-        parts["gathered by FSDP"] = 4 * ((3 if s.kl_coef else 2) * m.root + 3 * (m.parameters - m.root) / m.layers)
+    if s.shard and world > 1:
+        parts["gathered by FSDP"] = gathered(m)
     return parts
+
+
+def gathered(m: Shapes) -> float:
+    """Bytes in fp32 that FSDP2 has gathered at the largest moment of a pass: the backward pass of a layer."""
+    # Of the model that trains: the weights of its root, which stay from its forward to its backward pass, and of two
+    # layers, since the next one is prefetched; the gradients of the root and of one layer, until they are reduced.
+    # Nothing of the other models: policy, shadow and reference run one after another, and after a pass without
+    # gradients the root is resharded, too.
+    layer = (m.parameters - m.root) / m.layers
+    return 4 * (2 * m.root + 3 * layer)
 
 
 def memory(s: Settings, m: Shapes, world: int, cuda: bool = True, prompt=PROMPT) -> tuple[Parts, Parts, Parts, float]:
     """(state, sampling, training, peak): bytes of one GPU or, without `cuda`, of one process."""
-    (kept, gradients), sampled = state(s, m, world), sampling(s, m, world, prompt)
+    kept, gradients = state(s, m, world)
+    sampled = sampling(s, m, world, prompt)
     trained = gradients | training(s, m, world, cuda, prompt)
     libraries, lost = RESERVE["GPU" if cuda else "CPU"]
     largest = sum(kept.values()) + max(sum(sampled.values()), sum(trained.values()))
     return kept, sampled, trained, largest * (1 + lost) + libraries
 
 
-def work(s: Settings, m: Shapes) -> dict[str, tuple[float, float]]:
-    """phase -> (tokens, FLOPs) of a step, all ranks together; a step of sft_rl has only one of its two stages."""
-    method, response, samples = METHODS[s.method], MEAN_RESPONSE * s.max_new_tokens, s.prompts_per_step * s.group_size
-    rounds = (1 + s.dynamic_sampling) * (2 if s.shadow_rollouts == "own" else 1)
-    # forward passes of the layers (3, and again where checkpointed) and of the head (4: it computes its logits twice)
-    trained = 3 + min(s.checkpoint_layers, m.layers) / m.layers, 4
-
-    def phase(rows: float, prompt: float, answer: float, layers: float, heads: int) -> tuple[float, float]:
-        attention = 2 * m.layers * m.q * (prompt + answer)  # a token attends to half of its row
-        flops = layers * (prompt + answer) * (2 * m.linear + attention) + heads * answer * 2 * m.vocabulary * m.hidden
-        return rows * (prompt + answer), rows * flops
-
-    phases, rollouts, demonstrations = {}, s.updates_per_rollout * samples, s.updates_per_rollout * s.demonstrations
-    demonstrations *= 2 if s.method == "srft" else 1  # in the RL and in the SFT term; LUFFY's RL counts as sft
-    if method.rl:
-        phases["sample"] = phase(rounds * samples, PROMPT / s.group_size, response, 1, 1)  # one prefill for a group
-        phases["rl"] = phase(rollouts, PROMPT, response, *trained)
-        if method.shadow:
-            phases["shadow"] = phases["rl"]
-        if s.kl_coef > 0:
-            phases["reference"] = phase(rollouts * (2 if method.shadow else 1), PROMPT, response, 1, 1)
-    if method.sft:
-        phases["sft"] = phase(demonstrations, PROMPT, MEAN_DEMONSTRATION * s.max_new_tokens, *trained)
-    return phases
-
-
-def seconds(s: Settings, m: Shapes, gpu: GPU, world: int) -> dict[str, float]:
-    """phase -> estimated seconds in bfloat16, without communication and optimizer."""
-    phases, response = work(s, m), MEAN_RESPONSE * s.max_new_tokens
-    out = {name: flops / world / (COMPUTE * gpu.bf16) for name, (_, flops) in phases.items()}
-    if "sample" in out:  # a decode step reads all weights; a token reads the keys and values before it
-        (slots, kv), tokens = kv_cache(s, m, world), phases["sample"][0] / world
-        steps = tokens / slots + s.max_new_tokens - response  # ended samples are replaced, except the last ones
-        weights = steps * 2 * (m.linear + m.vocabulary * m.hidden)
-        keys_and_values = tokens * kv / slots * (PROMPT + response) / (PROMPT + s.max_new_tokens)
-        out["sample"] = max(out["sample"], (weights + keys_and_values) / (BANDWIDTH * gpu.bandwidth))
-    return out
-
-
 def check(s: Settings, m: Shapes, world: int, limit: float, cuda: bool = True) -> None:
-    """Raises SettingError if a GPU needs more than `limit` bytes; the message gives a setting that fits."""
+    """Raises SettingError if a GPU needs more than `limit` bytes; the message names a change that fits, if one does."""
     peak = memory(s, m, world, cuda)[-1]
     if peak <= limit:
         return
+    trials: list[tuple[str, int, int]] = []  # (setting, value, GPUs), the cheapest change first
+    for halvings in range(1, 8):
+        trials.append(("tokens_per_micro_batch", s.tokens_per_micro_batch >> halvings, world))
+        trials.append(("sampler_slots", max(s.sampler_slots >> halvings, s.group_size), world))
+    trials.append(("checkpoint_layers", m.layers, world))
+    for factor in (1, 2, 4, 8):
+        trials.append(("shard", True, factor * world))
+
     text = f"the run does not fit: it needs {peak / GiB:.1f} of {limit / GiB:.1f} GiB"
-    trials = [(world, "tokens_per_micro_batch", s.tokens_per_micro_batch >> i) for i in range(1, 20)]
-    trials += [(world, "sampler_slots", max(s.sampler_slots >> i, s.group_size)) for i in range(1, 20)]
-    trials.append((world, "checkpoint_layers", m.layers))
-    trials += [(n, "shard", True) for n in (2, 4, 8, 16, 32, 64) if n >= world]
-    for n, name, value in trials:  # the cheapest change first
-        if memory(replace(s, **{name: value}), m, n, cuda)[-1] <= limit:
-            raise SettingError(f"{text}; it fits with {name} {value}, gpus {n}")
+    for name, value, gpus in trials:
+        if memory(replace(s, **{name: value}), m, gpus, cuda)[-1] <= limit:
+            raise SettingError(f"{text}; it fits with {name} {value}, gpus {gpus}")
     raise SettingError(f"{text}; choose a smaller model, shorter responses or a GPU with more memory")
 
 
-def predictions(s: Settings, m: Shapes) -> str:
-    """A table: a step's time and the peak of each GPU, for 1 to 8 GPUs of each kind; nothing of it is measured."""
-    counts = [n for n in (1, 2, 4, 8) if n <= s.prompts_per_step]
-    lines = ["GPU     GiB" + "".join(f"{n:>15} GPU{'s' * (n > 1):1}" for n in counts)]
-    for name, gpu in GPUS.items():
-        cells = []
-        for n in counts:
-            peak, step = memory(s, m, n)[-1], sum(seconds(s, m, gpu, n).values())
-            time = f"{step:.1f} s, " if s.dtype == "bfloat16" else ""  # the data sheets' rates are those of bfloat16
-            cells.append(f"{time}{peak / GiB:.0f} GiB" if peak <= gpu.memory else "does not fit")
-        lines.append(f"{name:<6}{gpu.memory / GiB:5.0f}" + "".join(f"{cell:>20}" for cell in cells))
-    return "\n".join(lines)
-
-
 def dry_run(s: Settings, config: PretrainedConfig, gpu: str | None, gpus: int) -> None:
-    """Prints the needs of a run on GPUs of a kind, else of this machine. Raises SettingError if it does not fit.
+    """Prints the memory of a run by part. Raises SettingError if it does not fit.
 
-    On a machine without a GPU, only built-in models have its needs. Others have a table of kinds and numbers of GPUs.
+    It describes GPUs of the kind `gpu`, else those of this machine. On a machine without a GPU it describes the CPU for
+    a built-in model, and a GPU of any kind for another model.
     """
     if gpu and gpu not in GPUS:
         raise SettingError(f"gpu must be one of {', '.join(GPUS)}; got {gpu!r}")
-    cuda, m = bool(gpu) or torch.cuda.is_available(), shapes(config)
-    if not cuda and not is_builtin(s.model):
-        if gpus > 1:
-            raise SettingError("gpus: this computer has no GPU; name a kind with --gpu, or omit --gpus for a table")
-        print(f"{s.method}, {m.parameters:,} parameters, {s.total_steps} steps. Predicted, not measured:")
-        print(
-            "seconds of a step, without communication and optimizer, and GiB of each GPU; --gpu shows the parts of one."
-        )
-        print(predictions(s, m))
-        return
-    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gpus  # of this computer's CPU
-    if cuda:
-        limit = GPUS[gpu].memory if gpu else torch.cuda.get_device_properties(0).total_memory
+    limit = None
+    cuda = True
+    if gpu:
+        place = gpu
+        limit = GPUS[gpu]
+    elif torch.cuda.is_available():
+        place = "this computer's GPU"
+        limit = torch.cuda.get_device_properties(0).total_memory
+    elif is_builtin(s.model):
+        place = "this computer's CPU"
+        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gpus
+        cuda = False
+    else:
+        place = "GPU"
+
+    m = shapes(config)
     *groups, peak = memory(s, m, gpus, cuda)
-    here = "this computer's GPU" if cuda else "this computer's CPU"
-    print(f"{s.method}, {m.parameters:,} parameters; GiB of each of {gpus} x {gpu or here}")
+    print(f"{s.method}, {m.parameters:,} parameters; GiB of each of {gpus} x {place}")
     for title, parts in zip(("state", "sampling", "training"), groups, strict=True):
         print(f"  {title:<26}{sum(parts.values()) / GiB:8.2f}")
         for part, value in parts.items():
             print(f"    {part:<24}{value / GiB:8.2f}")
-    print(f"  {'peak, with libraries':<26}{peak / GiB:8.2f} of {limit / GiB:.1f}")
+    available = f" of {limit / GiB:.1f}" if limit else ""
+    print(f"  {'peak, with libraries':<26}{peak / GiB:8.2f}{available}")
     saved = sum(size for part, size in groups[0].items() if part.endswith(("weights", "moments")))
-    print(f"  {'a checkpoint, on disk':<26}{saved * (gpus if s.shard else 1) / GiB:8.2f}; the last two are kept")
-    for phase, (tokens, flops) in work(s, m).items():
-        print(f"  {phase:<10}{tokens:14,.0f} tokens {flops / 1e12:12,.2f} TFLOP in a step of all ranks")
-    if gpu and s.dtype == "bfloat16":
-        times = seconds(s, m, GPUS[gpu], gpus)
-        text = " + ".join(f"{phase} {value:.1f}" for phase, value in times.items())
-        print(f"estimated, not measured, without communication: {text} = {sum(times.values()):.1f} seconds")
-    check(s, m, gpus, limit, cuda)
+    ranks = gpus if s.shard else 1
+    print(f"  {'a checkpoint, on disk':<26}{saved * ranks / GiB:8.2f}; the last two are kept")
+    if cuda:
+        fitting = [kind for kind, size in GPUS.items() if peak <= size]
+        print(f"  kinds with this memory: {', '.join(fitting) or 'none of ' + ', '.join(GPUS)}")
+    if limit:
+        check(s, m, gpus, limit, cuda)

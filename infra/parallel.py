@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from pathlib import Path
 from types import MethodType
 from typing import NoReturn
@@ -32,7 +32,8 @@ from settings import SettingError, Settings
 def variable(name: str, low: int, high: int, default: str = "") -> int:
     """A number that torchrun tells its processes. Raises SettingError if it is absent or not in [low, high]."""
     text = os.environ.get(name, default)
-    if not (text.isdecimal() and len(text) < 10 and low <= int(text) <= high):
+    is_number = text.isdecimal() and len(text) < 10
+    if not is_number or not low <= int(text) <= high:
         raise SettingError(f"the variable {name} must be a number in {low}..{high}, as torchrun sets; got {text!r:.40}")
     return int(text)
 
@@ -46,14 +47,16 @@ def start(timeout: timedelta = timedelta(hours=1)) -> bool:
     world = variable("WORLD_SIZE", 1, 10**6, "1")
     local = variable("LOCAL_RANK", 0, world - 1, "0" if world == 1 else "")
     if world > 1 and torch.cuda.is_available():
-        if local >= (count := torch.cuda.device_count()):
+        count = torch.cuda.device_count()
+        if local >= count:
             fail(f"there is no GPU {local} on this machine, which has {count}: lower --nproc-per-node")
         torch.cuda.set_device(local)
     variable("RANK", 0, world - 1, "0" if world == 1 else "")
     if world == 1 or dist.is_initialized():
         return restarted
     port = variable("MASTER_PORT", 0, 2**16 - 1)
-    if not (address := os.environ.get("MASTER_ADDR")):
+    address = os.environ.get("MASTER_ADDR")
+    if not address:
         raise SettingError("the variable MASTER_ADDR must be the address of rank 0, as torchrun sets; it is empty")
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
@@ -76,11 +79,13 @@ def agree_on_attempt(store: dist.Store, rank: int, world: int) -> int:
         attempt = int(store.get(token))  # blocks until rank 0 answers
         store.set(f"attempt {attempt}, rank {rank}", "")
         return attempt
-    attempt, absent = store.add("attempts", 1), range(1, world)
+    attempt = store.add("attempts", 1)
+    absent = list(range(1, world))  # ranks that have not confirmed the number
     while absent:
         for other in absent:
             if store.check([f"rank {other}"]):  # no rank reads the answer to a token of an earlier attempt
-                store.set(store.get(f"rank {other}").decode(), str(attempt))
+                token = store.get(f"rank {other}").decode()
+                store.set(token, str(attempt))
         time.sleep(0.02)
         absent = [other for other in absent if not store.check([f"attempt {attempt}, rank {other}"])]
     return attempt
@@ -96,8 +101,10 @@ def end() -> None:
 def fail(text: str) -> NoReturn:
     """Ends the process with a message in one line, which torchrun repeats below its own report."""
     text = printable(text, kept="")
-    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
-        Path(path).write_text(json.dumps({"message": {"message": text, "extraInfo": {"timestamp": int(time.time())}}}))
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        message = {"message": text, "extraInfo": {"timestamp": int(time.time())}}
+        Path(path).write_text(json.dumps({"message": message}))
     sys.exit(text)
 
 
@@ -139,7 +146,8 @@ def broadcast(value):
 def all_reduce(tensors: Iterable[Tensor]) -> None:
     """Replaces each tensor in place by its sum over ranks; all ranks get the same bits."""
     if world_size() > 1:
-        for work in [dist.all_reduce(t, async_op=True) for t in tensors]:
+        works = [dist.all_reduce(t, async_op=True) for t in tensors]  # all at once, then wait
+        for work in works:
             work.wait()
 
 
@@ -166,10 +174,14 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 def batches(rows: list[Row], s: Settings) -> Iterator[tuple[list[Row], slice]]:
     """This rank's micro-batches of `rows`: (rows, t), t the place of their response tokens in [0, T)."""
-    share = shares([len(prompt) + len(response) for prompt, response in rows], world_size())[rank()]
-    ranges = micro_batches(rows, share, s.tokens_per_micro_batch, pads(pick_device(), getattr(torch, s.dtype)))
+    sizes = [len(prompt) + len(response) for prompt, response in rows]
+    share = shares(sizes, world_size())[rank()]
+    padded = pads(pick_device(), getattr(torch, s.dtype))
+    ranges = micro_batches(rows, share, s.tokens_per_micro_batch, padded)
     # every rank gets the same number, the last ones of some empty: the passes of a sharded model are collectives
-    ranges += [range(share.stop, share.stop)] * (max(all_gather([len(ranges)])) - len(ranges))
+    most = max(all_gather([len(ranges)]))
+    while len(ranges) < most:
+        ranges.append(range(share.stop, share.stop))
     offsets = [0, *accumulate(len(response) for _, response in rows)]  # [N+1] start of each row's response, and T
     for r in ranges:
         yield rows[r.start : r.stop], slice(offsets[r.start], offsets[r.stop])
@@ -177,22 +189,42 @@ def batches(rows: list[Row], s: Settings) -> Iterator[tuple[list[Row], slice]]:
 
 def shares(sizes: list[int], parts: int) -> list[range]:
     """Consecutive ranges of items, one per part, of about equal total size; some may be empty."""
-    ends = list(accumulate(sizes))
-    owner = [min(parts - 1, (2 * end - size) * parts // (2 * ends[-1])) for end, size in zip(ends, sizes, strict=True)]
-    starts = [sum(o < part for o in owner) for part in range(parts + 1)]
-    return [range(a, b) for a, b in pairwise(starts)]
+    total = sum(sizes)
+    owners = []  # of each item: the part in which the item's middle lies
+    end = 0
+    for size in sizes:
+        end += size
+        twice_the_middle = 2 * end - size
+        owners.append(min(twice_the_middle * parts // (2 * total), parts - 1))
+    ranges = []
+    start = 0
+    for part in range(parts):
+        stop = start + owners.count(part)
+        ranges.append(range(start, stop))
+        start = stop
+    return ranges
 
 
 def micro_batches(rows: list[Row], share: range, tokens: int, padded: bool) -> list[range]:
     """Consecutive ranges of `share`: at most `tokens` tokens (rows times longest row if attention pads) or one row."""
-    ranges, first, longest, total = [], share.start, 0, 0
+    ranges = []
+    first = share.start
+    longest = 0
+    total = 0
     for i in share:
-        length = sum(map(len, rows[i]))
-        longest, total = max(longest, length), total + length
-        if i > first and ((i + 1 - first) * longest if padded else total) > tokens:
+        prompt, response = rows[i]
+        length = len(prompt) + len(response)
+        longest = max(longest, length)
+        total += length
+        size = (i + 1 - first) * longest if padded else total
+        if size > tokens and i > first:  # row i begins the next micro-batch
             ranges.append(range(first, i))
-            first, longest, total = i, length, length
-    return [*ranges, range(first, share.stop)] if share else []
+            first = i
+            longest = length
+            total = length
+    if share:
+        ranges.append(range(first, share.stop))
+    return ranges
 
 
 def shard(model: nn.Module, w: Iterable[nn.Parameter], train: bool = True) -> None:

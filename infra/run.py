@@ -52,7 +52,9 @@ class RunFolder:
 
     def refuse_existing(self, unless: bool) -> None:
         """Raises SettingError on all ranks if the folder holds a run, unless this one resumes, or cannot be a run's."""
-        place = next(p for p in (self.path, *self.path.absolute().parents) if os.path.lexists(p))
+        place = self.path.absolute()
+        while not os.path.lexists(place):
+            place = place.parent
         files = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             raise SettingError(f"out: {place} is no folder in which files can be made: name another with --out")
@@ -87,9 +89,10 @@ class RunFolder:
 
     def log_evaluation(self, step: int, accuracies: dict[str, dict], answers: dict[str, list[dict]]) -> None:
         """Appends the accuracies and the graded answers of each model, answers as one column per field."""
-        for model, records in answers.items() if parallel.rank() == 0 else ():
-            columns = {name: [record[name] for record in records] for name in ANSWER}
-            append_line(self.path / "answers.jsonl.gz", {"step": step, "model": model} | columns)
+        if parallel.rank() == 0:
+            for model, records in answers.items():
+                columns = {name: [record[name] for record in records] for name in ANSWER}
+                append_line(self.path / "answers.jsonl.gz", {"step": step, "model": model} | columns)
         self.log("evals", step, accuracies)
 
     def log_metrics(self, step: int, metrics: dict[str, float], seconds: dict[str, float]) -> None:
@@ -144,7 +147,8 @@ def settings_of(config: dict, place: str) -> Settings:
     try:
         s = Settings(**config["settings"])
         for f in fields(s):
-            if type(getattr(s, f.name)) not in ((int, float) if f.type is float else (f.type,)):
+            types = (int, float) if f.type is float else (f.type,)
+            if type(getattr(s, f.name)) not in types:
                 raise TypeError(f"{f.name!r} must be of type {f.type.__name__}")
         check(replace(s, track=""))  # the tracker's package is not needed any more
     except (KeyError, TypeError, SettingError) as error:
@@ -158,40 +162,44 @@ def numbers(record: dict) -> dict[str, float]:
     >>> numbers({"reward": 0.5, "kl": None, "seconds": {"sample": 1.5}})
     {'reward': 0.5, 'seconds/sample': 1.5}
     """
-    flat: dict = {}
+    flat = {}
     for name, value in record.items():
-        flat |= {f"{name}/{inner}": v for inner, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in flat.items() if value is not None}
+        if isinstance(value, dict):
+            flat |= {f"{name}/{inner}": number for inner, number in value.items()}
+        elif value is not None:
+            flat[name] = value
+    return flat
 
 
 @contextmanager
 def tracked(folder: RunFolder, s: Settings, start: int) -> Iterator[None]:
     """Sends the folder's records to the package `s.track` ("", "tensorboard" or "wandb") during the block.
 
-    A run resumed at step `start` continues its curves: TensorBoard drops the steps beyond `start`, W&B ignores their
-    second record, which has the same numbers. Raises SettingError if W&B refuses.
+    A run that resumes at step `start` continues its curves: TensorBoard drops the steps beyond `start`. W&B keeps its
+    first record of them, which has the same numbers.
     """
-    out = folder.path
     if parallel.rank() > 0 or not s.track:
         yield
     elif s.track == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(out / "tensorboard", purge_step=start + 1 if start else 0) as writer:
-            folder.tracker = lambda step, record: [writer.add_scalar(n, v, step) for n, v in numbers(record).items()]
+        first = start + 1 if start else 0  # step 0 has an evaluation
+        with SummaryWriter(folder.path / "tensorboard", purge_step=first) as writer:
+
+            def add_scalars(step: int, record: dict) -> None:
+                for name, value in numbers(record).items():
+                    writer.add_scalar(name, value, step)
+
+            folder.tracker = add_scalars
             yield
     else:
         import wandb
 
-        id_file = out / "wandb-id.txt"
+        id_file = folder.path / "wandb-id.txt"
         if not id_file.exists():
             id_file.write_text(secrets.token_hex(8))
-        names = dict(project="bridge", name=out.name, id=id_file.read_text())
-        try:
-            run = wandb.init(**names, resume="allow", dir=out, config=asdict(s))
-        except wandb.Error as error:
-            raise SettingError(f"track: wandb refuses: {str(error).splitlines()[0]}") from error
-        with run:
+        names = dict(project="bridge", name=folder.path.name, id=id_file.read_text(), resume="allow")
+        with wandb.init(**names, dir=folder.path, config=asdict(s)) as run:
             folder.tracker = lambda step, record: run.log(numbers(record), step=step)
             yield
 
@@ -200,7 +208,8 @@ class Timer:
     """Seconds of one step by phase. Adds rank, step and phase to any exception."""
 
     def __init__(self, step: int):
-        self.step, self.seconds = step, {}
+        self.step = step
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -236,7 +245,8 @@ class StopSignal:
 
     def on_any_rank(self) -> bool:
         """Whether some rank received a signal; then all have it as `requested`. All ranks call it after every step."""
-        if number := max(parallel.all_gather([self.requested or 0])):
+        number = max(parallel.all_gather([self.requested or 0]))
+        if number > 0:
             self.requested = signal.Signals(number)
         return number > 0
 
@@ -261,19 +271,34 @@ def empty_cache() -> None:
 
 def describe(s: Settings, parameters: dict[str, list[nn.Parameter]], data: dict[str, str]) -> str:
     """What the run is about to do. parameters: by set; data: titled lines about the task."""
-    sizes = [f"{name} {sum(p.numel() for p in tensors):,} in {len(tensors)}" for name, tensors in parameters.items()]
-    sequences = f"{s.prompts_per_step} prompts x {s.group_size} samples = {s.prompts_per_step * s.group_size} sequences"
-    batch = [sequences] if METHODS[s.method].rl else []
-    batch += [f"{s.demonstrations} demonstrations"] if METHODS[s.method].sft else []
-    world, gpus, threads = parallel.world_size(), torch.cuda.device_count(), torch.get_num_threads()
-    ranks = f"{world} ranks{', sharded' if s.shard else ''}, each " if world > 1 else ""
-    idle = f"; torchrun --standalone --nproc-per-node {gpus} would use all {gpus} GPUs" if gpus > 1 == world else ""
+    changed = [f"{f.name}={getattr(s, f.name)}" for f in fields(s) if getattr(s, f.name) != f.default]
+
+    sizes = []
+    for name, tensors in parameters.items():
+        sizes.append(f"{name} {sum(p.numel() for p in tensors):,} in {len(tensors)}")
+    world = parallel.world_size()
+    gpus = torch.cuda.device_count()
+    place = f"{pick_device()} with {torch.get_num_threads()} threads"
+    if world > 1:
+        sharded = ", sharded" if s.shard else ""
+        place = f"{world} ranks{sharded}, each {place}"
+    elif gpus > 1:
+        place += f"; torchrun --standalone --nproc-per-node {gpus} would use all {gpus} GPUs"
+
+    batch = []
+    if METHODS[s.method].rl:
+        sequences = s.prompts_per_step * s.group_size
+        batch.append(f"{s.prompts_per_step} prompts x {s.group_size} samples = {sequences} sequences")
+    if METHODS[s.method].sft:
+        batch.append(f"{s.demonstrations} demonstrations")
+
     lines = {
-        "settings": " ".join(f"{name}={value}" for name, value in asdict(s).items() if value != ""),
-        "trainable": f"{', '.join(sizes)} tensors, on {ranks}{pick_device()} with {threads} threads{idle}", **data,
+        "settings": f"the defaults, but {' '.join(changed)}" if changed else "the defaults",
+        "trainable": f"{', '.join(sizes)} tensors, on {place}",
+        **data,
         "batch": f"a step takes {' and '.join(batch)}, {s.total_steps} steps; updates on the same rollouts: "
         f"{s.updates_per_rollout}; at most {s.tokens_per_micro_batch} tokens in memory at a time",
-    }  # fmt: skip
+    }
     return "\n".join(f"{title:<10}{text}" for title, text in lines.items())
 
 
@@ -287,17 +312,22 @@ def one_line_errors(program: str, when_full: str = MEMORY_SETTINGS) -> Iterator[
 
     when_full: what to change when a GPU is out of memory.
     """
-    rank = os.environ.get("RANK") if os.environ.get("WORLD_SIZE", "1") != "1" else None
-    name = program if rank is None else f"{program}, rank {rank}"
+    name = program
+    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
+        name = f"{program}, rank {os.environ['RANK']}"
     try:
         yield
         sys.stdout.flush()  # a full disk or a closed pipe shows here
     except (*EXPECTED, torch.OutOfMemoryError, MemoryError) as error:
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            text = f"out of GPU memory: {when_full}: {text}"
+        elif isinstance(error, MemoryError):
+            text = f"out of memory: {text}"
         notes = getattr(error, "__notes__", [])  # of Timer
-        where = f" ({'; '.join(notes)})" if notes else ""
-        full = f"out of GPU memory: {when_full}: " if isinstance(error, torch.OutOfMemoryError) else ""
-        full = full or "out of memory: " * isinstance(error, MemoryError)
-        parallel.fail(f"{name}: {full}{error}{where}")
+        if notes:
+            text += f" ({'; '.join(notes)})"
+        parallel.fail(f"{name}: {text}")
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted; the same command continues, of bridge.py with --resume")
         sys.exit(128 + signal.SIGINT)

@@ -76,7 +76,7 @@ def describe_data(task: Task, tokenizer, stop: list[int], demonstrations: list[R
 
 
 def card_facts(task: Task, tokenizer, stop: list[int]) -> dict:
-    """What an export needs beside the weights: the stop tokens, and for the card a question, its prompt, the notes."""
+    """What an export needs beside the weights: the stop tokens, and for the card a question and its prompt."""
     question = task.evaluation[0].question
     prompt = tokenizer.decode(encode_prompt(tokenizer, question, task.instruction, task.template))
-    return dict(stop=stop, question=question, prompt=prompt, notes=task.notes)
+    return dict(stop=stop, question=question, prompt=prompt)

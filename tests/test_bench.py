@@ -9,22 +9,24 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import lines
+from conftest import Forked, lines
 
 BENCH = Path(__file__).parents[1] / "bench"
 PARTS = {"head", "attention", "steps", "rollouts", "gap", "peers", "sampling", "built-in", "step", "training"}
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {
-    "OMP_NUM_THREADS": "1", "BRIDGE_COMMIT": "abc123",
-}  # fmt: skip
 
 
-def run(*words):
-    command = [sys.executable, *words]
-    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+def run_step(*words):
+    """Runs bench/step.py in this process, with everything loaded already."""
+    sys.argv = ["step.py", *map(str, words)]
+    sys.path.insert(0, str(BENCH))
+    runpy.run_path(str(BENCH / "step.py"), run_name="__main__")
 
 
 def test_every_benchmark_runs_at_small_sizes_with_right_results(tmp_path):
-    finished = run(BENCH / "all.py", "--quick", "--out", tmp_path / "rows.jsonl")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"OMP_NUM_THREADS": "1", "BRIDGE_COMMIT": "abc123"}
+    command = [sys.executable, BENCH / "all.py", "--quick", "--out", tmp_path / "rows.jsonl"]
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stdout[-1000:] + finished.stderr[-2000:]
     rows = lines(tmp_path / "rows.jsonl")
     check_facts_of_the_run(rows)
@@ -63,8 +65,8 @@ def test_a_trace_of_a_step_has_its_phases_as_ranges_and_flags_of_bridge_apply(tm
     trace, out = tmp_path / "trace.json.gz", tmp_path / "rows.jsonl"
     flags = ["--method", "rl", "--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "8"]
     measured = ["--size", "tiny", "--steps", "1", "--never-stop", "--trace", trace, "--out", out]
-    finished = run(BENCH / "step.py", *measured, *flags)
-    assert finished.returncode == 0, finished.stderr[-2000:]
+    status, _, err = Forked(lambda: run_step(*measured, *flags)).finish()  # --size changes malloc for the process
+    assert status == 0, err[-2000:]
     events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
     assert {"sample", "rl", "optimizer"} <= {event["name"] for event in events if event.get("cat") == "user_annotation"}
     (sample,) = (row for row in lines(out) if row["phase"] == "sample")
@@ -74,11 +76,11 @@ def test_a_trace_of_a_step_has_its_phases_as_ranges_and_flags_of_bridge_apply(tm
 
 def test_steps_beside_trl_and_the_growth_of_a_step_are_measured_and_drawn(tmp_path, monkeypatch):
     pytest.importorskip("trl")
-    monkeypatch.syspath_prepend(BENCH)
+    monkeypatch.setattr(sys, "argv", sys.argv)
+    monkeypatch.setattr(sys, "path", [*sys.path])
     out, figure = tmp_path / "rows.jsonl", tmp_path / "speed.png"
-    for words in (["--quick", "--peer", "trl", "--sweep", "--out", out], ["--figure", out, "--out", figure]):
-        monkeypatch.setattr(sys, "argv", ["step.py", *map(str, words)])
-        runpy.run_path(str(BENCH / "step.py"), run_name="__main__")
+    run_step("--quick", "--peer", "trl", "--sweep", "--out", out)
+    run_step("--figure", out, "--out", figure)
     peer, sweep = ([row for row in lines(out) if row["part"] == part] for part in ("peer", "sweep"))
     assert [row["implementation"] for row in peer] == ["TRL", "ours, GRPO", "ours, BRIDGE"]
     assert all(row["tokens"] > 0 and row["sample %"] + row["train %"] < 100 for row in peer)

