@@ -15,7 +15,7 @@ from transformers import GenerationConfig
 
 import lora
 from grading.scores import table
-from infra import checkpoint, gguf
+from infra import checkpoint
 from infra.files import DataError, atomic_folder, printable, read_log, read_object
 from infra.model import MODELS, is_builtin, load, repository_of, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
@@ -59,7 +59,7 @@ def merged_policy(run: Path, saved: checkpoint.Saved, s: Settings, base: str = "
     The weights come from the checkpoint, however many ranks wrote it. Architecture and tokenizer come from RUN/model,
     else from the model that the run began with. Raises DataError, ModelError and OSError.
     """
-    first = MODELS / s.model if is_builtin(s.model) else gguf.resolve(s.model)
+    first = MODELS / s.model if is_builtin(s.model) else s.model
     model, tokenizer = load(str(run / "model" if (run / "model").is_dir() else first), torch.device("cpu"))
     merged = copy.deepcopy(model).to(getattr(torch, s.dtype))
     w = lora.create(model, s.lora_targets.split(","), s.lora_rank, s.seed) if METHODS[s.method].adapter else {}
@@ -113,8 +113,8 @@ def card(
         raise DataError(f"{run}/config.json: lacks the command and the versions of a run")
     changed = [f"{name}={value}" for name, value in asdict(s).items() if value != getattr(Settings, name)]
     versions = ", ".join(f"{package} {version}" for package, version in config["versions"].items())
-    published = gguf.HUB if s.model == gguf.PACKAGED else repository_of(s.model)[0]
-    local = is_builtin(s.model) or Path(s.model).exists() or gguf.is_gguf(published)  # the last may have moved
+    published, _ = repository_of(s.model)
+    local = is_builtin(s.model) or Path(s.model).exists()
     on_hub = not local and HUB_NAME.fullmatch(published)
     base = f"base_model: {published}\n" if on_hub else ""
     return f"""---

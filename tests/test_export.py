@@ -162,7 +162,7 @@ def test_the_card_names_method_prompt_results_and_settings(finished_run):
 def test_only_a_name_on_the_hub_is_a_base_model(finished_run, tmp_path):
     out = finished_run("--method", "bridge", "--steps", "2")
     evals = read_log(out / "evals.jsonl")
-    moved = ("/gone/model", "./gone", "../gone/model", "models/gone.gguf", "gone.GGUF")
+    moved = ("/gone/model", "./gone", "../gone/model")
     for model, named in (("Qwen/Qwen2.5-3B@main", True), *((folder, False) for folder in (str(tmp_path), *moved))):
         card = export.card(Settings(model=model), out, "1+1", "Q:1+1=", evals, [])
         assert ("base_model: Qwen/Qwen2.5-3B\n" in card) == named == ("base_model" in card)
