@@ -2,13 +2,11 @@
 
 import copy
 import datetime
-import io
 import json
-import os
 import pickle
 import re
-import subprocess
 import sys
+import traceback
 from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
@@ -25,8 +23,6 @@ from transformers.utils import chat_template_utils
 import bridge
 import evaluate
 import infra.model
-import rewards
-import rollout
 import settings
 from infra import export
 from infra.files import DataError, printable
@@ -35,7 +31,7 @@ from infra.run import RunFolder, one_line_errors, print0
 from logprob import response_logprobs
 from ops.packed import ModelError
 from sampler import Completion, Sampler, generate_naive
-from tasks import arithmetic, named, prompts, sources
+from tasks import arithmetic, functions, loading, named, prompts, sources
 from tasks import task as tasks
 from tasks.benchmarks import read_benchmark
 from tasks.task import Demonstration, Problem, Task
@@ -78,6 +74,19 @@ def make(chat_template=None, adds_bos=False, behind="", added=()):
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """own(text) writes a Python file of the user, named like no other test's, and returns its path."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def write_file(text):
+        path = tmp_path / f"own_{tmp_path.name}.py"
+        path.write_text(text)
+        return str(path)
+
+    return write_file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -426,7 +435,7 @@ def test_a_run_evaluates_and_trains_in_its_template_and_stops_at_its_end_of_turn
     tokenizer, model = make(CHATML), tiny_model()
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.max_position_embeddings, model.generation_config.eos_token_id = 1000, None
-    monkeypatch.setattr(rollout, "load", lambda *_: (copy.deepcopy(model), tokenizer))
+    monkeypatch.setattr(loading, "load", lambda *_: (copy.deepcopy(model), tokenizer))
     rows = [{"question": f"{i}+{i}?", "answer": str(2 * i), "solution": f"\\boxed{{{2 * i}}}"} for i in range(9)]
     path, asked = write(tmp_path / "a.jsonl", rows), []
 
@@ -726,7 +735,7 @@ def test_the_groups_of_a_function_that_fit_into_no_table_are_one(tmp_path):
     (tmp_path / "own.py").write_text(
         MAKES + "f = lambda s: Task([P] * 9, [D], [Problem(f'q{i}', '1', f'difficulty {i / 7}') for i in range(300)])"
     )
-    task = named.load_task(settings.Settings(task=f"{tmp_path}/own.py:f"))
+    task = named.load_task(settings.Settings(task=f"{spec}:f"))
     assert {p.group for p in task.evaluation} == {"all"}
     assert task.notes == ["evaluation: the names of 300 groups do not fit into a table: all are one group"]
 
@@ -1022,6 +1031,7 @@ CHAT_ROWS = [
     {"prompt": [{"role": "user", "content": f"{i}+1?"}], "reward_model": {"ground_truth": str(i + 1)}, "tests": [i]}
     for i in range(5)
 ]
+MAKES = "from tasks.task import Demonstration, Problem, Task\nP, D = Problem('q', '1'), Demonstration('q', 'r')\n"
 CHAT_TASK = """from tasks.named import with_evaluation
 from tasks.sources import rows_of
 from tasks.task import Demonstration, Problem, Task
@@ -1034,12 +1044,12 @@ def chat(s):
 """
 
 
-def test_a_function_of_the_user_makes_a_task_of_rows_in_chat_format(tmp_path, monkeypatch):
+def test_a_function_of_the_user_makes_a_task_of_rows_in_chat_format(tmp_path, own, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "chat.jsonl", CHAT_ROWS)
-    (tmp_path / "own.py").write_text(CHAT_TASK)
+    spec = Path(own(CHAT_TASK)).name + ":chat"
     for template in ("", "qwen-boxed"):
-        task = named.load_task(settings.Settings(task="own.py:chat", eval_problems=1, template=template))
+        task = named.load_task(settings.Settings(task=spec, eval_problems=1, template=template))
         assert task.problems == [Problem(f"{i}+1?", str(i + 1)) for i in range(4)]
         assert task.problems[2].extra["tests"] == [2]
         assert task.demonstrations[0] == Demonstration("0+1?", "\\boxed{1}", "1")
@@ -1047,111 +1057,94 @@ def test_a_function_of_the_user_makes_a_task_of_rows_in_chat_format(tmp_path, mo
         assert (task.instruction, task.template) == (" Box it.", template or "plain")
     (tmp_path / "chat.jsonl").unlink()
     with pytest.raises(DataError, match=r"^task: there is no file 'chat\.jsonl'$"):
-        named.load_task(settings.Settings(task="own.py:chat"))
+        named.load_task(settings.Settings(task=spec))
 
 
-MAKES = "from tasks.task import Demonstration, Problem, Task\nP, D = Problem('q', '1'), Demonstration('q', 'r')\n"
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("", r"own\.py has no function 'f'"),
-        ("f = 3", r"f in .*own\.py is a int, not a function"),
-        ("def f(:", r"own\.py, line 1, while loading: SyntaxError"),
-        ("\nimport nowhere", r"own\.py, line 2, while loading: ModuleNotFoundError"),
-        ("def g():\n    return {}['k']\ndef f(s):\n    return g()", r"own\.py, line 2, in f: KeyError\('k'\)"),
-        ("f = lambda: 1", r"own\.py in f: TypeError"),
-        ("f = lambda s: None", r"own\.py in f: .*the function must return a Task, it returned a NoneType"),
-        (MAKES + "f = lambda s: Task([P, 'q'], [], [])", r"own\.py in f: .*problems must be a list of Problem"),
-        (MAKES + "f = lambda s: Task([P], [P], [])", r"demonstrations must be a list of Demonstration objects"),
-        (MAKES + "f = lambda s: Task([P], [D], [D])", r"evaluation must be a list of Problem objects"),
-        (MAKES + "f = lambda s: Task((P for _ in range(3)), [D], [P])", r"problems must be a list of Problem objects"),
-        (MAKES + "f = lambda s: Task([P], [D], [P], notes=(3,))", r"notes must be a list of str objects"),
-        ("import sys\ndef f(s):\n    sys.exit()", r"own\.py, line 3, in f: SystemExit\(\)$"),
-        ("import os\ndef f(s):\n    os._exit(0)", r"own\.py, line 3, in f: SystemExit\('os\._exit\(0\)'\)$"),
-        (MAKES + "f = lambda s: Task([P], None, [])", r"own\.py in f: TypeError.*NoneType"),
-        (MAKES + "f = lambda s: Task([Problem('q', 1)], [], [])", r"own\.py, line 3, in f: .*answer must be text"),
-        (MAKES + "f = lambda s: Task([], [Demonstration('q', '\\ud800')], [])", r"line 3, in f: .*response must"),
-    ],
-)  # fmt: skip
-def test_a_broken_function_of_a_task_is_named_with_file_and_line(tmp_path, code, message):
-    (tmp_path / "own.py").write_text(code)
-    with pytest.raises(rewards.FunctionError, match=f"^task: .*{message}"):
-        named.load_task(settings.Settings(task=f"{tmp_path}/own.py:f"))
-
-
-def test_the_line_of_an_error_is_named_for_a_relative_path_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.py").write_text("def f(s):\n    return s.nothing\n")
-    with pytest.raises(rewards.FunctionError, match=r"^task: own\.py, line 2, in f: AttributeError"):
-        named.load_task(settings.Settings(task="own.py:f"))
-
-
-def test_an_unknown_task_is_refused_with_the_known_ones():
+def test_a_function_that_returns_no_task_and_an_unknown_task_are_refused(own):
+    with pytest.raises(settings.SettingError, match=r"^task: .*\.py:f must return a Task, it returned a NoneType$"):
+        named.load_task(settings.Settings(task=f"{own('f = lambda s: None')}:f"))
     known = r"arithmetic, chains, logic, legs, limr, .* or FILE\.py:F"
-    with pytest.raises(rewards.FunctionError, match=rf"^task: 'gsm' must be one of {known}"):
+    with pytest.raises(settings.SettingError, match=rf"^task: 'gsm' must be one of {known}"):
         named.load_task(settings.Settings(task="gsm"))
-    with pytest.raises(rewards.FunctionError, match=r"^task: 'own\.txt:f' must be FILE\.py:FUNCTION"):
-        named.load_task(settings.Settings(task="own.txt:f"))
-    with pytest.raises(rewards.FunctionError, match=r"^task: there is no file 'nowhere\.py'"):
-        named.load_task(settings.Settings(task="nowhere.py:f"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rewards of the user
+# Python files of the user
 
 
 PROBLEM = Problem("How long?", "1", extra={"limit": 3})
 
 
-def test_a_reward_function_receives_response_and_problem_with_the_rest_of_its_row(tmp_path):
-    path = tmp_path / "own.py"
-    path.write_text("def length(response, problem):\n    return len(response) + problem.extra['limit']\n")
-    assert rewards.load_reward(f"{path}:length")("four", PROBLEM) == 7.0
-    default = rewards.load_reward("")
-    assert (default("\\boxed{1}", PROBLEM), default("\\boxed{2}", PROBLEM)) == (1.0, 0.0)
+def test_a_file_with_task_and_reward_is_one_module_that_finds_helpers_and_pickle(tmp_path, own):
+    name = f"helper_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text("LENGTH = 3\n")
+    path = own(
+        "from __future__ import annotations\nimport pickle\nfrom dataclasses import dataclass\n"
+        f"from {name} import LENGTH\n{MAKES}\n"
+        "@dataclass\nclass Point:\n    x: int\n"
+        "def task(s):\n    return Task([Problem('q', '1', extra={'point': Point(LENGTH)})], [D], [P])\n"
+        "def of_task(response, problem):\n"
+        "    point = pickle.loads(pickle.dumps(problem.extra['point']))\n"
+        "    return point.x + isinstance(point, Point)\n"
+    )
+    task = named.load_task(settings.Settings(task=f"{path}:task"))
+    assert functions.load_reward(f"{path}:of_task")("text", task.problems[0]) == 4.0
 
 
 @pytest.mark.parametrize(
-    ("code", "name", "message"),
+    ("error", "line"),
     [
-        ("", "f", r"own\.py has no function 'f'"),
-        ("f = 3", "f", r"f in .*own\.py is a int, not a function"),
-        ("def f(:", "f", r"own\.py, line 1, while loading: SyntaxError"),
-        ("\nimport nowhere", "f", r"own\.py, line 2, while loading: ModuleNotFoundError"),
-        ("f = lambda r, p: None", "f", r"own\.py:f must return a finite number, it returned None for 'How long\?'"),
-        ("f = lambda r, p: float('nan')", "f", r"it returned nan for"),
-        ("f = lambda r, p: 'x'", "f", r"it returned 'x' for"),
-        ("def g():\n    return {}['k']\ndef f(r, p):\n    return g()", "f", r"own\.py, line 2, in f: KeyError\('k'\)"),
-        ("f = lambda r: 1", "f", r"own\.py in f: TypeError"),
-        ("\nexit(0)", "f", r"own\.py, line 2, while loading: SystemExit\(0\)$"),
-        ("import os\nos._exit(0)", "f", r"own\.py, line 2, while loading: SystemExit\('os\._exit\(0\)'\)$"),
-        ("from os import _exit\ndef f(r, p):\n    _exit(0)", "f", r"own\.py, line 3, in f: SystemExit"),
-        ("def f(r, p):\n    quit()", "f", r"own\.py, line 2, in f: SystemExit\(None\)$"),
-        ("def f(r, p):\n    raise GeneratorExit", "f", r"own\.py, line 2, in f: GeneratorExit\(\)$"),
-        ("def f(r, p):\n    return compile('1+', '<text>', 'eval')", "f", r"own\.py, line 2, in f: SyntaxError"),
-        ("f = lambda r, p: 10**400", "f", r"own\.py in f: OverflowError"),
-        ("class R:\n def __float__(self):\n  exit(0)\nf = lambda r, p: R()", "f", r"own\.py, line 3, in f: SystemExit"),
-        ("class R:\n def __repr__(self):\n  exit(0)\nf = lambda r, p: R()", "f", r"it returned R, whose repr fails"),
-        ("class E(Exception):\n    def __repr__(self):\n        return self.x\ndef f(r, p):\n    raise E", "f",
-         r"own\.py, line 5, in f: E, whose repr fails$"),
-        ("class E(Exception):\n def __repr__(self):\n  return 'a\\nb'\ndef f(r, p):\n    raise E", "f", "f: a b$"),
-        ("import torch\nf = lambda r, p: torch.ones((), requires_grad=True)", "f", r"it returned tensor\(1\., req"),
-        ("import torch\nf = lambda r, p: torch.ones(2)", "f", r"own\.py in f: .*only one element"),
-        ("import torch\nf = lambda r, p: torch.tensor(1j)", "f", r"must return a finite number"),
-        ("import numpy\nf = lambda r, p: numpy.complex64(1)", "f", r"must return a finite number"),
-        ("import numpy\nf = lambda r, p: numpy.str_('1')", "f", r"must return a finite number"),
-        ("import sys\nf = lambda r, p: sys.stdout.close() or 1", "f", r"own\.py in f: .*stdout or stderr was closed"),
-        ("import sys\nf = lambda r, p: sys.stdout.detach() and 1", "f", r"own\.py in f: .*detached"),
+        ("ValueError", "    raise ValueError('no')"), ("TypeError", "    return len(3)"),
+        ("KeyError", "    return {}['k']"), ("FileNotFoundError", "    return open('nowhere.txt')"),
+        ("FloatingPointError", "    raise FloatingPointError"),
     ],
 )  # fmt: skip
-def test_a_broken_reward_function_is_named_with_file_and_line(tmp_path, monkeypatch, code, name, message):
-    path = tmp_path / "own.py"
-    path.write_text(code)
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(rewards.FunctionError, match=f"^reward: .*{message}"):
-        rewards.load_reward(f"{path}:{name}")("text", PROBLEM)
+def test_an_error_of_the_user_s_code_ends_in_a_traceback_with_its_file_and_line(own, error, line):
+    path = own(f"\ndef f(response, problem=None):\n{line}\n")
+    calls = [
+        lambda: functions.load_reward(f"{path}:f")("text", PROBLEM),
+        lambda: named.load_task(settings.Settings(task=f"{path}:f")),
+    ]
+    for call in calls:
+        with pytest.raises(Exception) as raised, one_line_errors("bridge.py"):  # noqa: PT011
+            call()
+        text = "".join(traceback.format_exception(raised.value))
+        assert f'File "{path}", line 3, in f' in text
+        assert f"\n{error}" in text
+
+
+def test_an_error_while_the_user_s_file_is_loaded_ends_in_a_traceback_too(own):
+    path = own("\nopen('nowhere.txt')\n")
+    with pytest.raises(RuntimeError) as raised, one_line_errors("bridge.py"):
+        functions.load_reward(f"{path}:f")
+    assert f'File "{path}", line 2' in "".join(traceback.format_exception(raised.value))
+
+
+def test_a_function_that_cannot_be_loaded_is_refused_in_one_line_that_names_the_setting(tmp_path, own):
+    path = own("f = 3\n")
+    (tmp_path / "rewards.py").touch()
+    for spec, message in (
+        ("own", "'own' must be FILE.py:FUNCTION"), ("own.py", "'own.py' must be FILE.py:FUNCTION"),
+        ("own.txt:f", "'own.txt:f' must be FILE.py:FUNCTION"), ("own.py:", "'own.py:' must be FILE.py:FUNCTION"),
+        ("nowhere.py:f", "there is no file 'nowhere.py'"), (f"{path}:g", f"{path} has no function 'g'"),
+        (f"{path}:f", f"{path} has no function 'f'"),
+        (f"{tmp_path}/rewards.py:f", f"another module is named 'rewards': rename {tmp_path}/rewards.py"),
+    ):  # fmt: skip
+        with pytest.raises(settings.SettingError, match=f"^reward: {re.escape(message)}$"):
+            functions.load_reward(spec)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["None", "float('nan')", "'1'", "[1.0]", "1j", "10**400", "numpy.ones(2)", "torch.ones(2)",
+     "torch.tensor(1j)"],
+)  # fmt: skip
+def test_a_reward_that_is_no_finite_number_is_refused_with_function_and_question(own, value):
+    path = own(f"import numpy, torch\ndef f(response, problem):\n    return {value}\n")
+    with pytest.raises(
+        settings.SettingError, match=rf"^reward: {path}:f must return a finite number, .* 'How long\?'$"
+    ):
+        functions.load_reward(f"{path}:f")("text", PROBLEM)
 
 
 @pytest.mark.parametrize(
@@ -1159,170 +1152,22 @@ def test_a_broken_reward_function_is_named_with_file_and_line(tmp_path, monkeypa
     ["True", "Fraction(3, 3)", "Decimal(1)", "numpy.float16(1)", "numpy.bool_(True)", "numpy.array(1)",
      "torch.tensor(1)", "torch.tensor(1.0, dtype=torch.bfloat16)", "torch.tensor(True)"],
 )  # fmt: skip
-def test_a_real_number_of_any_library_is_a_reward(tmp_path, value):
+def test_a_real_number_of_any_library_is_a_reward(own, value):
     imports = "import numpy, torch\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
-    (tmp_path / "own.py").write_text(f"{imports}def f(response, problem):\n    return {value}\n")
-    reward = rewards.load_reward(f"{tmp_path}/own.py:f")("text", PROBLEM)
+    path = own(f"{imports}def f(response, problem):\n    return {value}\n")
+    reward = functions.load_reward(f"{path}:f")("text", PROBLEM)
     assert (reward, type(reward)) == (1.0, float)
 
 
-HOLDS = "import os, sys, torch\nkept = []\ndef hold(context):\n    kept.append(context)\n    context.__enter__()\n"
-
-
-@pytest.mark.parametrize(
-    "change",
-    ["torch.set_grad_enabled(False)", "hold(torch.no_grad())", "hold(torch.inference_mode())", "os.chdir('/')",
-     "torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')", "torch.set_num_threads(2)",
-     "sys.stdout = None", "sys.stderr = open(os.devnull, 'w')"],
-)  # fmt: skip
-@pytest.mark.parametrize("place", ["load", "call"])
-def test_what_a_reward_changes_in_the_process_is_restored(tmp_path, change, place):
-    def state():
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads()
-        return (
-            modes,
-            torch.get_default_dtype(),
-            torch.get_default_device(),
-            Path.cwd(),
-            sys.stdout,
-            sys.stderr,
-            os._exit,
-        )
-
-    at_load, at_call = (change, "pass") if place == "load" else ("", change)
-    (tmp_path / "own.py").write_text(f"{HOLDS}{at_load}\ndef f(response, problem):\n    {at_call}\n    return 1\n")
-    before = state()
-    assert rewards.load_reward(f"{tmp_path}/own.py:f")("text", PROBLEM) == 1.0
-    assert state() == before
-    weight = torch.ones(1, requires_grad=True)
-    (2 * weight).backward()
-    assert weight.grad == 2
-
-
-MODULE = """from __future__ import annotations
-import multiprocessing, os, pickle
-from dataclasses import dataclass
-import helper
-
-@dataclass
-class Point:
-    x: int
-    y: list[int] | None = None
-
-    def twice(self):
-        return 2 * self.x
-
-def in_pool(response, problem):
-    with multiprocessing.get_context(response).Pool(1) as pool:
-        return sum(pool.map(Point.twice, [Point(1), pickle.loads(pickle.dumps(Point(2)))])) + helper.ONE
-
-def in_child(response, problem):
-    if (child := os.fork()) == 0:
-        os._exit(7)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-def task(s):
-    from tasks.task import Demonstration, Problem, Task
-    return Task([Problem("q", "1", extra={"point": Point(3)})], [Demonstration("q", "r")], [Problem("p", "1")])
-
-def of_task(response, problem):
-    return isinstance(problem.extra["point"], Point)
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """Writes the user's file of a name, with a helper beside it; forgets the modules afterwards."""
-    for name in ("path", "meta_path"):
-        monkeypatch.setattr(sys, name, [*getattr(sys, name)])
-    before = dict(sys.modules)
-
-    def write_file(name, text=MODULE, folder="own"):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "helper.py").write_text("ONE = 1\n")
-        (tmp_path / folder / name).write_text(text)
-        return str(tmp_path / folder / name)
-
-    yield write_file
-    for name in set(sys.modules) - set(before):
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-POOL = """import importlib, json, sys, time
-from pathlib import Path
-import rewards
-
-file, method = sys.argv[1:]
-modules = {known: sys.modules[known] for known in ("json", "rewards", "time", "__main__")}
-assert rewards.load_reward(f"{file}:in_pool")(method, None) == 7.0
-assert {known: sys.modules[known] for known in modules} == modules
-assert Path(importlib.import_module("plot").__file__).parent == Path(rewards.__file__).parent
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [("mine.py", "fork"), ("mine.py", "spawn"), ("my-reward.v2.py", "fork"), ("json.py", "fork"),
-     ("rewards.py", "fork"), ("plot.py", "fork"), ("time.py", "fork"), ("__main__.py", "fork")],
-)  # fmt: skip
-def test_dataclasses_pickle_and_process_pools_work_in_a_reward_file_of_any_name(own, name, method):
-    command = [sys.executable, "-c", POOL, own(name), method]  # fork may hang beside the threads of this process
-    done = subprocess.run(command, cwd=Path(rewards.__file__).parent, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_child_process_of_a_reward_may_exit(own):
-    assert rewards.load_reward(f"{own('mine.py')}:in_child")("text", PROBLEM) == 7.0
-
-
-def test_a_file_with_task_and_reward_is_executed_once(own, monkeypatch):
-    path = own("mine.py")
-    monkeypatch.chdir(Path(path).parent)
-    task = named.load_task(settings.Settings(task=f"{path}:task"))
-    assert rewards.load_reward("mine.py:of_task")("text", task.problems[0]) == 1.0
-    own("mine.py", MODULE + "of_task = lambda response, problem: 5\n")
-    assert rewards.load_reward("mine.py:of_task")("text", task.problems[0]) == 5.0, "a changed file is executed again"
-
-
-def test_two_files_of_one_name_are_two_modules(own):
-    paths = [own("mine.py", f"f = lambda response, problem: {i}\n", folder=str(i)) for i in range(2)]
-    first, second = (rewards.load_reward(f"{path}:f") for path in paths)
-    assert (first("text", PROBLEM), second("text", PROBLEM)) == (0.0, 1.0)
-    assert sys.modules["mine"].f("text", PROBLEM) == 0
-
-
-@pytest.mark.parametrize("code", ["import os\ndef f(r, p):\n    os._exit(0)", "def f(r, p):\n    exit(0)", "exit(0)"])
-def test_a_run_does_not_end_with_status_0_because_its_reward_exits(tmp_path, monkeypatch, code):
+def test_a_run_uses_its_reward_function_and_prints_its_first_prompt(tmp_path, own, capsys, monkeypatch):
     monkeypatch.setattr(arithmetic, "PROMPTS", 64)
-    (tmp_path / "own.py").write_text(code)
-    flags = ["--preset", "smoke", "--eval-problems", "1", "--max-new-tokens", "8", "--method", "rl"]
-    flags += ["--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit, match=r"^bridge\.py: reward: .*own\.py, line \d, .*: SystemExit.*$"):
-        bridge.main([*flags, "--reward", f"{tmp_path}/own.py:f"])
-
-
-@pytest.mark.parametrize("spec", ["own", "own.py", ":f", "own.txt:f", "own.py:"])
-def test_a_reward_without_file_or_function_is_refused(spec):
-    with pytest.raises(rewards.FunctionError, match=r"must be FILE\.py:FUNCTION"):
-        rewards.load_reward(spec)
-    with pytest.raises(rewards.FunctionError, match=r"there is no file 'nowhere\.py'"):
-        rewards.load_reward("nowhere.py:f")
-
-
-def test_a_run_uses_its_reward_function_and_prints_its_first_prompt(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bridge.plot, "draw", lambda *_: None)  # slow
-    monkeypatch.setattr(arithmetic, "PROMPTS", 64)
-    (tmp_path / "own.py").write_text("def f(response, problem):\n    return 0.25\n")
+    path = own("def limit(response, problem):\n    return 0.25\ndef none(response, problem):\n    return None\n")
     flags = ["--preset", "smoke", "--steps", "1", "--eval-problems", "1", "--max-new-tokens", "16"]
-    flags += ["--reward", f"{tmp_path}/own.py:f", "--out", str(tmp_path / "run")]
-    bridge.main(flags)
+    bridge.main([*flags, "--reward", f"{path}:limit", "--out", str(tmp_path / "run")])
     (metrics,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert metrics["reward"] == 0.25
     printed = capsys.readouterr().out
     assert "the first prompt: 'Q:" in printed
     assert "trained tokens in ⟦ ⟧: 'Q:" in printed
-    (tmp_path / "own.py").write_text("def f(response, problem):\n    return None\n")
-    flags[-1] += "2"
-    with pytest.raises(SystemExit, match=r"bridge\.py: reward: .*own\.py:f must return a finite number"):
-        bridge.main(flags)
+    with pytest.raises(SystemExit, match=r"bridge\.py: reward: .*\.py:none must return a finite number"):
+        bridge.main([*flags, "--reward", f"{path}:none", "--out", str(tmp_path / "other")])

@@ -832,12 +832,12 @@ def test_questions_have_the_instruction_and_the_template_of_the_run(tmp_path):
         task = evaluate.prompt_of(evaluate.parse([source, "--ask", "q", *flags]), s)
         return task.instruction, task.template
 
-    (tmp_path / "own.py").write_text("from tasks.task import *\ndef f(s): return Task([], [], [], ' Go.', 'plain')")
+    (tmp_path / "go.py").write_text("from tasks.task import *\ndef f(s): return Task([], [], [], ' Go.', 'plain')")
     assert prompt("run", Settings()) == prompt("logic-laptop", None) == ("", "")
     assert prompt("run", Settings(task="limr", template="qwen-boxed")) == (INSTRUCTION, "qwen-boxed")
     assert prompt("owner/name", None, "--template", "plain") == (INSTRUCTION, "plain")
-    assert prompt("run", Settings(task=f"{tmp_path}/own.py:f")) == (" Go.", "plain")
-    assert prompt("run", Settings(task=f"{tmp_path}/own.py:f"), "--template", "") == (" Go.", "")
+    assert prompt("run", Settings(task=f"{tmp_path}/go.py:f")) == (" Go.", "plain")
+    assert prompt("run", Settings(task=f"{tmp_path}/go.py:f"), "--template", "") == (" Go.", "")
 
 
 # The command line
