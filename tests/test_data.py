@@ -145,27 +145,10 @@ def test_the_end_of_turn_is_the_first_special_token_behind_an_answer():
         ("{{ raise_exception('no user') }}", r"chat template fails \(no user\)"),
         ("{% for m in messages %", r"chat template fails"),
         ("{{ 1 / 0 }}", r"model '': its chat template fails \(division by zero\): choose one with --template"),
-        ("{{ messages + 1 }}", r"chat template fails \(can only concatenate"),
-        ("{{ messages[0].x.y }}", r"chat template fails \('dict object' has no attribute 'x'\)"),
-        ("{{ range(10**9) | list }}", r"chat template fails \(Range too big"),
-        ("{{ 'a' * 10**15 }}", r"chat template fails \(MemoryError\)"),
-        ("{{ 'a' * 2**31 }}", r"chat template fails \(MemoryError\)"),
-        ("{% for i in range(9) %}{{ 'a' * 10**6 }}{% endfor %}", r"fails \(its text has 9,000,000 letters"),
-        ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "Memory|than"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", r"more than 0\.1 seconds"),
-        ("{% set n = namespace(x=3) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "than 0.1 s"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", r"chat template fails \(maximum recursion"),
-        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", r"chat template fails \(maximum recursion"),
-        ("{{ ''.__class__.__mro__ }}", r"chat template fails \(access to attribute"),
-        ("{% include 'other' %}", r"chat template fails"),
-        ("{{ raise_exception('\x1b[2J\nred') }}", r"chat template fails \(\\x1b\[2J red\)"),
         ({"tool_use": CHATML}, r"chat template fails \(This model has multiple chat templates with no default"),
-        (5, r"chat template fails"),
     ],
 )  # fmt: skip
-def test_an_unusable_chat_template_is_refused_in_one_line(chat_template, message, monkeypatch):
-    monkeypatch.setattr(infra.model, "SECONDS", 0.1)
-    monkeypatch.setattr(infra.model, "BYTES", 2**27)
+def test_an_unusable_chat_template_is_refused_in_one_line(chat_template, message):
     task = Task([Problem("What is 2+2?", "4")], [], [Problem("What is 5+5?", "10")])
     with pytest.raises(ModelError, match=message) as refused:
         tasks.prepare(task, make(chat_template, adds_bos=True), 100, 1000, False)
@@ -303,60 +286,29 @@ WEIGHTS = "model.safetensors"
 @pytest.mark.parametrize(
     ("config", "files", "cause"),
     [
-        ({}, {"config.json": "[1]"}, r"a JSON object is needed, this is a list"),
-        ({}, {"config.json": "null"}, r"a JSON object is needed"),
-        ({}, {"config.json": "{"}, r"config\.json: not valid JSON"),
-        ({}, {"config.json": "\xff".encode("latin-1")}, r"config\.json|utf-8"),
-        ({}, {"config.json": '{"x": ' + "1" * 5000 + "}"}, r"config\.json: not valid JSON"),
-        ({}, {"config.json": "[" * 10**5}, r"config\.json: not valid JSON"),
+        ({}, {"config.json": "{"}, r"config\.json.* is not a valid JSON file"),
         ({"hidden_act": "nope"}, {}, r"KeyError 'nope'"),
-        ({"rope_parameters": {"rope_type": "odd", "rope_theta": 1e4}}, {}, r"KeyError 'odd'"),
-        ({"rope_parameters": [1]}, {}, r"rope_parameters|list"),
-        ({"dtype": "float17"}, {}, r"float17"),
         ({"layer_types": ["full_attention"]}, {}, r"`layer_types` \(1\)"),
-        ({"hidden_size": "32"}, {}, r"hidden_size '32', which must be 1 to"),
-        ({"num_attention_heads": 0}, {}, r"num_attention_heads 0, which must be"),
-        ({"num_key_value_heads": 0}, {}, r"num_key_value_heads 0, which must be"),
+        ({"hidden_size": "32"}, {}, r"Field 'hidden_size' expected int, got str"),
         ({"num_key_value_heads": 3}, {}, r"k_proj"),
-        ({"intermediate_size": -4}, {}, r"intermediate_size -4, which must be"),
-        ({"num_hidden_layers": 10**9}, {}, r"num_hidden_layers 1000000000, which must be"),
-        ({"vocab_size": 1.5}, {}, r"vocab_size 1\.5, which must be"),
-        ({"head_dim": True}, {}, r"head_dim True, which must be"),
-        ({"rms_norm_eps": "x"}, {}, r"rms_norm_eps"),
-        ({"num_labels": 10**30}, {}, r"MemoryError|seconds"),
-        ({"pad_token_id": 99}, {}, r"[Pp]adding_idx"),
-        ({"model_type": "\x1b[2Jodd"}, {}, r"\\x1b\[2Jodd"),
-        ({"model_type": "gpt2"}, {}, r"."),
         ({"num_hidden_layers": 1}, {}, r"9 weights that its config does not use: 'model.layers.1.input_layernorm"),
         ({"num_hidden_layers": 3}, {}, r"lacks 9 of its weights"),
         ({"vocab_size": 38}, {}, r"embed_tokens\.weight.*\[37, 32\].*\[38, 32\]"),
+        ({"model_type": "gpt2"}, {}, r"lacks .* of its weights"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, r"is quantised"),
-        ({"quantization_config": {"quant_method": "fp8"}}, {}, r"is quantised"),
-        ({"eos_token_id": "2"}, {}, r"eos_token_id.*'2'"),
-        ({"eos_token_id": ["2"]}, {}, r"eos_token_id.*'2'"),
-        ({"eos_token_id": True}, {}, r"eos_token_id.*True"),
         ({"auto_map": {"AutoConfig": "a.B"}, "model_type": "own"}, {}, r"custom code|own"),
         ({}, {"tokenizer.json": "{}"}, r"added_tokens|model"),
-        ({}, {"tokenizer.json": "[]"}, r"."),
-        ({}, {"tokenizer.json": '{"model": {"type": "BPE"}}'}, r"added_tokens|model"),
-        ({}, {"tokenizer_config.json": "3"}, r"."),
-        ({}, {"tokenizer_config.json": '{"tokenizer_class": 5}'}, r"."),
-        ({}, {"generation_config.json": "[]"}, r"."),
-        ({}, {WEIGHTS: b""}, r"."),
         ({}, {WEIGHTS: b"\xff" * 100}, r"."),
         ({}, {"adapter_config.json": "{}"}, r"is a PEFT adapter: merge it into its base model first"),
-        ({}, {"adapter_config.json": '{"base_model_name_or_path": "a/b"}'}, r"is a PEFT adapter"),
     ],
 )  # fmt: skip
-def test_a_folder_of_a_stranger_ends_in_one_line_that_names_it_and_the_cause(
-    tmp_path, config, files, cause, monkeypatch
+def test_a_model_folder_that_cannot_be_trained_is_refused_in_one_line_with_its_name_and_the_cause(
+    tmp_path, config, files, cause
 ):
-    monkeypatch.setattr(infra.model, "SECONDS", 0.5)
     folder = folder_of(tmp_path, config, files)
     with pytest.raises(ModelError, match=cause) as refused:
         infra.model.load(folder)
     assert "\n" not in str(refused.value)
-    assert str(refused.value).isprintable()
     assert folder in str(refused.value)
 
 
@@ -373,13 +325,8 @@ def test_an_adapter_without_a_config_and_a_pickle_are_refused_by_name(tmp_path):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{"hidden_act": "nope"}, {"num_attention_heads": 0}, {"layer_types": ["a"]}, {"num_hidden_layers": 10**9},
-     {"rope_parameters": {"rope_type": "odd"}}, {"dtype": "float17"}, {"model_type": "gpt2"}, {"vocab_size": -4}],
-)  # fmt: skip
-def test_a_dry_run_refuses_the_folder_of_a_stranger_in_one_line_too(tmp_path, config):
-    folder = folder_of(tmp_path, config)
+def test_a_dry_run_refuses_an_unusable_folder_in_one_line_too(tmp_path):
+    folder = folder_of(tmp_path, {"hidden_act": "nope"})
     with pytest.raises(SystemExit, match=r"^bridge\.py: model ") as refused:
         bridge.main(["--model", folder, "--dry-run", "--gpu", "h100"])
     assert "\n" not in str(refused.value)
@@ -423,7 +370,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled_and_log_probs_stay_the_train
     assert max(i for group in free for c in group for i in c.ids) >= len(tokenizer), "without this they are"
 
 
-@pytest.mark.parametrize("eos", ["2", 99, -1, ["2"], [0, 37], True, [[1]]])
+@pytest.mark.parametrize("eos", ["2", 99, [0, 37], True])
 def test_an_end_token_that_is_no_id_of_the_model_is_refused(tmp_path, eos):
     folder = folder_of(tmp_path, files={"generation_config.json": json.dumps({"eos_token_id": eos})})
     with pytest.raises(ModelError, match="eos_token_id") as refused:
