@@ -425,9 +425,10 @@ def test_every_kind_of_file_yields_the_same_problems(tmp_path, kind):
         write(path, ROWS)
     elif kind == "json":
         path.write_text(json.dumps(ROWS))
+    elif kind == "csv":
+        path.write_text("\n".join(",".join(cells) for cells in (ROWS[0], *(row.values() for row in ROWS))))
     else:
-        datasets = pytest.importorskip("datasets")
-        getattr(datasets.Dataset.from_list(ROWS), f"to_{kind}")(path)
+        pytest.importorskip("datasets").Dataset.from_list(ROWS).to_parquet(path)
     problems = sources.read_problems(f"{path}, {path}", "rl_data", [])
     assert [(p.question, p.answer, p.group) for p in problems] == 2 * [
         ("one and one?", "2", "level 3"),
@@ -466,6 +467,34 @@ def test_a_row_without_a_usual_field_is_refused_with_its_fields_and_a_way_out(tm
         sources.read_problems(path, "rl_data", [])
     with pytest.raises(DataError, match=r"line 1: needs a field named solution or response or demonstration, has q"):
         sources.read_demonstrations(path, "sft_data", [])
+
+
+GOOD = {"question": "q", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([GOOD, '{"question": "q", '], r"rl_data: .*a.jsonl, line 2: not valid JSON"),
+        ([GOOD, "[1, 2]"], r"rl_data: .*line 2: a JSON object is needed, this is a list"),
+        ([], r"rl_data: .*a.jsonl holds no row"),
+        ([GOOD, GOOD | {"question": " "}], r"line 2: field question is empty"),
+        ([GOOD, GOOD | {"question": ["a"]}], r"line 2: field question must be a number or text, it is \['a'\]"),
+        ([GOOD, GOOD | {"answer": True}], r"line 2: field answer must be a number or text, it is True"),
+        ([GOOD], r"rl_data: holding out eval_problems=1 of 1 questions keeps too few"),
+    ],
+)
+def test_an_error_names_the_file_its_line_and_the_field(tmp_path, lines, message):
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (tmp_path / "a.jsonl").write_text("".join(f"{text}\n" for text in texts))
+    with pytest.raises(DataError, match=message):
+        named.from_files(str(tmp_path / "a.jsonl"), "", "", 1)
+
+
+def test_text_that_is_not_utf8_is_reported(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(DataError, match="is not UTF-8"):
+        list(sources.read_rows(str(tmp_path / "a.jsonl"), "rl_data"))
 
 
 def test_the_first_correct_response_is_chosen_or_else_the_first():
@@ -649,21 +678,14 @@ def test_an_empty_gold_behind_four_hashes_drops_the_row_from_both(tmp_path):
 @pytest.mark.parametrize(
     ("values", "groups"),
     [
-        ([i / 7 for i in range(10)], {"all"}),
-        ([f"{i / 7}" for i in range(10)], {"all"}),
-        ([1e-5, 2e-5, "nan"], {"all"}),
+        ([i / 7 for i in range(21)], {"all"}),
         (range(21), {"all"}),
-        (["x" * 400], {"all"}),
-        ([f"{'x' * 50}{i}" for i in range(20)], {"all"}),
-        (["\x1b[2J"], {"all"}),
-        (["a|b"], {"all"}),
-        (["$x$"], {"all"}),
-        ([["a"]], {"all"}),
+        (range(20), {f"{i}" for i in range(20)}),
         ([2, 3.0, "4", "Level 5", 3.5, None, float("nan"), ""], {"2", "3", "4", "5", "3.5", "all"}),
         (["Grade 6-8", "Géométrie"], {"Grade 6-8", "Géométrie"}),
     ],
 )
-def test_only_few_short_values_form_groups(tmp_path, monkeypatch, values, groups):
+def test_at_most_20_different_values_form_groups(tmp_path, values, groups):
     expected = {group if group == "all" else f"level {group}" for group in groups}
     rows = [{"problem": "q", "answer": "1", "level": value} for value in values]
     assert {p.group for p in sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])} == expected
@@ -673,13 +695,13 @@ def test_only_few_short_values_form_groups(tmp_path, monkeypatch, values, groups
 
 
 def test_a_difficulty_forms_the_groups_where_the_level_is_a_measurement(tmp_path):
-    rows = [{"problem": "q", "answer": "1", "level": i / 7, "difficulty": i % 2} for i in range(1, 5)]
+    rows = [{"problem": "q", "answer": "1", "level": i / 7, "difficulty": i % 2} for i in range(1, 30)]
     problems = sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])
     assert {p.group for p in problems} == {"difficulty 0", "difficulty 1"}
 
 
-def test_the_groups_of_a_function_that_fit_into_no_table_are_one(tmp_path):
-    (tmp_path / "own.py").write_text(
+def test_groups_whose_names_fit_into_no_table_are_one(own):
+    spec = own(
         MAKES + "f = lambda s: Task([P] * 9, [D], [Problem(f'q{i}', '1', f'difficulty {i / 7}') for i in range(300)])"
     )
     task = named.load_task(settings.Settings(task=f"{spec}:f"))
@@ -715,7 +737,7 @@ def test_the_gold_of_a_benchmark_is_its_first_field_that_is_not_empty(tmp_path, 
     assert (problem.question, problem.answer) == ("q", answer)
 
 
-@pytest.mark.parametrize("answer", [None, "", float("nan"), float("inf"), ["1"], True, "\ud800"])
+@pytest.mark.parametrize("answer", [None, "", float("nan"), ["1"], True])
 def test_a_benchmark_row_without_a_gold_is_refused_with_its_line(tmp_path, answer):
     write(tmp_path / "math500.jsonl", [{"problem": "q", "answer": "1"}, {"problem": "q", "answer": answer}])
     with pytest.raises(DataError, match=r"math500\.jsonl, line 2 is no row of math500: .*field answer"):
@@ -773,16 +795,6 @@ def test_a_path_that_utf8_cannot_encode_is_refused_by_name(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         settings.parse([flag, "a\udcff"])  # Python reads the byte ff so
     assert f"argument {flag}: 'a\\udcff' is no name of a file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("field", ["question", "answer", "solution"])
-def test_half_a_surrogate_pair_in_a_row_is_refused_with_line_and_field(tmp_path, field):
-    row = {"question": "q", "answer": "1", "solution": "s"}
-    path = write(tmp_path / "a.jsonl", [row, row | {field: "\ud800"}])
-    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: field {field} must be .* text that UTF-8 can encode"):
-        (sources.read_demonstrations if field == "solution" else sources.read_problems)(path, "rl_data", [])
-    with pytest.raises(ValueError, match="group must be text that UTF-8 can encode"):
-        Problem("q", "1", "\udfff")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -978,7 +990,6 @@ CHAT_ROWS = [
     {"prompt": [{"role": "user", "content": f"{i}+1?"}], "reward_model": {"ground_truth": str(i + 1)}, "tests": [i]}
     for i in range(5)
 ]
-MAKES = "from tasks.task import Demonstration, Problem, Task\nP, D = Problem('q', '1'), Demonstration('q', 'r')\n"
 CHAT_TASK = """from tasks.named import with_evaluation
 from tasks.sources import rows_of
 from tasks.task import Demonstration, Problem, Task
@@ -1020,6 +1031,7 @@ def test_a_function_that_returns_no_task_and_an_unknown_task_are_refused(own):
 
 
 PROBLEM = Problem("How long?", "1", extra={"limit": 3})
+MAKES = "from tasks.task import Demonstration, Problem, Task\nP, D = Problem('q', '1'), Demonstration('q', 'r')\n"
 
 
 def test_a_file_with_task_and_reward_is_one_module_that_finds_helpers_and_pickle(tmp_path, own):
