@@ -146,8 +146,9 @@ def checkpoint_layers(model: nn.Module, count: int) -> None:
     """
     for i, layer in enumerate(model.model.layers):
         layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        layer.gradient_checkpointing = i < count
-        layer.training = i < count  # transformers recomputes in training mode only; no layer has dropout
+        recomputes = i < count
+        layer.gradient_checkpointing = recomputes
+        layer.training = recomputes  # transformers recomputes in training mode only; no layer has dropout
 
 
 def model_fingerprint(model: nn.Module, tokenizer) -> str:

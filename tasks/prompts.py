@@ -28,8 +28,9 @@ def prompt_text(tokenizer, question: str, instruction: str, template: str = "") 
         if template not in TEMPLATES:
             raise ModelError(f"template: there is no {template!r}; choose from {', '.join(TEMPLATES)}")
         return TEMPLATES[template].replace("{question}", question)
-    if _frame(tokenizer, repr(tokenizer.chat_template))[1]:
-        text = _chat(tokenizer, question + instruction, PROBE).rpartition(PROBE)[0]
+    _, lacks_generation_prompt = _frame(tokenizer, repr(tokenizer.chat_template))
+    if lacks_generation_prompt:
+        text, _, _ = _chat(tokenizer, question + instruction, PROBE).rpartition(PROBE)
     else:
         text = _chat(tokenizer, question + instruction, prompted=True)
     if question.strip() not in text:

@@ -104,7 +104,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("ops/decode.py", "weight = weight / tl.sum(weight, 0)", "weight = weight"),
     ("ops/packed.py", "(x[0].transpose(0, 1).to(value.dtype) for", "(x[0].transpose(0, 1) for"),
     ("ops/packed.py", "inputs_embeds=embedded.to(dtype or embedded.dtype)", "inputs_embeds=embedded"),
-    ("infra/model.py", "layer.training = i < count", "layer.training = True"),
+    ("infra/model.py", "recomputes = i < count", "recomputes = True"),
     ("ops/packed.py", "is_causal=True", "is_causal=False"),
     ("ops/packed.py", "sliding_window < max_seqlen)", "sliding_window < 0)"),
     ("ops/packed.py", "torch.arange(int(lengths.sum())) - (ends - lengths).repeat_interleave(lengths)", "torch.arange(int(lengths.sum()))"),

@@ -122,10 +122,6 @@ def test_the_named_templates_equal_simplerl_s_letter_by_letter():
     assert prompts.prompt_text(None, question, "ignored", "plain") == expected
 
 
-def test_the_settings_offer_exactly_the_named_templates():
-    assert settings.CHOICES["template"] == ("", *prompts.TEMPLATES)
-
-
 def test_the_end_of_turn_is_the_first_special_token_behind_an_answer():
     ends = {template: prompts.end_of_turn(make(template, adds_bos=True)) for template in (CHATML, LLAMA, THINKS)}
     assert [SPECIAL[i] for i in ends.values()] == ["<|im_end|>", "<|eot_id|>", "<|im_end|>"]
