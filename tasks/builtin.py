@@ -16,9 +16,8 @@ import torch
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from infra import gguf
 from infra.files import atomic_folder
-from infra.model import MODELS, pick_device, read_config
+from infra.model import MODELS, pick_device
 from logprob import response_logprobs
 from tasks import arithmetic, legs, logic
 
@@ -58,23 +57,21 @@ def config(recipe: Recipe, tokenizer) -> PretrainedConfig:
 
 
 def builtin_config(model: str) -> PretrainedConfig | None:
-    """The config of a built-in model or a GGUF file, None for any other name."""
-    if model in RECIPES:
-        recipe, task = RECIPES[model]
-        return config(recipe, task.make_tokenizer())
-    return read_config(gguf.resolve(model)) if gguf.is_gguf(model) else None
+    """The config of a built-in model, None for any other name."""
+    if model not in RECIPES:
+        return None
+    recipe, task = RECIPES[model]
+    return config(recipe, task.make_tokenizer())
 
 
 def task_of(model: str) -> str:
-    """The task that a model is evaluated on by default: legs for a GGUF file, else its own or arithmetic."""
-    if gguf.is_gguf(model):
-        return "legs"
+    """The task that a model is evaluated on by default: the one of a built-in model, else arithmetic."""
     return "logic" if model in RECIPES and RECIPES[model][1] is logic else "arithmetic"
 
 
 def resolve(model: str) -> str:
-    """The folder of a built-in model or of a GGUF file; any other name unchanged."""
-    return str(build_base(model)) if model in RECIPES else gguf.resolve(model)
+    """The folder of a built-in model, any other name unchanged."""
+    return str(build_base(model)) if model in RECIPES else model
 
 
 def train_base(recipe: Recipe, task: ModuleType) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

@@ -1,7 +1,7 @@
 r"""A task in English for a pretrained model: how many legs, wheels or sides one or two kinds of things have together.
 
     How many legs do 3 spiders and 1 duck have?
-    A spider has 8 legs, a duck 2: 3*8 + 1*2 = 24 + 2 = \boxed{26}
+    Spiders have 8 legs, ducks 2: 3*8 + 1*2 = 24 + 2 = \boxed{26}
 
 The model has to know the things and to calculate. A pretrained model boxes no answer by itself, so RL alone has no
 reward. Demonstrations show a third of the things, D_RL asks for a second third, too, and evaluation for all.
@@ -41,22 +41,30 @@ EVAL_MAX = 100  # evaluation problems of each group; training excludes all of th
 def question(rng: random.Random, tables: slice, kinds: int) -> Drawn:
     """(question, worked line, answer) about one or two kinds of things from some of the tables."""
     part = rng.choice(list(THINGS))
-    number_of = {thing: number for table in THINGS[part][tables] for thing, number in table.items()}
-    counts = {thing: rng.randint(1, MOST) for thing in rng.sample(sorted(number_of), kinds)}
-    asked = " and ".join(f"{count} {thing}{'s' * (count > 1)}" for thing, count in counts.items())
-    verb = "does" if list(counts.values()) == [1] else "do"
-    first, *others = counts
-    facts = [
-        f"{first.capitalize()}s have {number_of[first]} {part}",
-        *(f"{thing}s {number_of[thing]}" for thing in others),
-    ]
-    sums = [" + ".join(f"{count}*{number_of[thing]}" for thing, count in counts.items())]
-    products = [count * number_of[thing] for thing, count in counts.items()]
-    if others:
+    number_of: dict[str, int] = {}
+    for table in THINGS[part][tables]:
+        number_of |= table
+    things = rng.sample(sorted(number_of), kinds)
+    counts = [rng.randint(1, MOST) for _ in things]
+
+    asked = " and ".join(with_count(thing, count) for thing, count in zip(things, counts, strict=True))
+    verb = "does" if counts == [1] else "do"
+
+    # "Spiders have 8 legs, ducks 2: 3*8 + 1*2 = 24 + 2 = "
+    facts = [f"{things[0].capitalize()}s have {number_of[things[0]]} {part}"]
+    facts += [f"{thing}s {number_of[thing]}" for thing in things[1:]]
+    terms = [f"{count}*{number_of[thing]}" for thing, count in zip(things, counts, strict=True)]
+    products = [count * number_of[thing] for thing, count in zip(things, counts, strict=True)]
+    sums = [" + ".join(terms)]
+    if kinds > 1:
         sums.append(" + ".join(map(str, products)))
     answer = str(sum(products))
     line = f"{', '.join(facts)}: {' = '.join(sums)} = {BOX}{answer}}}"
     return f"How many {part} {verb} {asked} have?", line, answer
+
+
+def with_count(thing: str, count: int) -> str:
+    return f"1 {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def distinct(rng: random.Random, tables: slice, kinds: tuple[int, ...], count: int, taken: set[str]) -> list[Drawn]:
@@ -68,18 +76,20 @@ def evaluation(per_group: int) -> list[Problem]:
     """The first `per_group` evaluation problems of each group. Raises DataError for more than EVAL_MAX."""
     if per_group > EVAL_MAX:
         raise DataError(f"eval_problems: the task legs has {EVAL_MAX} of each group, {per_group} asked for")
-    drawn = {
-        group: distinct(random.Random(EVAL_SEED + i), *of, EVAL_MAX, set())
-        for i, (group, of) in enumerate(GROUPS.items())
-    }
-    return [Problem(q, answer, group) for group, rows in drawn.items() for q, _, answer in rows[:per_group]]
+    problems = []
+    for i, (group, (tables, kinds)) in enumerate(GROUPS.items()):
+        rows = distinct(random.Random(EVAL_SEED + i), tables, kinds, EVAL_MAX, set())
+        problems += [Problem(q, answer, group) for q, _, answer in rows[:per_group]]
+    return problems
 
 
 def task(seed: int, eval_per_group: int) -> Task:
     """Problems and demonstrations, a function of the seed, and evaluation problems; a demonstration is no problem."""
-    rng, taken = random.Random(seed), {p.question for p in evaluation(EVAL_MAX)}
+    rng = random.Random(seed)
+    taken = {p.question for p in evaluation(EVAL_MAX)}
     shown = distinct(rng, SHOWN, KINDS, DEMONSTRATIONS, taken)
-    worked = [Demonstration(q, line, answer) for q, line, answer in shown]
-    asked = distinct(rng, ASKED, KINDS, PROMPTS, taken | {q for q, _, _ in shown})
-    problems = [Problem(q, answer, f"{1 + (' and ' in q)} thing") for q, _, answer in asked]
-    return Task(problems, worked, evaluation(eval_per_group), instruction="")
+    demonstrations = [Demonstration(q, line, answer) for q, line, answer in shown]
+    taken |= {d.question for d in demonstrations}
+    asked = distinct(rng, ASKED, KINDS, PROMPTS, taken)
+    problems = [Problem(q, answer, "2 thing" if " and " in q else "1 thing") for q, _, answer in asked]
+    return Task(problems, demonstrations, evaluation(eval_per_group), instruction="")

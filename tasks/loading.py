@@ -9,9 +9,9 @@ from torch import nn
 from infra import parallel
 from infra.model import load, model_fingerprint, stop_tokens
 from ops.packed import Row
-from rewards import load_reward
 from settings import METHODS, SettingError, Settings
 from tasks import builtin
+from tasks.functions import load_reward
 from tasks.named import load_task
 from tasks.prompts import encode_prompt, end_of_turn
 from tasks.task import Problem, Task, fingerprint, pair, prepare

@@ -3,27 +3,29 @@
 from dataclasses import replace
 
 from infra.files import DataError
-from rewards import FunctionError, is_gold, load_function, user_code
-from settings import METHODS, Settings
+from rewards import is_gold
+from settings import METHODS, SettingError, Settings
 from tasks import arithmetic, legs, logic
 from tasks.benchmarks import BENCHMARKS, read_benchmark
-from tasks.sources import MAX_WIDTH, first_correct, keep_readable, read_demonstrations, read_problems, rows_of
+from tasks.functions import load_function, user_code
+from tasks.sources import first_correct, keep_readable, read_demonstrations, read_problems, rows_of
 from tasks.task import Demonstration, Problem, Task
 
 MATH_LEVEL3TO5 = "hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level3to5/train.parquet"
 DEEPMATH = "zwhe99/DeepMath-103K"
 GSM8K = "openai/gsm8k:main:train"
+MAX_WIDTH = 1000  # characters of a table with a column per group: its name and 10 more
 
 
 def load_task(s: Settings) -> Task:
-    """The task that the settings name; a given `template` replaces its own. Raises DataError or FunctionError."""
+    """The task that the settings name; a given `template` replaces its own. Raises DataError or SettingError."""
     if s.rl_data:
         task = from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems, bool(s.reward))
     else:
         task = NAMED[s.task](s) if s.task in NAMED else from_function(s.task, s)
     task.template = s.template or task.template
     groups = {p.group for p in task.evaluation}
-    if sum(len(group) + 10 for group in groups) > 2 * MAX_WIDTH:
+    if sum(len(group) + 10 for group in groups) > MAX_WIDTH:
         task.notes.append(f"evaluation: the names of {len(groups)} groups do not fit into a table: all are one group")
         task.evaluation = [replace(p, group="all") for p in task.evaluation]
     if wrong := sum(not is_gold(p.answer) for p in task.evaluation):
@@ -111,18 +113,12 @@ def with_evaluation(task: Task, eval_data: str, eval_problems: int) -> Task:
 
 
 def from_function(spec: str, s: Settings) -> Task:
-    """The task that the user's FILE.py:FUNCTION returns. Raises FunctionError, naming file and line, or DataError."""
+    """The task that the user's FILE.py:FUNCTION returns. Raises SettingError if it returns none."""
     if ":" not in spec:
-        raise FunctionError(f"task: {spec!r} must be one of {', '.join(NAMED)}, or FILE.py:FUNCTION")
+        raise SettingError(f"task: {spec!r} must be one of {', '.join(NAMED)}, or FILE.py:FUNCTION")
     function = load_function("task", spec)
-    file, _, name = spec.rpartition(":")
-    with user_code("task", file, f"in {name}", DataError):
+    with user_code("task", spec):
         task = function(s)
-        if not isinstance(task, Task):
-            raise TypeError(f"the function must return a Task, it returned a {type(task).__name__}")
-        kinds = dict(problems=Problem, demonstrations=Demonstration, evaluation=Problem, kept_apart=str, notes=str)
-        for field, kind in kinds.items():
-            items = getattr(task, field)
-            if not all(isinstance(item, kind) for item in items) or not isinstance(items, list):
-                raise TypeError(f"{field} must be a list of {kind.__name__} objects")
+    if not isinstance(task, Task):
+        raise SettingError(f"task: {spec} must return a Task, it returned a {type(task).__name__}")
     return task

@@ -2,11 +2,11 @@
 
 import re
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 
 from transformers.utils.chat_template_utils import _compile_jinja_template
 
-from infra.model import bounded, reading
+from infra.model import reading
 from ops.packed import ModelError
 
 INSTRUCTION = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -28,8 +28,9 @@ def prompt_text(tokenizer, question: str, instruction: str, template: str = "") 
         if template not in TEMPLATES:
             raise ModelError(f"template: there is no {template!r}; choose from {', '.join(TEMPLATES)}")
         return TEMPLATES[template].replace("{question}", question)
-    if _frame(tokenizer, repr(tokenizer.chat_template))[1]:
-        text = _chat(tokenizer, question + instruction, PROBE).rpartition(PROBE)[0]
+    _, lacks_generation_prompt = _frame(tokenizer, repr(tokenizer.chat_template))
+    if lacks_generation_prompt:
+        text, _, _ = _chat(tokenizer, question + instruction, PROBE).rpartition(PROBE)
     else:
         text = _chat(tokenizer, question + instruction, prompted=True)
     if question.strip() not in text:
@@ -43,7 +44,9 @@ def encode_prompt(tokenizer, question: str, instruction: str, template: str = ""
     A chat template contains the BOS; in front of TEMPLATES the tokenizer puts it.
     """
     text = prompt_text(tokenizer, _cut(tokenizer, question, template), instruction, template)
-    ids = (_before_text(tokenizer) if template else []) + _encode(tokenizer, text)
+    ids = _encode(tokenizer, text)
+    if template:
+        ids = _before_text(tokenizer) + ids
     if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
         raise ModelError(f"the prompt begins with {tokenizer.bos_token!r} twice: remove one from the chat template")
     return ids
@@ -54,11 +57,15 @@ def encode_response(tokenizer, response: str, prompt: str, template: str, end: i
 
     A tag that opens a thought is dropped if the prompt's text ends in the same one.
     """
-    ends = "|".join(map(re.escape, tokenizer.convert_ids_to_tokens([tokenizer.eos_token_id, end])))
-    response = re.sub(rf"(({ends})\s*)+\Z", "", response)
+    end_tokens = tokenizer.convert_ids_to_tokens([tokenizer.eos_token_id, end])
+    any_end = "|".join(re.escape(token) for token in end_tokens)
+    response = re.sub(rf"(({any_end})\s*)+\Z", "", response)
+    # The last tag of the prompt and the space behind it, such as "<think>\n".
     opened = re.search(r"([<\[][^<>\[\]\s]+[>\]])(\s*)$", prompt)
-    if opened and THOUGHT.search(opened[1]) and response.lstrip().startswith(opened[1]):
-        response = response.lstrip().removeprefix(opened[1]).removeprefix(opened[2])
+    if opened:
+        tag, space = opened.groups()
+        if THOUGHT.search(tag) and response.lstrip().startswith(tag):
+            response = response.lstrip().removeprefix(tag).removeprefix(space)
     return [*_encode(tokenizer, _cut(tokenizer, response, template)), end]
 
 
@@ -69,28 +76,44 @@ def end_of_turn(tokenizer, template: str = "") -> int | None:
     _, probe, after = _chat(tokenizer, "?", PROBE).rpartition(PROBE)
     if not probe:
         raise ModelError(f"the model's chat template drops the assistant's message: {ADVICE}")
-    ends = {i for i, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    return next((i for i in _encode(tokenizer, after) if i in ends or i == tokenizer.eos_token_id), None)
+    ends = {tokenizer.eos_token_id}
+    for i, token in tokenizer.added_tokens_decoder.items():
+        if token.content.strip():
+            ends.add(i)
+    return next((i for i in _encode(tokenizer, after) if i in ends), None)
 
 
 def _before_text(tokenizer) -> list[int]:
-    """What the tokenizer puts before a text, such as a BOS; what it puts behind one, such as an EOS, ends no prompt."""
-    whole, bare = (tokenizer.encode("1", add_special_tokens=special) for special in (True, False))
-    return next((whole[:i] for i in range(len(whole)) if whole[i : i + len(bare)] == bare), [])
+    """The ids that the tokenizer puts before a text, such as a BOS. It may put an EOS behind one, which is left out."""
+    bare = tokenizer.encode("1", add_special_tokens=False)
+    whole = tokenizer.encode("1", add_special_tokens=True)
+    for start in range(len(whole)):
+        if whole[start : start + len(bare)] == bare:
+            return whole[:start]
+    return []
 
 
 def _cut(tokenizer, text: str, template: str) -> str:
-    """A data row's text with a CUT in each control token, which makes ordinary tokens of it in `_encode`."""
-    written = TEMPLATES.get(template) or _frame(tokenizer, repr(tokenizer.chat_template))[0]
+    """A data row's text with a CUT in each control token. `_encode` makes ordinary tokens of the parts."""
+    if template:
+        written = prompt_text(tokenizer, "", "", template)
+    else:
+        written, _ = _frame(tokenizer, repr(tokenizer.chat_template))
     return _control_tokens(tokenizer, written).sub(f"\\g<0>{CUT}", text)
 
 
 @lru_cache(maxsize=8)
 def _frame(tokenizer, chat_template: str) -> tuple[str, bool]:
-    """(what the chat template writes around messages, whether it has no generation prompt but a header of answers)."""
-    prompted, bare, answered = _chat(tokenizer, "?", prompted=True), _chat(tokenizer, "?"), _chat(tokenizer, "?", PROBE)
+    """(what the chat template writes around messages, whether it has no generation prompt but a header of answers).
+
+    `chat_template` is a part of the key of the cache only.
+    """
+    bare = _chat(tokenizer, "?")
+    prompted = _chat(tokenizer, "?", prompted=True)
+    answered = _chat(tokenizer, "?", PROBE)
     before, probe, _ = answered.rpartition(PROBE)
-    return answered + prompted, prompted == bare and probe != "" and before.rstrip() != bare.rstrip()
+    has_header = probe != "" and before.rstrip() != bare.rstrip()
+    return answered + prompted, has_header and prompted == bare
 
 
 @lru_cache(maxsize=8)
@@ -99,20 +122,30 @@ def _control_tokens(tokenizer, written: str) -> re.Pattern:
 
     Tags of thoughts are none, since responses consist of them. A token of one letter cannot be cut.
     """
-    ids, added = {*_encode(tokenizer, written), tokenizer.eos_token_id}, tokenizer.added_tokens_decoder.items()
-    control = [token.content for i, token in added if token.special or (i in ids and token.content[0] in "<[")]
-    control = [re.escape(c) for c in control if len(c) > 1 and not THOUGHT.search(c)]
-    return re.compile(f"(?={'|'.join(control) or '(?!)'}).", re.DOTALL)
+    written_ids = {*_encode(tokenizer, written), tokenizer.eos_token_id}
+    control = []
+    for i, token in tokenizer.added_tokens_decoder.items():
+        is_tag = i in written_ids and token.content.startswith(("<", "["))
+        if (token.special or is_tag) and len(token.content) > 1 and not THOUGHT.search(token.content):
+            control.append(re.escape(token.content))
+    any_control = "|".join(control) or "(?!)"  # (?!) never matches
+    return re.compile(f"(?={any_control}).", re.DOTALL)
 
 
 def _encode(tokenizer, text: str) -> list[int]:
     """The token ids of a text, piece by piece between CUTs."""
     first, *pieces = text.split(CUT)
-    encode = partial(tokenizer.encode, add_special_tokens=False)
-    ids, newline = encode(first), encode("\n") if pieces else []
-    for piece in pieces:  # behind a newline, since some tokenizers put a space before a text
-        after = encode("\n" + piece)
-        ids += after[len(newline) :] if after[: len(newline)] == newline else encode(piece)
+    ids = tokenizer.encode(first, add_special_tokens=False)
+    if not pieces:
+        return ids
+    # Some tokenizers put a space before a text. Behind a newline they put none.
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    for piece in pieces:
+        after_newline = tokenizer.encode("\n" + piece, add_special_tokens=False)
+        if after_newline[: len(newline)] == newline:
+            ids += after_newline[len(newline) :]
+        else:
+            ids += tokenizer.encode(piece, add_special_tokens=False)
     return ids
 
 
@@ -126,10 +159,9 @@ def _chat(tokenizer, question: str, answer: str = "", prompted: bool = False) ->
 
 @lru_cache(maxsize=64)
 def _render(tokenizer, chat_template: str, question: str, answer: str, prompted: bool) -> str:
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}][: 2 if answer else 1]
-    with bounded():
-        _compile_jinja_template(chat_template).globals["strftime_now"] = TODAY.strftime
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted)
-    if len(text) > 10**6 + 2 * len(question):
-        raise ValueError(f"its text has {len(text):,} letters")
-    return text
+    messages = [{"role": "user", "content": question}]
+    if answer:
+        messages.append({"role": "assistant", "content": answer})
+    # transformers compiles a template once and keeps it: later renderings have this date, too.
+    _compile_jinja_template(chat_template).globals["strftime_now"] = TODAY.strftime
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompted)

