@@ -338,14 +338,13 @@ SUPERVISION = ("useless_0", "useless_20", "clean", "useless_60", "demonstrations
 class Table(NamedTuple):
     cells: Callable[[str], list[Cell]]
     columns: dict[str, Callable[[dict, str], float | None]]
-    seeds: int = len(SEEDS)
+    seeds: int = len(SEEDS)  # that its command makes; a table shows every seed that has a run
     workers: int | None = None  # runs at a time, where it matters
 
 
 TABLES = {
     "main": Table(main_cells, ACCURACY),
     "epochs": Table(main_cells, EPOCHS),
-    "ood": Table(main_cells, {"out of distribution": out_of_distribution}),
     "cost": Table(cost_cells, COST, 2, workers=1),
     "dynamics": Table(main_cells, DYNAMICS),
     "pass_at_k": Table(main_cells, PASS),
@@ -515,10 +514,14 @@ def with_interval(values: list[float], sign: str = "") -> str:
 
 
 def table(preset: str, name: str) -> str:
-    """Markdown: a row for each cell with runs, means with intervals, and the paired difference of the first column."""
+    """Markdown: a row for each cell with runs, means with intervals, and the paired difference of the first column.
+
+    A row has every finished run of its cell, also those that were made for another table. A difference is of the
+    seeds that both rows have.
+    """
     spec, by_cell = TABLES[name], {}
     for c in spec.cells(preset):
-        by_cell[c.label] = c, runs_of(preset, c, seeds(preset, name))
+        by_cell[c.label] = c, runs_of(preset, c, PRESETS[preset].seeds)
     first = next(iter(spec.columns.values()))
     lines = [f"| | {' | '.join(spec.columns)} | difference | to | seeds |", "|---" * (len(spec.columns) + 4) + "|"]
     for label, (c, runs) in by_cell.items():
@@ -531,7 +534,9 @@ def table(preset: str, name: str) -> str:
         other = by_cell.get(c.against, (c, {}))[1]
         paired = [first(runs[s], preset) - first(other[s], preset) for s in runs if s in other and c.against != label]
         difference = with_interval(paired, "+") if paired else "–"
-        lines.append(f"| {label} | {' | '.join(cells)} | {difference} | {c.against if paired else ''} | {len(runs)} |")
+        to = c.against if paired else ""
+        count = f"{len(runs)}, {len(paired)} of them paired" if 0 < len(paired) < len(runs) else str(len(runs))
+        lines.append(f"| {label} | {' | '.join(cells)} | {difference} | {to} | {count} |")
     return "\n".join(lines)
 
 
