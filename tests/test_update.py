@@ -1,4 +1,4 @@
-"""The bilevel update: facts that follow from eqs. (7), (8) and (9), checked on the functions training uses."""
+"""The bilevel update: facts that follow from eqs. (8), (10) and (11), checked on the functions training uses."""
 
 import copy
 import math
