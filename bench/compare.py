@@ -3,12 +3,14 @@
 python bench/compare.py --table main --preset quick           # every method, two seeds, minutes
 python bench/compare.py --tune --preset chains                # six trials of every method's own rates
 python bench/compare.py --table noise --preset chains         # one of the tables below
+python bench/compare.py --tables > bench/results/tables.md    # every table whose runs are finished
 python bench/compare.py --table main --preset chains --no-runs --figure docs/chains.png
 
-Two runs at a time, one thread each. A finished run is one JSON line of bench/results/PRESET.jsonl.gz; the same command
-goes on after a kill. Every method has the settings that won its trials on the tuning seeds (1000 to 1002), else the
-defaults; the tables are of other seeds. Accuracies are greedy, in percent; ± is the 95 % interval of the mean over
-seeds (Student's t), and differences are paired by seed: equal data, prompts and evaluation problems.
+Two runs are made at a time, with one thread each. A finished run is one JSON line of bench/results/PRESET.jsonl.gz. The
+same command continues after a kill. Every method has the settings that won its trials on the tuning seeds (1000 to
+1002), or the defaults if it has no trials. The tables use other seeds. Accuracies are greedy, in percent. ± is the 95 %
+interval of the mean over seeds (Student's t). Differences are paired by seed: the two runs of a pair have equal data,
+prompts and evaluation problems.
 """
 
 import argparse
@@ -47,10 +49,10 @@ METRICS = ("reward", "response_tokens", "entropy", "sft_nll", "cooperative_gain"
 
 
 class Preset(NamedTuple):
-    """A task to compare on: flags of bridge.py, the groups of its evaluation that D_RL and D_SFT lack."""
+    """A task to compare on."""
 
-    flags: dict[str, str]
-    out_of_distribution: tuple[str, ...]
+    flags: dict[str, str]  # of bridge.py
+    out_of_distribution: tuple[str, ...]  # groups of the evaluation that occur in no training data
     seeds: tuple[int, ...] = SEEDS
 
 
@@ -80,8 +82,13 @@ class Cell(NamedTuple):
 
 def grid(**values: str) -> list[dict[str, str]]:
     """All combinations of comma lists: grid(alpha="1e-3,2e-3", mu="1") has two."""
-    names = [name.replace("_", "-") for name in values]
-    return [dict(zip(names, point, strict=True)) for point in product(*(v.split(",") for v in values.values()))]
+    names = [flag_name(name) for name in values]
+    lists = [text.split(",") for text in values.values()]
+    return [dict(zip(names, point, strict=True)) for point in product(*lists)]
+
+
+def flag_name(name: str) -> str:
+    return name.replace("_", "-")
 
 
 HALF = "bridge, λ 0.5"  # with the paper's λ; the tables that change one thing in bridge start from it
@@ -95,6 +102,12 @@ def with_lambda(beta: str) -> list[dict[str, str]]:
     return at_half + [flags | {"lam": "0.7"} for flags in at_half]
 
 
+def with_phi() -> list[dict[str, str]]:
+    """Trials of CHORD-φ, whose μ is constant."""
+    trials = grid(alpha="2e-4,4e-4,8e-4", chord_peak="0.1,0.5")
+    return [flags | {"chord-phi": ON, "chord-valley": flags["chord-peak"]} for flags in trials]
+
+
 TRIALS = {  # six for every row of the table main, over its own rates, weights and stage lengths
     "sft": SIX,
     "rl": SIX,
@@ -102,10 +115,7 @@ TRIALS = {  # six for every row of the table main, over its own rates, weights a
     "alternating": SIX,
     "mix": grid(alpha="2e-4,4e-4,8e-4", mu="0.5,1"),
     "chord": grid(alpha="2e-4,4e-4,8e-4", chord_peak="0.5,0.9"),
-    "chord, φ": [
-        flags | {"chord-phi": ON, "chord-valley": flags["chord-peak"]}  # φ has a constant μ
-        for flags in grid(alpha="2e-4,4e-4,8e-4", chord_peak="0.1,0.5")
-    ],
+    "chord, φ": with_phi(),
     "luffy": SIX,
     "srft": grid(alpha="2e-4,4e-4,8e-4", mu="0.005,0.1"),  # a token's RL weight beside its SFT weight is as published
     "hpt": grid(alpha="2e-4,4e-4,8e-4", mu="0.005,0.1"),  # at mu = 0.005: see baselines.py
@@ -122,7 +132,8 @@ def method_of(row: str) -> str:
 
 def trials(preset: str, row: str) -> list[dict]:
     """The finished trials of a row of the table main."""
-    known = (r for r in records(preset) if (r["method"], r["kind"]) == (method_of(row), "tuning"))
+    method = method_of(row)
+    known = [r for r in records(preset) if r["method"] == method and r["kind"] == "tuning"]
     return [r for r in known if r["flags"] in TRIALS[row]]
 
 
@@ -130,16 +141,19 @@ def tuned(preset: str, row: str) -> dict[str, str]:
     """The settings that won the row's trials; before there are any, those that all its trials share."""
     scores: dict[str, list[float]] = {}
     for run in trials(preset, row):
-        scores.setdefault(json.dumps(run["flags"]), []).append(trained(run, preset))
-    most = max(map(len, scores.values()), default=0)
-    finalists = {flags: sum(s) / len(s) for flags, s in scores.items() if len(s) == most}
-    shared = set.intersection(*(set(flags.items()) for flags in TRIALS[row]))
-    return json.loads(max(finalists, key=finalists.get)) if finalists else dict(shared)
+        settings = json.dumps(run["flags"])
+        scores.setdefault(settings, []).append(trained(run, preset))
+    if not scores:
+        return dict(set.intersection(*(set(flags.items()) for flags in TRIALS[row])))
+    # Only the best two settings of the first seed have trials on the other tuning seeds.
+    most = max(len(values) for values in scores.values())
+    means = {settings: sum(values) / most for settings, values in scores.items() if len(values) == most}
+    return json.loads(max(means, key=means.get))
 
 
 def cell(preset: str, label: str, row: str, against: str = "bridge", kind: str = "final", **flags: str) -> Cell:
     """A cell with the tuned settings of a row of the table main; `flags` replace them."""
-    given = {name.replace("_", "-"): value for name, value in flags.items()}
+    given = {flag_name(name): value for name, value in flags.items()}
     return Cell(label, method_of(row), tuned(preset, row) | given, against, kind)
 
 
@@ -151,22 +165,31 @@ def cost_cells(preset: str) -> list[Cell]:
     return [cell(preset, row, row, kind="cost", steps="50") for row in TRIALS]
 
 
+def rates(preset: str) -> dict[str, str]:
+    """bridge's α and β at λ = 0.5, for methods that are compared at equal rates."""
+    won = tuned(preset, HALF)
+    return dict(alpha=won.get("alpha", "3e-4"), beta=won.get("beta", "2e-3"))
+
+
 def shadow_cells(preset: str) -> list[Cell]:
-    estimators = {"own rollouts": dict(shadow_rollouts="own"), "θ̂ = θ + one step": dict(shadow_rollouts="one_step"),
-                  "shared, PPO's clip": dict(shadow_ratio_cap="0")}  # fmt: skip
     equal = rates(preset)
-    bounds = [
+    return [
         cell(preset, "bridge", HALF),
         Cell("w on SFT (no_meta)", "no_meta", equal),
         Cell("w on SFT + RL (mix_lora)", "mix_lora", equal),
         Cell("no w (mix)", "mix", dict(alpha=equal["alpha"], mu="1")),
+        cell(preset, "bridge, own rollouts", HALF, shadow_rollouts="own"),
+        cell(preset, "bridge, θ̂ = θ + one step", HALF, shadow_rollouts="one_step"),
+        cell(preset, "bridge, shared, PPO's clip", HALF, shadow_ratio_cap="0"),
     ]
-    return bounds + [cell(preset, f"bridge, {name}", HALF, **flags) for name, flags in estimators.items()]
 
 
 def effect_cells(preset: str) -> list[Cell]:
-    kinds = {"shared rollouts": {}, "own rollouts": dict(shadow_rollouts="own")}
-    return [cell(preset, name, HALF, "own rollouts", kind="effect", **flags) for name, flags in kinds.items()]
+    own = "own rollouts"
+    return [
+        cell(preset, "shared rollouts", HALF, own, kind="effect"),
+        cell(preset, own, HALF, own, kind="effect", shadow_rollouts="own"),
+    ]
 
 
 def order_cells(preset: str) -> list[Cell]:
@@ -175,53 +198,60 @@ def order_cells(preset: str) -> list[Cell]:
 
 def selection_cells(preset: str) -> list[Cell]:
     """SFT on a choice of the demonstrations: by the gain's gradient of w, by the reward's, by the truth."""
-    kinds = {"all": "final", "raise the gain": "by_gain", "raise the gain, all visits": "by_gain_over_visits",
-             "raise J_RL(θ,w)": "by_reward", "are right": "by_truth"}  # fmt: skip
     choice = partial(cell, preset, row=HALF, against="demonstrations: all")
-    cells = [choice(f"demonstrations: {name}", kind=kind) for name, kind in kinds.items()]
-    return [*cells, choice("own rollouts, those that raise the gain", kind="by_gain", shadow_rollouts="own")]
+    return [
+        choice("demonstrations: all"),
+        choice("demonstrations: raise the gain", kind="by_gain"),
+        choice("demonstrations: raise the gain, all visits", kind="by_gain_over_visits"),
+        choice("demonstrations: raise J_RL(θ,w)", kind="by_reward"),
+        choice("demonstrations: are right", kind="by_truth"),
+        choice("own rollouts, those that raise the gain", kind="by_gain", shadow_rollouts="own"),
+    ]
 
 
-def rates(preset: str) -> dict[str, str]:
-    """bridge's α and β at λ = 0.5, for methods that are compared at equal rates."""
-    won = tuned(preset, HALF)
-    return dict(alpha=won.get("alpha", "3e-4"), beta=won.get("beta", "2e-3"))
-
-
-def sweep_cells(preset: str, flag: str, values: tuple[str, ...], against: str) -> list[Cell]:
-    """bridge with values of one flag; `against` is the one that bridge has in the table main: those runs serve both."""
-    row = "bridge, {} {}".format
-    return [cell(preset, row(flag, v), HALF, row(flag, against), **({flag: v} if v != against else {})) for v in values]
+def sweep_cells(preset: str, flag: str, values: tuple[str, ...], default: str) -> list[Cell]:
+    """bridge with values of one flag. The row of `default` has the runs that bridge has in the other tables."""
+    against = f"bridge, {flag} {default}"
+    cells = []
+    for value in values:
+        changed = {} if value == default else {flag: value}
+        cells.append(cell(preset, f"bridge, {flag} {value}", HALF, against, **changed))
+    return cells
 
 
 def lambda_cells(preset: str) -> list[Cell]:
     """bridge, and the mix that gives θ the same update at the same rate."""
-    weights = {"0.1": "9", "0.3": "2.3333", "0.5": "1", "0.7": "0.42857", "0.9": "0.11111"}
+    weights = {"0.1": "9", "0.3": "2.3333", "0.5": "1", "0.7": "0.42857", "0.9": "0.11111"}  # λ: μ = (1 − λ)/λ
     cells = sweep_cells(preset, "lam", tuple(weights), "0.5")
     alpha = rates(preset)["alpha"]
-    return cells + [
-        cell(preset, f"mix, lam {lam}", "mix", f"bridge, lam {lam}", alpha=alpha, mu=mu) for lam, mu in weights.items()
-    ]
+    for lam, mu in weights.items():
+        cells.append(cell(preset, f"mix, lam {lam}", "mix", f"bridge, lam {lam}", alpha=alpha, mu=mu))
+    return cells
 
 
 def lora_cells(preset: str) -> list[Cell]:
-    default, sizes = "bridge, rank 8, alpha 16", (("2", "4"), ("32", "64"), ("8", "4"), ("8", "64"))
-    return [cell(preset, default, HALF, default)] + [
-        cell(preset, f"bridge, rank {r}, alpha {a}", HALF, default, lora_rank=r, lora_alpha=a) for r, a in sizes
-    ]
+    default = "bridge, rank 8, alpha 16"
+    cells = [cell(preset, default, HALF, default)]
+    for rank, alpha in (("2", "4"), ("32", "64"), ("8", "4"), ("8", "64")):
+        label = f"bridge, rank {rank}, alpha {alpha}"
+        cells.append(cell(preset, label, HALF, default, lora_rank=rank, lora_alpha=alpha))
+    return cells
 
 
 def variant_cells(preset: str, flag: str, names: tuple[str, ...], methods: tuple[str, ...], against: str) -> list[Cell]:
-    """Methods on variants of the task or the reward, functions of bench/variants.py."""
-    return [
-        cell(preset, f"{m}, {v}", m, f"{against}, {v}", **({flag: f"bench/variants.py:{v}"} if v != "clean" else {}))
-        for v in names for m in methods
-    ]  # fmt: skip
+    """Methods on variants of the task or the reward: functions of bench/variants.py, or "clean" for none."""
+    cells = []
+    for name in names:
+        changed = {} if name == "clean" else {flag: f"bench/variants.py:{name}"}
+        for method in methods:
+            cells.append(cell(preset, f"{method}, {name}", method, f"{against}, {name}", **changed))
+    return cells
 
 
 def supervision_cells(preset: str) -> list[Cell]:
     """Two ends, bridge and mix with more or fewer, better or worse demonstrations; RL needs none."""
-    cells = variant_cells(preset, "task", SUPERVISION, BOUNDS, "mix_lora")
+    methods = ("mix", "no_meta", "mix_lora", "bridge")
+    cells = variant_cells(preset, "task", SUPERVISION, methods, "mix_lora")
     return [*cells, cell(preset, "rl", "rl", "mix, demonstrations_16")]
 
 
@@ -242,17 +272,21 @@ def percent(accuracies: dict[str, float], preset: str) -> float:
 
 def trained(run: dict, preset: str, at: float = 1.0) -> float:
     """The policy's accuracy in percent on the groups that training has, at a fraction of the steps."""
-    last = run["evals"][-1]["step"]
-    return percent(min(run["evals"], key=lambda e: abs(e["step"] - at * last))["policy"], preset)
+    step = at * run["evals"][-1]["step"]
+    nearest = min(run["evals"], key=lambda evaluation: abs(evaluation["step"] - step))
+    return percent(nearest["policy"], preset)
 
 
 def out_of_distribution(run: dict, preset: str) -> float | None:
-    if not (groups := PRESETS[preset].out_of_distribution):
+    """The policy's accuracy in percent on the groups that training lacks, if the task has such groups."""
+    groups = PRESETS[preset].out_of_distribution
+    if not groups:
         return None
     return 100 * sum(run["evals"][-1]["policy"][g] for g in groups) / len(groups)
 
 
 def shadow_end(run: dict, preset: str) -> float | None:
+    """The shadow's accuracy in percent at the end."""
     shadow = run["evals"][-1].get("shadow")
     return None if shadow is None else percent(shadow, preset)
 
@@ -268,19 +302,23 @@ def dip(run: dict, preset: str) -> float | None:
 
 
 def mean_of(name: str, part: slice, run: dict, preset: str) -> float | None:
+    """The mean of a part of a stored curve."""
     values = curve(run, name)[part]
     return sum(values) / len(values) if values else None
 
 
 def passed(run: dict, preset: str, k: int) -> float | None:
-    """pass@k on the trained groups, of 16 samples at temperature 1."""
+    """pass@k in percent on the trained groups, of 16 samples at temperature 1."""
     if not run["probes"] or "right" not in run["probes"][-1]:
         return None
     policy = run["evals"][-1]["policy"]
-    of_group = dict(zip(sorted(policy.keys() - {"average"}), run["probes"][-1]["right"], strict=True))
-    known = [of_group[g] for g in trained_groups(policy, preset)]
-    matrices = [np.array([[1] * c + [0] * (16 - c) for c in right]) for right in known]
-    return 100 * float(np.mean([pass_at_k(matrix, k).mean() for matrix in matrices]))
+    names = sorted(policy.keys() - {"average"})
+    right_of_group = dict(zip(names, run["probes"][-1]["right"], strict=True))  # right samples of each problem
+    means = []
+    for name in trained_groups(policy, preset):
+        verdicts = np.array([[1] * right + [0] * (16 - right) for right in right_of_group[name]])
+        means.append(pass_at_k(verdicts, k).mean())
+    return 100 * float(np.mean(means))
 
 
 def change_by_w(run: dict, preset: str, base: str) -> float:
@@ -304,7 +342,11 @@ COST = {
     "seconds per step": lambda run, preset: run["step_seconds"],
     "peak MiB": lambda run, preset: run["peak_mib"],
 }
-EPOCHS = {f"after {f} of the steps": partial(trained, at=at) for f, at in (("1/6", 1 / 6), ("1/2", 0.5), ("1", 1.0))}
+EPOCHS = {
+    "after 1/6 of the steps": partial(trained, at=1 / 6),
+    "after 1/2 of the steps": partial(trained, at=1 / 2),
+    "after 1 of the steps": trained,
+}
 DYNAMICS = {
     "trained": trained,
     "dip of the reward": dip,
@@ -331,37 +373,65 @@ SELECTION = {
     "useful taken, %": partial(share_taken, name="useful taken"),
     "useless taken, %": partial(share_taken, name="useless taken"),
 }
-BOUNDS = ("mix", "no_meta", "mix_lora", "bridge")
+NOISE = ("clean", "noise_10", "noise_20")
 SUPERVISION = ("useless_0", "useless_20", "clean", "useless_60", "demonstrations_16", "demonstrations_1024")
+
+noise_cells = partial(
+    variant_cells, flag="reward", names=NOISE, methods=("rl", "mix", "mix_lora", "bridge"), against="rl"
+)
+beta_cells = partial(sweep_cells, flag="beta", values=("2e-4", "5e-4", "2e-3", "8e-3"), default="2e-3")
 
 
 class Table(NamedTuple):
+    caption: str  # what bench/results/tables.md says of it
     cells: Callable[[str], list[Cell]]
     columns: dict[str, Callable[[dict, str], float | None]]
-    seeds: int = len(SEEDS)
+    seeds: int = len(SEEDS)  # that its command makes; a table shows every seed that has a run
     workers: int | None = None  # runs at a time, where it matters
 
 
 TABLES = {
-    "main": Table(main_cells, ACCURACY),
-    "epochs": Table(main_cells, EPOCHS),
-    "ood": Table(main_cells, {"out of distribution": out_of_distribution}),
-    "cost": Table(cost_cells, COST, 2, workers=1),
-    "dynamics": Table(main_cells, DYNAMICS),
-    "pass_at_k": Table(main_cells, PASS),
-    "shadow": Table(shadow_cells, GAIN, 5),
-    "effect": Table(effect_cells, EFFECT, 5),
-    "order": Table(order_cells, GAIN, 5),
-    "selection": Table(selection_cells, SELECTION, 5),
-    "beta": Table(partial(sweep_cells, flag="beta", values=("2e-4", "5e-4", "2e-3", "8e-3"), against="2e-3"), GAIN, 5),
-    "lambda": Table(lambda_cells, ACCURACY, 5),
-    "lora": Table(lora_cells, ACCURACY, 5),
-    "noise": Table(
-        partial(variant_cells, flag="reward", names=("clean", "noise_10", "noise_20"),
-                methods=("rl", "mix", "mix_lora", "bridge"), against="rl"), ACCURACY, 5,
+    "main": Table("The final accuracy, each method at its own tuned settings.", main_cells, ACCURACY),
+    "epochs": Table("The accuracy on trained groups in the course of training.", main_cells, EPOCHS),
+    "cost": Table("Time and memory of 50 steps, one run at a time, nothing else running.", cost_cells, COST, 2, 1),
+    "dynamics": Table(
+        "How far the sampled reward falls below its first value (points), response length, entropy in nats.",
+        main_cells,
+        DYNAMICS,
     ),
-    "supervision": Table(supervision_cells, ACCURACY, 5),
-}  # fmt: skip
+    "pass_at_k": Table("pass@k of 16 samples at temperature 1, on trained groups.", main_cells, PASS),
+    "shadow": Table(
+        "Both ends between which every shadow lies, at equal rates and λ = 0.5, and other estimates of θ̂.",
+        shadow_cells,
+        GAIN,
+        5,
+    ),
+    "effect": Table(
+        "Points of sampled reward on all groups. The columns “by w” sum the changes by w's updates between two "
+        "evaluations, at a fixed θ or θ̂.",
+        effect_cells,
+        EFFECT,
+        5,
+    ),
+    "order": Table("The other reading of Algorithm 2: w moves after θ and θ̂.", order_cells, GAIN, 5),
+    "selection": Table(
+        "SFT takes only the demonstrations that a small step of w, along the gradient of the gain, makes more likely.",
+        selection_cells,
+        SELECTION,
+        5,
+    ),
+    "beta": Table("The learning rate β of w, at λ = 0.5.", beta_cells, GAIN, 5),
+    "lambda": Table("λ, and `mix` with the same update of θ.", lambda_cells, ACCURACY, 5),
+    "lora": Table("Rank and alpha of the adapter, at λ = 0.5.", lora_cells, ACCURACY, 5),
+    "noise": Table("A reward that is flipped with probability 0, 0.1 or 0.2.", noise_cells, ACCURACY, 5),
+    "supervision": Table(
+        "More, fewer, better and worse demonstrations. `useless_20` has 20 % useless ones among 256, `clean` has the "
+        "50 % of the other tables; `demonstrations_16` has 16, all right.",
+        supervision_cells,
+        ACCURACY,
+        5,
+    ),
+}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
@@ -373,6 +443,7 @@ def results(preset: str) -> Path:
 
 @cache
 def records(preset: str) -> list[dict]:
+    """Every finished run of a preset."""
     if not results(preset).exists():
         return []
     with gzip.open(results(preset), "rt") as file:
@@ -385,37 +456,51 @@ def key(run: dict) -> str:
 
 def runs_of(preset: str, c: Cell, seeds: tuple[int, ...]) -> dict[int, dict]:
     """{seed: record} of the finished runs of a cell."""
-    finished = {key(r): r for r in records(preset)}
-    keys = {seed: key(c.job(seed)) for seed in seeds}
-    return {seed: finished[k] for seed, k in keys.items() if k in finished}
+    cell_of = lambda run: (run["method"], run["flags"], run["kind"])  # noqa: E731
+    finished = {r["seed"]: r for r in records(preset) if cell_of(r) == (c.method, c.flags, c.kind)}
+    return {seed: finished[seed] for seed in seeds if seed in finished}
 
 
 def blocks(values: list[float | None]) -> list[float | None]:
     """The means of BLOCK consecutive values, to four digits; None where the method lacks the metric."""
-    parts = [[v for v in values[i : i + BLOCK] if v is not None] for i in range(0, len(values), BLOCK)]
-    return [float(f"{sum(part) / len(part):.4g}") if part else None for part in parts]
+    means = []
+    for i in range(0, len(values), BLOCK):
+        part = [v for v in values[i : i + BLOCK] if v is not None]
+        means.append(float(f"{sum(part) / len(part):.4g}") if part else None)
+    return means
+
+
+def flags_of(preset: str, job: dict) -> list[str]:
+    """The command line of a run. Idle settings are left out, since bridge.py refuses them."""
+    flags = PRESETS[preset].flags | {"method": job["method"], "seed": str(job["seed"])} | job["flags"]
+    if job["method"] != "sft_rl":
+        flags.pop("sft-steps", None)
+    if not METHODS[job["method"]].rl:
+        flags.pop("prompts-per-step", None)
+    if KINDS[job["kind"]] is None:
+        flags["eval-every"] = "100000"  # at the end only
+    words = [f"--{name}" if value == ON else f"--{name}={value}" for name, value in flags.items()]
+    return [*words, "--save-every=100000", "--keep-rollouts=none"]
 
 
 def start(preset: str, job: dict, folder: str) -> int:
     """Starts one run of bridge.py in a forked process, which has the imports already; returns its process id."""
-    flags = PRESETS[preset].flags | {"method": job["method"], "seed": str(job["seed"])} | job["flags"]
-    idle = {"sft-steps": job["method"] != "sft_rl", "prompts-per-step": not METHODS[job["method"]].rl}
-    flags = {name: value for name, value in flags.items() if not idle.get(name)}  # idle settings are refused
-    if KINDS[job["kind"]] is None:
-        flags |= {"eval-every": "100000"}  # at the end only
-    if pid := os.fork():
+    words = flags_of(preset, job)
+    pid = os.fork()
+    if pid:
         return pid
     status = 1
     with open(f"{folder}/output", "w", buffering=1) as output:
         try:
-            sys.stdout = sys.stderr = output
+            sys.stdout = output
+            sys.stderr = output
             os.dup2(output.fileno(), 1)
             os.dup2(output.fileno(), 2)
             bridge.plot.draw = bridge.report.write = lambda *_: None  # no figures of single runs
-            if change := KINDS[job["kind"]]:
+            change = KINDS[job["kind"]]
+            if change is not None:
                 change()
-            words = [f"--{name}" + f"={value}" * (value != ON) for name, value in flags.items()]
-            bridge.main([*words, "--save-every=100000", "--keep-rollouts=none", f"--out={folder}/run"])
+            bridge.main([*words, f"--out={folder}/run"])
             status = 0
         except BaseException:  # also SystemExit, which has the message of a wrong setting
             traceback.print_exc()
@@ -426,24 +511,40 @@ def start(preset: str, job: dict, folder: str) -> int:
 
 def record_of(job: dict, folder: str, peak_kib: int, source: str) -> dict:
     """The record of a finished run: accuracies, curves, seconds of training without evaluation."""
-    metrics, evals = (read_log(Path(folder, "run", f"{name}.jsonl")) for name in ("metrics", "evals"))
-    probes = [record for _, record in read_lines(Path(folder, "run/probe.jsonl"))] if KINDS[job["kind"]] else []
-    s = settings_of(read_object(Path(folder, "run/config.json")), "config.json")
-    seconds = [sum(v for phase, v in m["seconds"].items() if phase not in ("evaluate", "save")) for m in metrics]
+    run = Path(folder, "run")
+    metrics = read_log(run / "metrics.jsonl")
+    evals = read_log(run / "evals.jsonl")
+    probes = []
+    if KINDS[job["kind"]] is not None:
+        probes = [record for _, record in read_lines(run / "probe.jsonl")]
+    s = settings_of(read_object(run / "config.json"), "config.json")
+    seconds = []  # of each step
+    for m in metrics:
+        seconds.append(sum(v for phase, v in m["seconds"].items() if phase not in ("evaluate", "save")))
     curves = {name: blocks([m[name] for m in metrics]) for name in METRICS if metrics[-1][name] is not None}
-    sampled = s.prompts_per_step * s.group_size * sum(m["response_tokens"] or 0 for m in metrics)
+    curves["seconds"] = blocks(seconds)
+    mean_tokens = sum(m["response_tokens"] or 0 for m in metrics)
     return job | dict(
-        evals=evals, probes=probes, curves=curves | dict(seconds=blocks(seconds)),
-        seconds=round(sum(seconds), 2), step_seconds=round(sum(seconds) / len(seconds), 4),
-        sampled_tokens=round(sampled), peak_mib=peak_kib // 1024, commit=source,
-    )  # fmt: skip
+        evals=evals,
+        probes=probes,
+        curves=curves,
+        seconds=round(sum(seconds), 2),
+        step_seconds=round(sum(seconds) / len(seconds), 4),
+        sampled_tokens=round(s.prompts_per_step * s.group_size * mean_tokens),
+        peak_mib=peak_kib // 1024,
+        commit=source,
+    )
 
 
 def make(preset: str, jobs: list[dict], workers: int) -> None:
     """Makes the runs that the results lack and appends each as it ends. Raises RuntimeError if one fails."""
-    done, running, made = {key(r) for r in records(preset)}, {}, 0
-    todo = [job for job in {key(job): job for job in jobs}.values() if key(job) not in done]
-    count, source = len(todo), commit()  # the commit that was imported, whatever the folder has later
+    done = {key(r) for r in records(preset)}
+    different = {key(job): job for job in jobs}
+    todo = [job for name, job in different.items() if name not in done]
+    count = len(todo)
+    made = 0
+    running = {}  # process id: job, folder
+    source = commit()  # the commit that was imported; a later commit in the folder changes no run
     with tempfile.TemporaryDirectory() as scratch:
         while todo or running:
             while todo and len(running) < workers:
@@ -452,12 +553,14 @@ def make(preset: str, jobs: list[dict], workers: int) -> None:
                 running[start(preset, job, folder)] = job, folder
             pid, status, usage = os.wait4(-1, 0)
             job, folder = running.pop(pid)
-            name = " ".join([job["method"], *(f"{k}={v}" for k, v in job["flags"].items()), f"seed={job['seed']}"])
+            flags = [f"{name}={value}" for name, value in job["flags"].items()]
+            name = " ".join([job["method"], *flags, f"seed={job['seed']}"])
             if status:
                 for other in running:
                     os.kill(other, signal.SIGKILL)
                 raise RuntimeError(f"{name} fails:\n{Path(folder, 'output').read_text()[-2000:]}")
-            record, made = record_of(job, folder, usage.ru_maxrss, source), made + 1
+            record = record_of(job, folder, usage.ru_maxrss, source)
+            made += 1
             with gzip.open(results(preset), "at") as file:
                 file.write(json.dumps(record) + "\n")
             print(f"[{made}/{count}] {name}: {trained(record, preset):.1f} %, {record['seconds']:.0f} s", flush=True)
@@ -468,14 +571,14 @@ def make(preset: str, jobs: list[dict], workers: int) -> None:
 def tune(preset: str, rows: list[str], workers: int) -> None:
     """All trials on one tuning seed, then the best two of each row on the others."""
     first, *others = TUNING_SEEDS
-    jobs = [(row, flags) for row in rows for flags in TRIALS[row]]
-    make(preset, [dict(method=method_of(row), flags=f, seed=first, kind="tuning") for row, f in jobs], workers)
+    trial = partial(dict, kind="tuning")
+    jobs = [trial(method=method_of(row), flags=flags, seed=first) for row in rows for flags in TRIALS[row]]
+    make(preset, jobs, workers)
     finals = []
     for row in rows:
-        best = sorted((r for r in trials(preset, row) if r["seed"] == first), key=lambda r: -trained(r, preset))[:2]
-        finals += [
-            dict(method=r["method"], flags=r["flags"], seed=seed, kind="tuning") for r in best for seed in others
-        ]
+        of_first = [r for r in trials(preset, row) if r["seed"] == first]
+        best = sorted(of_first, key=lambda r: -trained(r, preset))[:2]
+        finals += [trial(method=r["method"], flags=r["flags"], seed=seed) for r in best for seed in others]
     make(preset, finals, workers)
     for row in rows:
         print(row, tuned(preset, row))
@@ -483,10 +586,6 @@ def tune(preset: str, rows: list[str], workers: int) -> None:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
-
-
-def seeds(preset: str, name: str) -> tuple[int, ...]:
-    return PRESETS[preset].seeds[: TABLES[name].seeds]
 
 
 def half_width(values: list[float]) -> float:
@@ -509,30 +608,74 @@ def student(freedom: int) -> float:
 
 
 def with_interval(values: list[float], sign: str = "") -> str:
-    mean, half = sum(values) / len(values), half_width(values)
-    digits = 0 if abs(mean) >= 1000 else 1 if abs(mean) >= 10 or sign else 2
-    return f"{mean:{sign}.{digits}f} ± {half:.{digits}f}" if half < float("inf") else f"{mean:{sign}.{digits}f}"
+    """The mean and half of its interval. One or two values give no interval: they are printed themselves."""
+    mean = sum(values) / len(values)
+    if len(values) < 3:
+        digits = 1 if max(map(abs, values)) >= 10 else 2
+        return ", ".join(f"{value:{sign}.{digits}f}" for value in values)
+    digits = 1 if abs(mean) >= 10 or sign else 2
+    return f"{mean:{sign}.{digits}f} ± {half_width(values):.{digits}f}"
 
 
 def table(preset: str, name: str) -> str:
-    """Markdown: a row for each cell with runs, means with intervals, and the paired difference of the first column."""
-    spec, by_cell = TABLES[name], {}
-    for c in spec.cells(preset):
-        by_cell[c.label] = c, runs_of(preset, c, seeds(preset, name))
-    first = next(iter(spec.columns.values()))
+    """Markdown: a row for each cell with runs, means with intervals, and the paired difference of the first column.
+
+    A row has every finished run of its cell, also those that were made for another table. A difference is of the
+    seeds that both rows have.
+    """
+    spec = TABLES[name]
+    cells = spec.cells(preset)
+    runs = {c.label: runs_of(preset, c, PRESETS[preset].seeds) for c in cells}
     lines = [f"| | {' | '.join(spec.columns)} | difference | to | seeds |", "|---" * (len(spec.columns) + 4) + "|"]
-    for label, (c, runs) in by_cell.items():
-        if not runs:
-            continue
-        cells = []
-        for column in spec.columns.values():
-            values = [v for v in (column(r, preset) for r in runs.values()) if v is not None]
-            cells.append(with_interval(values) if values else "–")
-        other = by_cell.get(c.against, (c, {}))[1]
-        paired = [first(runs[s], preset) - first(other[s], preset) for s in runs if s in other and c.against != label]
-        difference = with_interval(paired, "+") if paired else "–"
-        lines.append(f"| {label} | {' | '.join(cells)} | {difference} | {c.against if paired else ''} | {len(runs)} |")
+    for c in cells:
+        if runs[c.label]:
+            other = {} if c.against == c.label else runs[c.against]
+            lines.append(row_of(preset, spec, c, runs[c.label], other))
     return "\n".join(lines)
+
+
+def row_of(preset: str, spec: Table, c: Cell, runs: dict[int, dict], other: dict[int, dict]) -> str:
+    """One line of a table. runs, other: {seed: record} of the cell and of the cell that it is compared with."""
+    texts = [c.label]
+    for column in spec.columns.values():
+        known = [column(run, preset) for run in runs.values()]
+        values = [value for value in known if value is not None]
+        texts.append(with_interval(values) if values else "–")
+    first = next(iter(spec.columns.values()))
+    paired = [first(run, preset) - first(other[seed], preset) for seed, run in runs.items() if seed in other]
+    if not paired:
+        texts += ["–", "", str(len(runs))]
+    elif len(paired) < len(runs):
+        texts += [with_interval(paired, "+"), c.against, f"{len(runs)}, {len(paired)} of them paired"]
+    else:
+        texts += [with_interval(paired, "+"), c.against, str(len(runs))]
+    return f"| {' | '.join(texts)} |"
+
+
+PAGE = """# Tables of the study
+
+`python bench/compare.py --tables > bench/results/tables.md` writes this page, of finished runs only.
+[docs/results.md](../../docs/results.md) says what the numbers mean. A number is a mean over seeds with its 95 %
+interval (Student's t). A row of two seeds has both values instead. The column "difference" is the first column minus
+that of the row named under "to", paired by the seeds that both rows have. Accuracies are greedy, in percent. Each
+method has the settings that won its trials. The row `bridge, λ 0.5` and the tables that change one setting of `bridge`
+have the paper's λ."""
+
+
+def page() -> str:
+    """Markdown: every table of which each row has a finished run, with the command that makes and prints it."""
+    parts = [PAGE]
+    for preset in PRESETS:
+        for name, spec in TABLES.items():
+            if all(runs_of(preset, c, PRESETS[preset].seeds) for c in spec.cells(preset)):
+                command = f"python bench/compare.py --preset {preset} --table {name}"
+                parts.append(f"## {preset}: {name}\n\n{spec.caption}\n\n```bash\n{command} --no-runs\n```")
+                parts.append(table(preset, name))
+    return "\n\n".join(parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Figures
 
 
 def spent(run: dict, total: str, name: str, step: int) -> float:
@@ -543,11 +686,13 @@ def spent(run: dict, total: str, name: str, step: int) -> float:
 
 def band(ax, xs: list[float], series: list[list[float]], **style) -> None:
     """The mean over seeds of curves of equal length, and its 95 % interval."""
-    columns = list(zip(*series, strict=True))
-    means, halves = [sum(c) / len(c) for c in columns], [half_width(list(c)) for c in columns]
+    columns = [list(column) for column in zip(*series, strict=True)]
+    means = [sum(column) / len(column) for column in columns]
     ax.plot(xs, means, **style)
     if len(series) > 1:
-        low, high = zip(*((m - h, m + h) for m, h in zip(means, halves, strict=True)), strict=True)
+        halves = [half_width(column) for column in columns]
+        low = [mean - half for mean, half in zip(means, halves, strict=True)]
+        high = [mean + half for mean, half in zip(means, halves, strict=True)]
         ax.fill_between(xs, low, high, color=style["color"], alpha=0.12, lw=0)
 
 
@@ -557,43 +702,52 @@ def draw(preset: str, out: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 8), layout="constrained")
-    steps, tokens, seconds, length, gain, shadow = figure.subplots(2, 3).flat
-    for ax, name in ((steps, "step"), (tokens, "sampled tokens, thousands"), (seconds, "seconds of training")):
-        ax.set(title="accuracy on trained lengths, %", xlabel=name)
-    length.set(title="response length, tokens", xlabel="step")
-    gain.set(title="logged cooperative gain, reward", xlabel="step")
-    shadow.set(title="accuracy of the shadow (θ̂, w), and of rl, %", xlabel="step")
+    axes = list(figure.subplots(2, 3).flat)
+    titles = (
+        ("accuracy on trained lengths, %", "step"),
+        ("accuracy on trained lengths, %", "sampled tokens, thousands"),
+        ("accuracy on trained lengths, %", "seconds of training"),
+        ("response length, tokens", "step"),
+        ("logged cooperative gain, reward", "step"),
+        ("accuracy of the shadow (θ̂, w), and of rl, %", "step"),
+    )
+    for ax, (title, label) in zip(axes, titles, strict=True):
+        ax.set(title=title, xlabel=label)
+        ax.spines[["top", "right"]].set_visible(False)
     cells = [*main_cells(preset), cell(preset, "bridge, own rollouts", HALF, shadow_rollouts="own")]
     colors = matplotlib.colormaps["tab20"].colors
     for c, color in zip(cells, (*colors[::2], *colors[1::2]), strict=False):
         runs = list(runs_of(preset, c, PRESETS[preset].seeds).values())
-        if not runs:
-            continue
-        style = dict(
-            color="black" if c.label == "bridge" else color, lw=2.2 if c.label == "bridge" else 1.2, label=c.label
-        )
-        at = [e["step"] for e in runs[0]["evals"]]
-        accuracy = [[percent(e["policy"], preset) for e in r["evals"]] for r in runs]
-        band(steps, at, accuracy, **style)
-        for ax, total, name, unit in (
-            (tokens, "sampled_tokens", "response_tokens", 1000),
-            (seconds, "seconds", "seconds", 1),
-        ):
-            if runs[0][total]:
-                xs = [[spent(r, total, name, step) / unit for r in runs] for step in at]
-                band(ax, [sum(x) / len(x) for x in xs], accuracy, **style)
-        for ax, name in ((length, "response_tokens"), (gain, "cooperative_gain")):
-            curves = [r["curves"].get(name, []) for r in runs]
-            middle = [BLOCK * i + BLOCK / 2 for i, value in enumerate(curves[0]) if value is not None]
-            if middle:
-                band(ax, middle, [[v for v in values if v is not None] for values in curves], **style)
-        if "shadow" in runs[0]["evals"][-1] or c.method == "rl":
-            kind = "policy" if c.method == "rl" else "shadow"
-            band(shadow, at, [[percent(e[kind], preset) for e in r["evals"]] for r in runs], **style)
-    for ax in figure.axes:
-        ax.spines[["top", "right"]].set_visible(False)
-    steps.legend(fontsize=8, frameon=False, ncols=2)
+        if runs:
+            style = dict(color="black", lw=2.2) if c.label == "bridge" else dict(color=color, lw=1.2)
+            draw_curves(axes, preset, c.method, runs, style | dict(label=c.label))
+    axes[0].legend(fontsize=8, frameon=False, ncols=2)
     figure.savefig(out, dpi=120)
+
+
+def draw_curves(axes: list, preset: str, method: str, runs: list[dict], style: dict) -> None:
+    """The curves of one row of the table main in all six axes of `draw`."""
+    over_steps, over_tokens, over_seconds, length, gain, shadow = axes
+    steps = [e["step"] for e in runs[0]["evals"]]
+    accuracy = [[percent(e["policy"], preset) for e in r["evals"]] for r in runs]
+    band(over_steps, steps, accuracy, **style)
+
+    def mean_spent(total: str, name: str, step: int) -> float:
+        return sum(spent(r, total, name, step) for r in runs) / len(runs)
+
+    if runs[0]["sampled_tokens"]:
+        thousands = [mean_spent("sampled_tokens", "response_tokens", step) / 1000 for step in steps]
+        band(over_tokens, thousands, accuracy, **style)
+    band(over_seconds, [mean_spent("seconds", "seconds", step) for step in steps], accuracy, **style)
+    for ax, name in ((length, "response_tokens"), (gain, "cooperative_gain")):
+        stored = runs[0]["curves"].get(name, [])
+        middle = [BLOCK * i + BLOCK / 2 for i, value in enumerate(stored) if value is not None]
+        if middle:
+            band(ax, middle, [curve(r, name) for r in runs], **style)
+    if "shadow" in runs[0]["evals"][-1]:
+        band(shadow, steps, [[percent(e["shadow"], preset) for e in r["evals"]] for r in runs], **style)
+    if method == "rl":
+        band(shadow, steps, accuracy, **style)
 
 
 def draw_finals(out: Path) -> None:
@@ -603,11 +757,15 @@ def draw_finals(out: Path) -> None:
     presets = [preset for preset, spec in PRESETS.items() if spec.seeds == SEEDS and records(preset)]
     figure = Figure(figsize=(4.5 * len(presets), 3.6), layout="constrained")
     for ax, preset in zip(figure.subplots(1, len(presets), squeeze=False).flat, presets, strict=True):
-        runs = {c.label: runs_of(preset, c, SEEDS).values() for c in main_cells(preset)}
-        scores = {label: [trained(run, preset) for run in of_label] for label, of_label in runs.items() if of_label}
+        scores = {}
+        for c in main_cells(preset):
+            runs = runs_of(preset, c, SEEDS)
+            if runs:
+                scores[c.label] = [trained(run, preset) for run in runs.values()]
         ordered = sorted(scores, key=lambda label: sum(scores[label]) / len(scores[label]))
         for y, label in enumerate(ordered):
-            mean, half = sum(scores[label]) / len(scores[label]), half_width(scores[label])
+            mean = sum(scores[label]) / len(scores[label])
+            half = half_width(scores[label])
             color = "tab:red" if label == "bridge" else "tab:blue"
             ax.errorbar(mean, y, xerr=half, fmt="o", color=color, capsize=3)
             if label == "bridge":
@@ -622,6 +780,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="chains")
     parser.add_argument("--table", choices=TABLES, help="make its runs, print it")
+    parser.add_argument("--tables", action="store_true", help="print every table whose runs are finished; make none")
     parser.add_argument("--tune", action="store_true", help="make the trials of every method first")
     parser.add_argument("--rows", default="", help="only these of the table main, separated by ;")
     parser.add_argument("--figure", type=Path, help="draw the runs of the table main")
@@ -630,17 +789,20 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
     rows = args.rows.split(";") if args.rows else list(TRIALS)
-    if unknown := set(rows) - set(TRIALS):
-        parser.error(f"--rows: no {unknown.pop()!r}; there are {', '.join(TRIALS)}")
+    unknown = [row for row in rows if row not in TRIALS]
+    if unknown:
+        parser.error(f"--rows: no {unknown[0]!r}; there are {', '.join(TRIALS)}")
     if args.tune:
         tune(args.preset, rows, args.workers)
     if args.table:
         spec = TABLES[args.table]
-        cells = [c for c in spec.cells(args.preset) if not args.rows or c.label in rows]
         if not args.no_runs:
-            jobs = [c.job(seed) for seed in seeds(args.preset, args.table) for c in cells]
-            make(args.preset, jobs, spec.workers or args.workers)
+            cells = [c for c in spec.cells(args.preset) if not args.rows or c.label in rows]
+            seeds = PRESETS[args.preset].seeds[: spec.seeds]
+            make(args.preset, [c.job(seed) for seed in seeds for c in cells], spec.workers or args.workers)
         print(table(args.preset, args.table))
+    if args.tables:
+        print(page())
     if args.figure:
         draw(args.preset, args.figure)
     if args.finals:

@@ -1,6 +1,6 @@
-"""Kinds of runs of bench/compare.py: what is measured, or done otherwise, beside bridge.py's own training.
+"""Kinds of runs of bench/compare.py: extra measurements, and changes of bridge.py's update.
 
-Each function changes bridge.py in this process only, which then makes one run.
+Each function replaces functions of bridge.py in this process, which then makes one run.
 """
 
 from collections import defaultdict
@@ -24,7 +24,7 @@ KINDS_OF_ROWS = {"useful": True, "useless": False}
 
 
 def sampled_rewards(run: bridge.Run, model: nn.Module, per_group: int, samples: int) -> list[list[int]]:
-    """The right answers among `samples` at temperature 1, for the first problems of each group: [groups][problems]."""
+    """Counts right answers among `samples` at temperature 1, for the first problems of each group: [groups][problems]."""
     run.env.sampler.refresh(model)
     groups: dict[str, list[Problem]] = {}
     for problem in run.env.task.evaluation:
@@ -37,7 +37,7 @@ def sampled_rewards(run: bridge.Run, model: nn.Module, per_group: int, samples: 
 
 
 def probe(measure: Callable[[bridge.Run, int], dict | None]) -> None:
-    """Lets each evaluation of the run measure something too, for the record."""
+    """Adds a measurement to each evaluation of the run. The results go to probe.jsonl."""
     evaluate = bridge.evaluate_policies
 
     def both(run: bridge.Run, step: int) -> None:
@@ -49,12 +49,12 @@ def probe(measure: Callable[[bridge.Run, int], dict | None]) -> None:
 
 
 def right_of_many(run: bridge.Run, step: int) -> dict | None:
-    """For pass@k: of 16 answers to each of 20 problems of every group, the right ones, at the last step."""
+    """Counts right answers at the last step, for pass@k: 16 samples, 20 problems of every group."""
     return dict(right=sampled_rewards(run, run.m.policy, 20, 16)) if step == run.s.total_steps else None
 
 
 def effect_of_w() -> None:
-    """Measures J_RL of θ and of θ̂ with w, with the w of the evaluation before, and without w."""
+    """Measures J_RL of θ and of θ̂ at each evaluation: with w, with the last evaluation's w, and with w = 0."""
     before: dict[str, list[Tensor]] = {}
 
     def set_w(run: bridge.Run, values: list[Tensor]) -> None:
@@ -77,7 +77,7 @@ def effect_of_w() -> None:
 
 
 def gauss_seidel() -> None:
-    """w's gradient is taken at θ^{k+1} and θ̂^{k+1}, the other reading of Algorithm 2."""
+    """Takes w's gradient at θ^{k+1} and θ̂^{k+1}, not at iterate k: the other reading of Algorithm 2."""
     gradients, step = bridge.bilevel_gradients, bridge.clip_and_step
     given: list = []
 
@@ -101,10 +101,12 @@ def gauss_seidel() -> None:
 def selected(direction: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None, visits: bool = False) -> None:
     """SFT, of θ and of w, takes only demonstrations that a small step of w along `direction` makes more likely.
 
-    direction: of (∇_w L_RL(θ,w), ∇_w L_RL(θ̂,w)), to be descended. None: the right ones are known. The first-order
-    change of log π is the inner product of the demonstration's gradient of w with the direction; two forward passes
-    measure it for all demonstrations. If none is chosen, all are taken. visits: the sum of the changes over all visits
-    of the demonstration decides, not the change of this step.
+    direction: function of (∇_w L_RL(θ,w), ∇_w L_RL(θ̂,w)); w steps against its result. None takes the demonstrations
+        whose answer is right.
+    visits: sum the changes over all visits of a demonstration instead of using the change of this step.
+
+    To first order the change of log π is the inner product of the demonstration's gradient of w with the direction. Two
+    forward passes measure it for all demonstrations. If no demonstration is chosen, all are taken.
     """
     take, sft_pass, taken, w, kept = bridge.parallel.take_gradients, bridge.sft_pass, [], [], []
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import compare
 import kinds
 import variants
+from measure import ROOT
 
 import bridge
 import rewards
@@ -33,10 +35,10 @@ def study(tmp_path, monkeypatch):
     compare.records.cache_clear()
 
 
-def record(method, seed, percent, flags=None, kind="final", **more):
+def record(method, seed, percent, flags=None, kind="final"):
     policy = {g: percent / 100 if g in ("n=3", "n=7") else 0.0 for g in GROUPS} | {"average": 0.0}
-    facts = dict(method=method, flags=flags or {}, seed=seed, kind=kind, evals=[dict(step=10, policy=policy)])
-    return facts | dict(probes=[], curves={}) | more
+    evals = [dict(step=10, policy=policy)]
+    return dict(method=method, flags=flags or {}, seed=seed, kind=kind, evals=evals, probes=[], curves={})
 
 
 def write(path, records):
@@ -62,13 +64,41 @@ def test_a_table_has_means_over_seeds_and_differences_paired_by_seed(tmp_path, m
     shared = {"beta": "2e-3"}  # of all trials, and so of the row before there are any
     runs = [record("bridge", seed, percent, shared) for seed, percent in enumerate(noisy)]
     runs += [record("mix", seed, percent - 4 - seed) for seed, percent in enumerate(noisy)]
+    runs += [record("hpt", seed, 20.0, {}) for seed in (0, 1)]
     write(tmp_path / "r.gz", [*runs, record("mix", 1000, 99.0), record("mix", 3, 99.0)])
     rows = {row.split(" | ")[0].strip("| "): row.split(" | ") for row in compare.table("chains", "main").splitlines()}
     compare.records.cache_clear()
     assert rows["bridge"][1] == "30.0 ± 49.7"
     assert rows["bridge"][2] == "0.00 ± 0.00", "of n=8 and n=9"
     assert rows["mix"][3] == "-5.0 ± 2.5", "of seeds 0 to 2: seed 3 has no partner and seed 1000 is for tuning"
+    assert rows["mix"][-1] == "4, 3 of them paired |"
+    assert rows["hpt"][1:4] == ["20.0, 20.0", "0.00, 0.00", "+10.0, -10.0"], "two seeds give no interval"
     assert "rl" not in rows, "it has no runs"
+
+
+@pytest.mark.parametrize("preset", [name for name in compare.PRESETS if compare.results(name).exists()])
+@pytest.mark.parametrize("name", compare.TABLES)
+def test_every_committed_run_of_a_cell_that_a_table_shows_is_in_that_table(preset, name):
+    committed = [(r["method"], r["flags"], r["kind"]) for r in compare.records(preset)]
+    rows = [row.strip("| ").split(" | ") for row in compare.table(preset, name).splitlines()[2:]]
+    shown = {row[0]: int(row[-1].split(",")[0]) for row in rows}
+    for c in compare.TABLES[name].cells(preset):
+        assert shown.get(c.label, 0) == committed.count((c.method, c.flags, c.kind)), c.label
+
+
+def test_the_page_of_tables_is_what_the_finished_runs_print():
+    assert (ROOT / "bench/results/tables.md").read_text() == compare.page() + "\n"
+
+
+def test_every_table_and_every_interval_of_the_other_pages_is_one_of_the_printed_ones():
+    tables = (ROOT / "bench/results/tables.md").read_text()
+    pages = {name: (ROOT / name).read_text() for name in ("README.md", "docs/results.md", "docs/paper.md")}
+    shown = re.findall(r"^python bench/compare\.py .* --no-runs\n```\n\n((?:\|.*\n)+)", pages["docs/results.md"], re.M)
+    assert len(shown) >= 2
+    assert all(table in tables for table in shown)
+    intervals = {text for page in pages.values() for text in re.findall(r"[\d.]+ ± [\d.]+\d", page)}
+    assert len(intervals) > 20
+    assert intervals <= set(re.findall(r"[\d.]+ ± [\d.]+\d", tables)), "the sign of a difference may be turned"
 
 
 def test_the_settings_that_win_the_trials_are_those_of_most_seeds_and_the_best_mean(study):
@@ -81,7 +111,8 @@ def test_the_settings_that_win_the_trials_are_those_of_most_seeds_and_the_best_m
 
 
 def accepted(method, flags):
-    parse([f"--method={method}", *(f"--{flag}" + f"={value}" * (value != compare.ON) for flag, value in flags.items())])
+    words = [f"--{flag}" if value == compare.ON else f"--{flag}={value}" for flag, value in flags.items()]
+    parse([f"--method={method}", *words])
 
 
 @pytest.mark.parametrize("name", compare.TABLES)
@@ -101,60 +132,61 @@ def test_every_method_has_equally_many_trials():
             accepted(compare.method_of(row), flags)
 
 
-def test_runs_are_made_once_and_a_run_that_fails_ends_the_study_with_its_message(study, capfd):
-    jobs = [dict(method=m, flags={}, seed=0, kind=kind) for m, kind in (("sft", "final"), ("bridge", "effect"))]
-    compare.make("tiny", jobs, workers=2)
-    first = compare.records("tiny")
-    assert {r["method"] for r in first} == {"sft", "bridge"}
-    assert all(r["peak_mib"] > 0 and r["seconds"] > 0 for r in first)
-    compare.make("tiny", [*jobs, dict(jobs[0], seed=1)], workers=1)
-    assert [r["seed"] for r in compare.records("tiny")] == [0, 0, 1]
-    with pytest.raises(RuntimeError, match="alpha must be at least 0"):
-        compare.make("tiny", [dict(jobs[0], flags={"alpha": "-1"})], workers=2)
-    assert len(compare.records("tiny")) == 3
-
-
-def test_the_figure_and_the_tables_of_real_runs_can_be_drawn(study, tmp_path):
-    finals = [c for c in compare.main_cells("tiny") if c.label in ("rl", "bridge")]
-    cost = next(c for c in compare.cost_cells("tiny") if c.label == "rl")
-    compare.make("tiny", [*(c.job(seed) for c in finals for seed in (0, 1)), cost.job(0)], 2)
-    for name in ("main", "epochs", "ood", "dynamics", "pass_at_k"):
+def test_runs_are_made_once_and_their_tables_and_figure_can_be_drawn(study, tmp_path):
+    finals = {c.label: c for c in compare.main_cells("tiny")}
+    cost = {c.label: c for c in compare.cost_cells("tiny")}
+    first = [finals["bridge"].job(0), finals["rl"].job(0)]
+    compare.make("tiny", first, workers=2)
+    assert {r["method"] for r in compare.records("tiny")} == {"bridge", "rl"}
+    compare.make("tiny", [*first, finals["bridge"].job(1), cost["rl"].job(0)], workers=1)
+    assert [r["seed"] for r in compare.records("tiny")] == [0, 0, 1, 0], "only the last two were missing"
+    assert all(r["peak_mib"] > 0 and r["seconds"] > 0 for r in compare.records("tiny"))
+    for name in ("main", "epochs", "dynamics", "pass_at_k"):
         assert "| bridge | " in compare.table("tiny", name)
     assert "| rl | " in compare.table("tiny", "cost")
     compare.draw("tiny", tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
 
-def smoke(tmp_path, *flags):
-    bridge.main(["--preset=smoke", "--steps=2", f"--out={tmp_path}/run", "--eval-every=1", *flags])
-    return tmp_path / "run"
+def test_a_run_that_fails_ends_the_study_with_its_message(study):
+    with pytest.raises(RuntimeError, match="alpha must be at least 0"):
+        compare.make("tiny", [dict(method="sft", flags={"alpha": "-1"}, seed=0, kind="final")], workers=2)
+    assert compare.records("tiny") == []
+
+
+def smoke(folder):
+    """The metrics of two steps with a reward that differs between samples."""
+    (folder / "own.py").write_text("def length(response, problem):\n    return float(len(response) % 3)\n")
+    flags = ["--preset=smoke", "--steps=2", "--eval-every=1", f"--reward={folder}/own.py:length"]
+    bridge.main([*flags, f"--out={folder}/run"])
+    metrics = lines(folder / "run/metrics.jsonl")
+    return [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in metrics]
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return smoke(tmp_path_factory.mktemp("plain"))
 
 
 @pytest.fixture
-def unchanged(monkeypatch):
+def unchanged(plain, monkeypatch):
     """Undoes what a kind of run changes in bridge.py."""
     for name in ("evaluate_policies", "bilevel_gradients", "clip_and_step"):
         monkeypatch.setattr(bridge, name, getattr(bridge, name))
 
 
-def test_measuring_the_effect_of_w_changes_no_training(tmp_path, unchanged):
-    plain = lines(smoke(tmp_path / "a") / "metrics.jsonl")
+def test_measuring_the_effect_of_w_changes_no_training(plain, tmp_path, unchanged):
     kinds.effect_of_w()
-    run = smoke(tmp_path / "b")
-    measured = lines(run / "metrics.jsonl")
-    assert [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in plain] == [
-        {k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in measured
-    ]
-    first, *_, last = lines(run / "probe.jsonl")
+    assert smoke(tmp_path) == plain
+    first, *_, last = lines(tmp_path / "run/probe.jsonl")
     assert first["theta,w"] == first["theta,none"] == first["theta_hat,w"], "w and θ̂ − θ are 0 before the first step"
     assert set(last) == {"step"} | {f"{b},{a}" for b in ("theta", "theta_hat") for a in ("w", "w_before", "none")}
 
 
-def test_in_gauss_seidel_order_the_gain_moves_w_at_the_first_step_already(tmp_path, unchanged):
-    (tmp_path / "lengths.py").write_text("def length(response, problem):\n    return float(len(response) % 3)\n")
-    reward = f"--reward={tmp_path}/lengths.py:length"
-    assert lines(smoke(tmp_path / "a", reward) / "metrics.jsonl")[0]["gain_grad_norm"] == 0.0
-    seen, gradients = [], bridge.bilevel_gradients
+def test_in_gauss_seidel_order_the_gain_moves_w_at_the_first_step_already(plain, tmp_path, unchanged):
+    assert plain[0]["gain_grad_norm"] == 0.0
+    seen = []
+    gradients = bridge.bilevel_gradients
 
     def spy(*args):
         stats = gradients(*args)
@@ -163,7 +195,7 @@ def test_in_gauss_seidel_order_the_gain_moves_w_at_the_first_step_already(tmp_pa
 
     bridge.bilevel_gradients = spy
     kinds.gauss_seidel()
-    smoke(tmp_path / "b", reward)
+    smoke(tmp_path)
     assert seen[0] == 0.0, "the step of θ and θ̂"
     assert seen[1] > 0.0, "the step of w"
 
@@ -176,13 +208,18 @@ def test_the_noisy_reward_is_flipped_with_its_probability(reward, p):
     assert sum(reward("\\boxed{3}", problem) for _ in range(2000)) / 2000 == pytest.approx(p, abs=0.03)
 
 
-@pytest.mark.parametrize("name", [v for v in compare.SUPERVISION if v != "clean"])
-@pytest.mark.parametrize(("preset", "all_of_them"), [("chains", 256), ("logic", 128)])
-def test_a_variant_of_the_task_has_the_number_and_share_in_its_name(name, preset, all_of_them):
+CASES = [("chains", 256, name) for name in compare.SUPERVISION if name != "clean"] + [("logic", 128, "useless_60")]
+
+
+@pytest.mark.parametrize(("preset", "all_of_them", "name"), CASES)
+def test_a_variant_of_the_task_has_the_number_and_share_in_its_name(preset, all_of_them, name):
     s, _ = parse([f"--preset={preset}", "--eval-problems=2"])
     task = getattr(variants, name)(s)
     kind, number = name.split("_")
     wrong = sum(not rewards.is_correct(d.response, d.answer).correct for d in task.demonstrations)
-    share, count = (int(number) / 100, all_of_them) if kind == "useless" else (0, int(number))
-    assert len(task.demonstrations) == count
-    assert wrong == round(share * count)
+    if kind == "useless":
+        assert len(task.demonstrations) == all_of_them
+        assert wrong == round(int(number) / 100 * all_of_them)
+    else:
+        assert len(task.demonstrations) == int(number)
+        assert wrong == 0

@@ -1,4 +1,4 @@
-"""The bilevel update: facts that follow from eqs. (7), (8) and (9), checked on the functions training uses."""
+"""The bilevel update: facts that follow from eqs. (8), (10) and (11), checked on the functions training uses."""
 
 import copy
 import math
@@ -216,7 +216,7 @@ def test_policy_and_shadow_have_one_surrogate_on_shared_rollouts_and_the_clip_on
 
 @pytest.mark.parametrize("lam", [0.5, 0.2])
 def test_with_w_frozen_theta_s_gradient_is_mix_s(lam):
-    """Eq. (7) is the mixture J_RL + μ·J_SFT with μ = (1−λ)/λ, its weights scaled to sum to 1."""
+    """Eq. (8) is the mixture J_RL + μ·J_SFT with μ = (1−λ)/λ, its weights scaled to sum to 1."""
     s, mix = settings(lam=lam), settings(method="mix", mu=(1 - lam) / lam)
     g, _ = gradients(fresh(s), s)
     expected, _ = gradients(fresh(mix), mix)
@@ -350,7 +350,7 @@ def test_the_shadow_gets_nothing_from_sft_and_the_full_weight_of_rl():
 
 
 def test_w_s_gradient_is_the_weighted_sum_of_three_separate_ones():
-    """Eq. (8), each term by itself: (1−λ)∇L_SFT + λ(∇L_RL(θ,w) − ∇L_RL(θ̂,w))."""
+    """Eq. (11), each term by itself: (1−λ)∇L_SFT + λ(∇L_RL(θ,w) − ∇L_RL(θ̂,w))."""
     lam, s = 0.3, settings(lam=0.3)
     m = fresh(s, w_trained=True)
     move_shadow(m)
