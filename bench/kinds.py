@@ -24,7 +24,7 @@ KINDS_OF_ROWS = {"useful": True, "useless": False}
 
 
 def sampled_rewards(run: bridge.Run, model: nn.Module, per_group: int, samples: int) -> list[list[int]]:
-    """Counts right answers among `samples` at temperature 1, for the first problems of each group: [groups][problems]."""
+    """Right answers among `samples` at temperature 1, for the first problems of each group: [groups][problems]."""
     run.env.sampler.refresh(model)
     groups: dict[str, list[Problem]] = {}
     for problem in run.env.task.evaluation:
