@@ -23,7 +23,7 @@ if __name__ == "__main__":
 
 import copy
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 
 import torch
 from torch import Tensor, nn
@@ -166,9 +166,10 @@ def rl_pass(
     dtype = getattr(torch, s.dtype)
     to_run = rollouts.rows_to_run(has_kl=s.kl_coef > 0)
     weight = to_run.weight
-    seen = RLPass.zeros(weight)
+    results = weight.new_zeros(len(fields(RLPass)), len(weight))  # [fields of RLPass, T]: one all-reduce for all
+    seen = RLPass(*results)
     for with_gradient, chosen in ((True, to_run.trained), (False, to_run.scored)):
-        for rows, t in rollouts.batches(chosen, s):
+        for rows, t in parallel.batches(rollouts.rows, s, chosen):
             ref_logp = None
             if reference is not None:
                 with torch.no_grad():
@@ -199,9 +200,9 @@ def rl_pass(
             seen.kl[t] = terms.kl
             seen.trained[t] = float(with_gradient)
 
-    parallel.all_reduce(seen.tensors())
+    parallel.all_reduce([results])
     # A row that did not run has the results of the equal row that did.
-    return RLPass(*[results[to_run.source] for results in seen.tensors()])
+    return RLPass(*results[:, to_run.source])
 
 
 def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> Tensor:
@@ -210,7 +211,7 @@ def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Sett
     L_SFT of eq. (1) is the mean of −log π over the tokens of the whole batch.
     """
     lengths = [len(response) for _, response in demonstrations]
-    nll = torch.zeros(sum(lengths), dtype=torch.float64)
+    nll = torch.zeros(sum(lengths), dtype=torch.float64, device=pick_device())
     for rows, t in parallel.batches(demonstrations, s):
         logp, entropy = response_logprobs(model, rows, dtype=getattr(torch, s.dtype))  # [t]
         token_weights = sft_token_weights(s, logp, entropy, rows)

@@ -13,7 +13,7 @@ Where this differs from GRPO as first published (DeepSeekMath, arXiv 2402.03300)
   6. The KL term is ρ·k3: k3 alone has the right value, but its gradient is that of KL(π_ref ‖ π).
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -148,13 +148,6 @@ class RLPass:
     limited: Tensor  # 1 where the clip or the cap limited ρ
     kl: Tensor  # k3
     trained: Tensor  # 1 where the row ran with a gradient
-
-    @classmethod
-    def zeros(cls, like: Tensor) -> "RLPass":
-        return cls(*[torch.zeros_like(like) for _ in fields(cls)])
-
-    def tensors(self) -> list[Tensor]:
-        return [getattr(self, f.name) for f in fields(self)]
 
 
 def importance_weighted_reward(log_ratio: Tensor, lengths: list[int], reward: Tensor, cap: float = 10.0) -> Tensor:

@@ -8,13 +8,10 @@ would let the base drift.
 Shapes: in, out of the linear; r rank; s = lora_alpha / r.
 """
 
-import json
 import math
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -108,15 +105,3 @@ def delta_norm(w: Adapter, scale: float) -> float:
             B = w[name.replace(".lora_A.", ".lora_B.")]
             total += float(((B.T @ B) * (A @ A.T)).sum())  # ‖BA‖² = tr(BᵀB·AAᵀ)
     return scale * math.sqrt(max(total, 0.0))
-
-
-def save(folder: Path, w: Adapter, rank: int, alpha: float, targets: list[str]) -> None:
-    """Writes w in PEFT's file format, for PeftModel.from_pretrained(base, folder). It names no base model, since the
-    right base is the trained θ and not the initial model."""
-    tensors = {f"base_model.model.{n}": p.detach().cpu().contiguous() for n, p in w.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = dict(
-        peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=None, r=rank, lora_alpha=alpha,
-        target_modules=targets, lora_dropout=0.0, bias="none", inference_mode=True,
-    )  # fmt: skip
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")

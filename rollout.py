@@ -5,7 +5,7 @@ A row is a pair (token ids of a prompt, token ids of a response).
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -82,16 +82,6 @@ class Rollouts:
         """Equal rows run once; rows whose gradient is zero run without one, or not at all."""
         columns = self.advantage, self.weight, self.is_demonstration, self.reward
         return rows_to_run(self.rows, *columns, has_kl, self.score_rewarded)
-
-    def batches(self, chosen: list[int], s: Settings) -> Iterator[tuple[list[Row], Tensor]]:
-        """This rank's micro-batches of some rows: (rows, places [t] of their response tokens in [0, T))."""
-        if not chosen:
-            return
-        offsets = self.offsets
-        tokens = [torch.arange(offsets[i], offsets[i + 1]) for i in chosen]
-        places = torch.cat(tokens).to(self.weight.device)
-        for rows, t in parallel.batches([self.rows[i] for i in chosen], s):
-            yield rows, places[t]
 
 
 def sample_rollouts(

@@ -5,10 +5,12 @@ python -m infra.export RUN [--step N] writes RUN/model-step-N from a checkpoint,
 
 import argparse
 import copy
+import json
 import re
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from transformers import GenerationConfig
 
@@ -28,10 +30,31 @@ def save_run(out: Path, s: Settings, merged: nn.Module, tokenizer, facts: dict, 
     save_model(out / "model", merged, tokenizer, facts["stop"], readme)
     if w:  # its base is the trained θ of a checkpoint, not model/, which contains w already
         with atomic_folder(out / "adapter") as scratch:
-            lora.save(scratch, w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
+            save_adapter(scratch, w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
         if lora.delta_norm(w, 1.0) == 0:
             print0(f"WARNING: w is zero (beta is {s.beta:g}): {out / 'adapter'} changes nothing")
     print0(f"\ngreedy accuracy, %\n{accuracies(s, evals, s.total_steps)}")
+
+
+def save_adapter(folder: Path, w: lora.Adapter, rank: int, alpha: float, targets: list[str]) -> None:
+    """Writes w in PEFT's file format, for PeftModel.from_pretrained(base, folder).
+
+    It names no base model, since the right base is the trained θ and not the initial model.
+    """
+    tensors = {f"base_model.model.{name}": p.detach().cpu().contiguous() for name, p in w.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = dict(
+        peft_type="LORA",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=None,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=targets,
+        lora_dropout=0.0,
+        bias="none",
+        inference_mode=True,
+    )
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def save_checkpoint(run: Path, step: int | None) -> Path:

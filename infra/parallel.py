@@ -172,19 +172,29 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def batches(rows: list[Row], s: Settings) -> Iterator[tuple[list[Row], slice]]:
-    """This rank's micro-batches of `rows`: (rows, t), t the place of their response tokens in [0, T)."""
+def batches(rows: list[Row], s: Settings, chosen: list[int] | None = None) -> Iterator[tuple[list[Row], Tensor]]:
+    """This rank's micro-batches of the rows `chosen`, by default of all.
+
+    Yields (rows, t): t [t] are the places of their response tokens in [0, T), T response tokens of all rows.
+    """
+    if chosen is None:
+        chosen = list(range(len(rows)))
+    if not chosen:
+        return
+    offsets = [0, *accumulate(len(response) for _, response in rows)]  # [N+1] start of each row's response, and T
+    rows = [rows[i] for i in chosen]
     sizes = [len(prompt) + len(response) for prompt, response in rows]
     share = shares(sizes, world_size())[rank()]
-    padded = pads(pick_device(), getattr(torch, s.dtype))
-    ranges = micro_batches(rows, share, s.tokens_per_micro_batch, padded)
+    device = pick_device()
+    ranges = micro_batches(rows, share, s.tokens_per_micro_batch, pads(device, getattr(torch, s.dtype)))
     # every rank gets the same number, the last ones of some empty: the passes of a sharded model are collectives
     most = max(all_gather([len(ranges)]))
     while len(ranges) < most:
         ranges.append(range(share.stop, share.stop))
-    offsets = [0, *accumulate(len(response) for _, response in rows)]  # [N+1] start of each row's response, and T
     for r in ranges:
-        yield rows[r.start : r.stop], slice(offsets[r.start], offsets[r.stop])
+        tokens = [torch.arange(offsets[i], offsets[i + 1]) for i in chosen[r.start : r.stop]]
+        t = torch.cat(tokens) if tokens else torch.arange(0)
+        yield rows[r.start : r.stop], t.to(device)
 
 
 def shares(sizes: list[int], parts: int) -> list[range]:

@@ -7,6 +7,7 @@ import torch
 from conftest import rows, tiny_model
 
 import lora
+from infra import export
 from logprob import response_logprobs
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -111,7 +112,7 @@ def test_an_unknown_target_is_refused_with_the_names_of_the_layers():
 def test_peft_loads_the_saved_adapter_and_gives_the_same_logits(tmp_path):
     peft = pytest.importorskip("peft")
     model, w = adapted()
-    lora.save(tmp_path, w, rank=4, alpha=8.0, targets=TARGETS)
+    export.save_adapter(tmp_path, w, rank=4, alpha=8.0, targets=TARGETS)
     theirs = peft.PeftModel.from_pretrained(tiny_model(), tmp_path).eval()
     torch.testing.assert_close(logits(theirs.base_model.model), logits(model), rtol=1e-5, atol=1e-5)
 

@@ -307,11 +307,12 @@ def test_micro_batches_cover_every_share_once():
 
 
 @pytest.mark.parametrize("tokens", [1, 20, 10_000])
-def test_batches_give_every_row_once_with_the_place_of_its_response_tokens(tokens):
+@pytest.mark.parametrize("chosen", [None, [0, 3, 4, 19]])
+def test_batches_give_every_chosen_row_once_with_the_places_of_its_response_tokens(tokens, chosen):
     data, s = rows(20, seed=2), Settings(tokens_per_micro_batch=tokens)
     everything = [token for _, response in data for token in response]
     seen = []
-    for batch, t in parallel.batches(data, s):
+    for batch, t in parallel.batches(data, s, chosen):
         seen += batch
-        assert [token for _, response in batch for token in response] == everything[t]
-    assert seen == data
+        assert [token for _, response in batch for token in response] == [everything[place] for place in t]
+    assert seen == (data if chosen is None else [data[i] for i in chosen])
