@@ -32,7 +32,9 @@ def response_logprobs(
         return token_logprobs(hidden, weight, targets, temperature)
 
     logp, entropy = run_forward(model, forward)
-    return (logp, entropy) if rows else (logp[:0], entropy[:0])
+    if not rows:  # empty, but with the graph of the pass
+        return logp[:0], entropy[:0]
+    return logp, entropy
 
 
 def response_hidden(model: nn.Module, rows: list[Row], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -42,13 +44,17 @@ def response_hidden(model: nn.Module, rows: list[Row], dtype: torch.dtype) -> tu
         prompt a b, response c d   ->   fed a b c,   hidden(b) predicts c, hidden(c) predicts d
     """
     device = next(model.parameters()).device
-    packed = pack([prompt + response[:-1] for prompt, response in rows], device)
-    predicts = [i >= len(p) - 1 for p, r in rows for i in range(len(p) + len(r) - 1)]  # [T]
-    targets = torch.tensor([token for _, response in rows for token in response], device=device)  # [R]
+    fed = [prompt + response[:-1] for prompt, response in rows]
+    predicts_response = []  # [T] of each token that is fed
+    targets = []
+    for prompt, response in rows:
+        predicts_response += [False] * (len(prompt) - 1) + [True] * len(response)
+        targets += response
+
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        hidden = hidden_states(model, packed, dtype)  # [T, H]
-    chosen = torch.tensor(predicts).nonzero()[:, 0].to(device)  # [R], found on the host: no wait for the GPU
-    return hidden[chosen].to(dtype), model.get_output_embeddings().weight, targets
+        hidden = hidden_states(model, pack(fed, device), dtype)  # [T, H]
+    chosen = torch.tensor(predicts_response).nonzero()[:, 0].to(device)  # [R], found on the host: no wait for the GPU
+    return hidden[chosen].to(dtype), model.get_output_embeddings().weight, torch.tensor(targets, device=device)
 
 
 def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -82,12 +88,19 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
         W = weight.to(hidden.dtype)
-        chunks = zip(hidden.split(head.CHUNK), targets.split(head.CHUNK), strict=True)
-        stats = [head.row_stats(head.project(h, W), y, temperature) for h, y in chunks]
-        logp, entropy, lse = (torch.cat(parts) for parts in zip(*stats, strict=True))  # [N] each
-        ctx.save_for_backward(hidden, weight, targets, entropy, lse)
+        logps = []
+        entropies = []
+        lses = []  # log-sum-exp of the logits divided by the temperature
+        for h, y in zip(hidden.split(head.CHUNK), targets.split(head.CHUNK), strict=True):
+            logits = head.project(h, W)  # [C, V] fp32
+            logp, entropy, lse = head.row_stats(logits, y, temperature)  # [C] each
+            logps.append(logp)
+            entropies.append(entropy)
+            lses.append(lse)
+        entropy = torch.cat(entropies)  # [N]
+        ctx.save_for_backward(hidden, weight, targets, entropy, torch.cat(lses))
         ctx.temperature = temperature
-        return logp, entropy
+        return torch.cat(logps), entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -95,12 +108,21 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
         W = weight.to(hidden.dtype)
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        per_token = (hidden, targets, lse, entropy, g_logp, g_entropy, d_hidden)
-        for h, y, lse_, entropy_, g_l, g_e, d_h in zip(*(x.split(head.CHUNK) for x in per_token), strict=True):
+        d_weight = None
+        if ctx.needs_input_grad[1]:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(hidden), head.CHUNK):
+            chunk = slice(start, start + head.CHUNK)
+            h = hidden[chunk]
             logits = head.project(h, W)  # [C, V]
-            d_logits = head.row_gradients(logits, y, lse_, entropy_, g_l, g_e, ctx.temperature, h.dtype)  # [C, V]
-            d_h.copy_(d_logits @ W)
+            d_logits = head.row_gradients(
+                logits, targets[chunk], lse[chunk], entropy[chunk], g_logp[chunk], g_entropy[chunk], ctx.temperature,
+                h.dtype,
+            )  # [C, V]  # fmt: skip
+            d_hidden[chunk] = d_logits @ W
+            # The sum over chunks is kept in fp32, whatever the weight's type.
             if d_weight is not None:
                 head.accumulate_weight_gradient(d_weight, d_logits, h)
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None
+        if d_weight is not None:
+            d_weight = d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None

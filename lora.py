@@ -28,7 +28,10 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, A: nn.Parameter, B: nn.Parameter, scale: float):
         super().__init__()
-        self.base, self.lora_A, self.lora_B, self.scale = base, A, B, scale
+        self.base = base
+        self.lora_A = A  # [r, in]
+        self.lora_B = B  # [out, r]
+        self.scale = scale  # s
 
     def forward(self, x: Tensor) -> Tensor:  # [..., in] -> [..., out]
         return F.linear(x, self.merged_weight(), self.base.bias)
@@ -45,37 +48,56 @@ def create(model: nn.Module, targets: list[str], rank: int, seed: int, device: t
     A is uniform in ±1/√in (PEFT's Kaiming initialisation), B is zero: a fresh adapter changes nothing.
     Raises ValueError when a target matches no linear layer; the message lists the layers there are.
     """
-    lm_head = model.get_output_embeddings()  # often tied to the embedding, which no adapter may touch
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not lm_head}
-    missing = [t for t in targets if not any(n.split(".")[-1] == t for n in linears)]
+    # The vocabulary head is often tied to the embedding, which no adapter may touch.
+    lm_head = model.get_output_embeddings()
+    linears = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not lm_head:
+            linears[name] = module
+
+    last_names = {last_name(name) for name in linears}
+    missing = [target for target in targets if target not in last_names]
     if missing or not targets:
-        names = sorted({n.split(".")[-1] for n in linears})
-        raise ValueError(f"lora_targets: no linear layer is named {missing or targets}; this model has {names}")
+        known = sorted(last_names)
+        raise ValueError(f"lora_targets: no linear layer is named {missing or targets}; this model has {known}")
+
     generator = torch.Generator().manual_seed(seed)
     w: Adapter = {}
     for name, linear in linears.items():
-        if name.split(".")[-1] in targets:
-            bound, device = 1 / math.sqrt(linear.in_features), device or linear.weight.device
-            A = (torch.rand(rank, linear.in_features, generator=generator) * 2 - 1) * bound  # [r, in]
-            w[f"{name}.lora_A.weight"] = nn.Parameter(A.to(device))
-            w[f"{name}.lora_B.weight"] = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        if last_name(name) in targets:
+            place = device or linear.weight.device
+            bound = 1 / math.sqrt(linear.in_features)
+            uniform = torch.rand(rank, linear.in_features, generator=generator)  # in [0, 1)
+            A = (uniform * 2 - 1) * bound
+            B = torch.zeros(linear.out_features, rank, device=place)
+            w[f"{name}.lora_A.weight"] = nn.Parameter(A.to(place))
+            w[f"{name}.lora_B.weight"] = nn.Parameter(B)
     return w
+
+
+def last_name(path: str) -> str:
+    """The last part of a module's path: q_proj of model.layers.0.self_attn.q_proj."""
+    return path.rpartition(".")[2]
 
 
 def attach(model: nn.Module, w: Adapter, scale: float) -> list[str]:
     """Wraps the linears that w adapts, sharing w's tensors; returns the wrapped module paths."""
-    names = [n.removesuffix(".lora_A.weight") for n in w if n.endswith(".lora_A.weight")]
-    for name in names:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        A, B = w[f"{name}.lora_A.weight"], w[f"{name}.lora_B.weight"]
-        setattr(parent, name.rpartition(".")[2], LoRALinear(model.get_submodule(name), A, B, scale))
-    return names
+    paths = [name.removesuffix(".lora_A.weight") for name in w if name.endswith(".lora_A.weight")]
+    for path in paths:
+        A = w[f"{path}.lora_A.weight"]
+        B = w[f"{path}.lora_B.weight"]
+        parent = model.get_submodule(path.rpartition(".")[0])
+        setattr(parent, last_name(path), LoRALinear(model.get_submodule(path), A, B, scale))
+    return paths
 
 
 def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """θ (or θ̂): every parameter but the adapter's, under the names the model had before `attach`."""
-    named = model.named_parameters()
-    return {n.replace(".base.", "."): p for n, p in named if not n.endswith((".lora_A", ".lora_B"))}
+    parameters = {}
+    for name, p in model.named_parameters():
+        if not name.endswith((".lora_A", ".lora_B")):
+            parameters[name.replace(".base.", ".")] = p
+    return parameters
 
 
 def full_tensor(parameter: Tensor) -> Tensor:
@@ -86,13 +108,14 @@ def full_tensor(parameter: Tensor) -> Tensor:
 @torch.no_grad()
 def merge_into(plain: nn.Module, model: nn.Module) -> None:
     """Overwrites the weights of `plain` (same architecture, no adapter) by θ + s·B·A of `model`, matrix by matrix."""
-    target, wrapped = dict(plain.named_parameters()), set()
+    target = dict(plain.named_parameters())
+    merged = set()
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
-            wrapped.add(f"{name}.weight")
+            merged.add(f"{name}.weight")
             target[f"{name}.weight"].copy_(module.merged_weight())
     for name, parameter in base_parameters(model).items():
-        if name not in wrapped:
+        if name not in merged:
             target[name].copy_(full_tensor(parameter))
 
 
@@ -103,5 +126,7 @@ def delta_norm(w: Adapter, scale: float) -> float:
     for name, A in w.items():
         if name.endswith(".lora_A.weight"):
             B = w[name.replace(".lora_A.", ".lora_B.")]
-            total += float(((B.T @ B) * (A @ A.T)).sum())  # ‖BA‖² = tr(BᵀB·AAᵀ)
-    return scale * math.sqrt(max(total, 0.0))
+            # ‖B·A‖² = tr(BᵀB·AAᵀ), the sum of products of two [r, r] matrices, since both are symmetric
+            squared_norm = ((B.T @ B) * (A @ A.T)).sum()
+            total += float(squared_norm)
+    return scale * math.sqrt(max(total, 0.0))  # rounding can leave less than 0
