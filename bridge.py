@@ -112,7 +112,7 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
     method = METHODS[s.method]
     checkpoint_layers(model, s.checkpoint_layers)
 
-    # Sharding copies every slice anyway, so there a copy may share the model's storage.
+    # θ̂ and π_ref begin as copies of θ. Sharding copies every slice, so there a copy may share the model's storage.
     sharded = s.shard and parallel.world_size() > 1
     copy_model = share_storage_copy if sharded else copy.deepcopy
     shadow = None
@@ -123,6 +123,7 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
     if s.kl_coef > 0:
         reference = copy_model(model).requires_grad_(False)
 
+    # One w: both models point to the same tensors.
     w: lora.Adapter = {}
     if method.adapter:
         try:
@@ -133,6 +134,7 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
         if shadow is not None:
             lora.attach(shadow, w, s.lora_alpha / s.lora_rank)
 
+    # After w is attached, so that it stays whole: both models need it.
     if s.shard:
         parallel.shard(model, w.values())
         if shadow is not None:
@@ -156,16 +158,20 @@ def make_optimizer(parameters: dict[str, nn.Parameter], rate: float) -> torch.op
 
 
 def rl_pass(
-    model: nn.Module, rollouts: Rollouts, old_logp: Tensor | None, reference: nn.Module | None, s: Settings,
-    ratio_cap: float | None = None,
-) -> RLPass:  # fmt: skip
-    """Adds this rank's part of ∇L_RL to .grad; all ranks receive the results of all tokens.
-
-    old_logp [T] is log π_old of the rollouts' tokens; without it the model itself is π_old, and every ratio is 1.
-    """
+    model: nn.Module,  # π(θ,w) or π(θ̂,w)
+    rollouts: Rollouts,
+    old_logp: Tensor | None,  # [T] log π_old; None: the model itself is π_old, and every ratio is 1
+    reference: nn.Module | None,  # π_ref of the KL term
+    s: Settings,
+    ratio_cap: float | None = None,  # of the truncated surrogate; None: the clipped one
+) -> RLPass:
+    """Adds this rank's part of ∇L_RL to .grad; all ranks receive the results of all tokens."""
     dtype = getattr(torch, s.dtype)
+
+    # Rows with equal tokens and reward run once, with the sum of their weights. Rows whose gradient is zero run
+    # without one, or not at all.
     to_run = rollouts.rows_to_run(has_kl=s.kl_coef > 0)
-    weight = to_run.weight
+    weight = to_run.weight  # [T]
     results = weight.new_zeros(len(fields(RLPass)), len(weight))  # [fields of RLPass, T]: one all-reduce for all
     seen = RLPass(*results)
     for with_gradient, chosen in ((True, to_run.trained), (False, to_run.scored)):
@@ -174,23 +180,24 @@ def rl_pass(
             if reference is not None:
                 with torch.no_grad():
                     ref_logp, _ = response_logprobs(reference, rows, s.temperature, dtype)  # [t]
+            # The policy is the sampler's: its log-probs are those at the sampling temperature.
             with torch.set_grad_enabled(with_gradient):
                 logp, entropy = response_logprobs(model, rows, s.temperature, dtype)  # [t]
             old = logp.detach() if old_logp is None else old_logp[t]
 
-            # LUFFY and SRFT: a demonstration in the group has a shaped surrogate instead of the clipped one.
             advantage = rollouts.advantage[t]
             is_demonstration = rollouts.is_demonstration[t]
             sample_weight = weight[t] * ~is_demonstration
             loss, terms = grpo.grpo_loss(
                 logp, old, advantage, sample_weight, s.clip_of_method, ratio_cap, ref_logp, s.kl_coef
             )
+            # LUFFY and SRFT: the demonstration in a group has a surrogate of its own, since no policy sampled it.
             if METHODS[s.method].joins_group:
                 shaped = baselines.shaped_surrogate(logp, advantage)
                 loss = loss - (weight[t] * is_demonstration * shaped).sum()
 
             if with_gradient:
-                logp.retain_grad()
+                logp.retain_grad()  # ∂L_RL/∂log π, for the report
                 loss.backward()
                 seen.slope[t] = -logp.grad / weight[t].clamp(min=1e-30)
             seen.logp[t] = logp.detach()
@@ -213,8 +220,10 @@ def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Sett
     lengths = [len(response) for _, response in demonstrations]
     nll = torch.zeros(sum(lengths), dtype=torch.float64, device=pick_device())
     for rows, t in parallel.batches(demonstrations, s):
+        # Demonstrations are imitated at temperature 1, whatever the sampling temperature.
         logp, entropy = response_logprobs(model, rows, dtype=getattr(torch, s.dtype))  # [t]
-        token_weights = sft_token_weights(s, logp, entropy, rows)
+        token_weights = sft_token_weights(s, logp, entropy, rows)  # [t]
+        # All micro-batches and ranks divide by the batch's tokens: their gradients add up to that of the mean.
         loss = -(token_weights * logp).sum() / len(nll)
         (weight * loss).backward()
         nll[t] = -logp.detach().to(nll)
@@ -227,6 +236,7 @@ def step_shadow_from_theta(m: Policies, s: Settings) -> None:
     theta_hat = m.parameters["theta_hat"]
     optimizer = m.optimizers["theta_hat"]
     moments = m.optimizers["theta"].state
+    # The step that θ's optimizer would make with the RL gradient alone, made on a copy
     for p, p_hat in zip(m.parameters["theta"], theta_hat, strict=True):
         p_hat.data.copy_(p.data)
         p_hat.grad = p.grad.clone()
@@ -236,7 +246,7 @@ def step_shadow_from_theta(m: Policies, s: Settings) -> None:
     torch.nn.utils.clip_grads_with_norm_(theta_hat, s.grad_clip, norm)
     optimizer.step()
     optimizer.zero_grad()
-    optimizer.state.clear()
+    optimizer.state.clear()  # the next step copies θ's moments again
 
 
 @dataclass
@@ -251,17 +261,23 @@ class Update:
 
 
 def bilevel_gradients(
-    m: Policies, rollouts: Rollouts | None, rollouts_hat: Rollouts | None, demonstrations: list[Row],
-    sft_weight: float, rl_weight: float, s: Settings, timer: Timer,
-) -> Update:  # fmt: skip
+    m: Policies,
+    rollouts: Rollouts | None,  # None: no RL in this update
+    rollouts_hat: Rollouts | None,  # θ̂'s own, or `rollouts` itself if they are shared
+    demonstrations: list[Row],
+    sft_weight: float,  # 1−λ
+    rl_weight: float,  # λ
+    s: Settings,
+    timer: Timer,
+) -> Update:
     """Writes the gradients of eqs. (8), (10) and (11), of losses, to the .grad of θ, θ̂ and w.
 
-    The weights are 1−λ of L_SFT and λ of L_RL. `rollouts_hat` are θ̂'s, or `rollouts` itself if they are shared.
     θ's two terms add up in .grad. w's three are taken out of .grad one after another, and combined at the end.
     """
     for optimizer in m.optimizers.values():
         optimizer.zero_grad()
     update = Update()
+    # w's three gradients, zero where the method has no such term
     zeros = [torch.zeros_like(p) for p in m.w.values()]
     g_sft = zeros
     g_rl = zeros
@@ -272,13 +288,15 @@ def bilevel_gradients(
         shared = m.shadow is not None and rollouts_hat is rollouts
         ratio_cap = s.shadow_ratio_cap if shared and s.shadow_ratio_cap > 0 else None
 
+        # ∇L_RL(θ,w): θ's stays in .grad, w's is taken out.
         with timer("rl"):
             update.policy = rl_pass(m.policy, rollouts, rollouts.old_logp, m.reference, s, ratio_cap)
             update.stats |= rl_statistics(update.policy, rollouts)
-            taken = parallel.take_gradients(m.w.values())  # ∇_w L_RL(θ,w)
+            taken = parallel.take_gradients(m.w.values())
             if METHODS[s.method].w_takes_rl:
                 g_rl = taken
 
+        # ∇L_RL(θ̂,w): θ̂'s stays in .grad, which is eq. (10); w's is taken out.
         if m.shadow is not None:
             with timer("shadow"):
                 if s.shadow_rollouts == "one_step":
@@ -288,8 +306,9 @@ def bilevel_gradients(
                 if shared and old_logp is None:
                     old_logp = update.policy.logp
                 update.shadow = rl_pass(m.shadow, rollouts_hat, old_logp, m.reference, s, ratio_cap)
-                g_rl_hat = parallel.take_gradients(m.w.values())  # ∇_w L_RL(θ̂,w); θ̂.grad is now that of eq. (10)
+                g_rl_hat = parallel.take_gradients(m.w.values())
 
+                # What the report and the metrics show of the cooperative gain, eq. (12), and of its gradient
                 gain = cooperative_gain(update.shadow, old_logp, rollouts, rollouts_hat)
                 gain_gradient = [rl_weight * (rl - rl_hat) for rl, rl_hat in zip(g_rl, g_rl_hat, strict=True)]
                 update.stats |= shadow_statistics(update.shadow)
@@ -299,14 +318,15 @@ def bilevel_gradients(
         for p in m.parameters["theta"]:
             p.grad.mul_(rl_weight)  # λ∇_θ L_RL(θ,w)
 
+    # (1−λ)∇L_SFT(θ,w), the loss having the weight: added to θ's .grad, which is then eq. (8); w's is taken out.
     if sft_weight and demonstrations:
         with timer("sft"):
             update.demonstrations = demonstrations
-            update.nll = sft_pass(m.policy, demonstrations, sft_weight, s)  # θ.grad is now that of eq. (8)
+            update.nll = sft_pass(m.policy, demonstrations, sft_weight, s)
             update.stats["sft_nll"] = update.nll.mean().item()
-            g_sft = parallel.take_gradients(m.w.values())  # (1−λ)∇_w L_SFT(θ,w)
+            g_sft = parallel.take_gradients(m.w.values())
 
-    # Eq. (11); while θ̂ = θ the difference is exactly 0. The SFT loss had its weight already.
+    # Eq. (11): (1−λ)∇_w L_SFT + λ(∇_w L_RL(θ,w) − ∇_w L_RL(θ̂,w)); while θ̂ = θ the difference is exactly 0.
     for p, sft, rl, rl_hat in zip(m.w.values(), g_sft, g_rl, g_rl_hat, strict=True):
         p.grad = sft + rl_weight * (rl - rl_hat)
 
@@ -323,7 +343,7 @@ def keep_old_logp(update: Update, rollouts: Rollouts | None, rollouts_hat: Rollo
         return
     if rollouts.old_logp is None:
         rollouts.old_logp = update.policy.logp
-    if rollouts_hat.old_logp is None:  # θ̂'s own rollouts
+    if rollouts_hat.old_logp is None:  # own rollouts, which θ̂ sampled
         rollouts_hat.old_logp = update.shadow.logp
 
 
@@ -336,10 +356,12 @@ def clip_and_step(
     """
     norms = {}
     for name, parameters in m.parameters.items():
+        # θ̂ has no gradient in an update without RL, and in the one-step reading, where it has stepped already.
         if parameters[0].grad is not None:
             norm = parallel.total_norm(p.grad for p in parameters)
             torch.nn.utils.clip_grads_with_norm_(parameters, s.grad_clip, norm)
             norms[f"grad_norm_{name}"] = norm.item()
+    # All ranks have the same numbers, so they decide alike.
     losses_and_norms = [stats.get("sft_nll", 0.0), *norms.values()]
     is_finite = all(math.isfinite(x) for x in losses_and_norms)
 
@@ -381,12 +403,14 @@ def train(run: Run, start: int) -> None:
     m = run.m
     total = s.total_steps
     stop = StopSignal()
-    if start in (0, total) and not run.folder.is_evaluated(start):  # what is exported has its own accuracies
+    # The initial model is evaluated, and the exported one, if a run is resumed at its end.
+    if start in (0, total) and not run.folder.is_evaluated(start):
         evaluate_policies(run, start)
     progress = tqdm(range(start, total), initial=start, total=total, desc=s.method, disable=parallel.rank() > 0)
     for k in progress:
         timer = Timer(k + 1)
-        if s.method == "sft_rl" and k == s.sft_steps:  # a cold start gives RL fresh optimizers
+        # A cold start gives RL a fresh optimizer.
+        if s.method == "sft_rl" and k == s.sft_steps:
             m.optimizers["theta"].state.clear()
 
         # Line 1: rollouts from π(θ,w). θ̂ trains on the same ones, or on its own on the same prompts.

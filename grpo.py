@@ -32,7 +32,7 @@ def group_advantages(rewards: Tensor, divide_by_std: bool = True) -> Tensor:
     tensor([[ 0.8659, -0.8659, -0.8659,  0.8659],
             [ 0.0000,  0.0000,  0.0000,  0.0000]])
     """
-    r = rewards.double()
+    r = rewards.double()  # a reward plus a tiny one must differ from it
     centred = r - r.mean(-1, keepdim=True)  # [P, G]
 
     # The rounded mean of equal rewards can differ from them. Adam would turn that into a step of full length.
@@ -68,7 +68,8 @@ def token_weights(lengths: Tensor, aggregation: str, max_length: int, keep: Tens
         per_sequence = torch.full((n,), 1.0 / (n * max_length))
     else:
         raise ValueError(f"aggregation must be one of {AGGREGATIONS}, got {aggregation!r}")
-    return (per_sequence.to(lengths.device) * keep).repeat_interleave(lengths)
+    kept = per_sequence.to(lengths.device) * keep  # [N]
+    return kept.repeat_interleave(lengths)  # [T]
 
 
 def log_ratio(logp: Tensor, old_logp: Tensor, weight: Tensor) -> Tensor:
@@ -113,26 +114,32 @@ class LossTerms:
 
 
 def grpo_loss(
-    logp: Tensor, old_logp: Tensor, advantage: Tensor, weight: Tensor, clip: tuple[float, float] = (0.2, 0.2),
-    ratio_cap: float | None = None, ref_logp: Tensor | None = None, kl_coef: float = 0.0,
-) -> tuple[Tensor, LossTerms]:  # fmt: skip
+    logp: Tensor,  # [T] log π, with a gradient; the other tensors have none
+    old_logp: Tensor,  # [T] log π_old
+    advantage: Tensor,  # [T]
+    weight: Tensor,  # [T] of `token_weights`
+    clip: tuple[float, float] = (0.2, 0.2),  # how far ρ may be below and above 1
+    ratio_cap: float | None = None,  # selects the truncated surrogate, and bounds the ρ of the KL term, too
+    ref_logp: Tensor | None = None,  # [T] log π_ref; None: no KL term
+    kl_coef: float = 0.0,
+) -> tuple[Tensor, LossTerms]:
     """−J_RL of eq. (2) as GRPO estimates it: Σ_t weight_t·(kl_coef·ρ_t·k3_t − surrogate_t).
 
-    All inputs [T]; old_logp, advantage and ref_logp carry no gradient. `ratio_cap` selects the truncated surrogate
-    instead of the clipped one, and bounds the ρ of the KL term, too. The value of the scalar loss is about 0 for every
-    on-policy batch; only its gradient is informative.
+    The value of the scalar loss is about 0 for every on-policy batch; only its gradient is informative.
     """
-    ratio = log_ratio(logp, old_logp, weight).exp()
+    ratio = log_ratio(logp, old_logp, weight).exp()  # [T] ρ
     if ratio_cap is None:
         surrogate, limited = clipped_surrogate(ratio, advantage, *clip)
         kl_ratio = ratio
     else:
-        logp = torch.where(weight != 0, logp, 0.0)
+        logp = torch.where(weight != 0, logp, 0.0)  # 0·(−∞) would be NaN
         surrogate, limited = truncated_surrogate(logp, ratio, advantage, ratio_cap)
         # min(ρ, cap) with the gradient min(ρ, cap)·∇log π: a plain clamp would have none beyond the cap.
         kl_ratio = ratio * (ratio_cap / ratio.detach()).clamp(max=1)
 
-    kl = torch.zeros_like(ratio) if ref_logp is None else k3(logp, ref_logp, weight)
+    kl = torch.zeros_like(ratio)
+    if ref_logp is not None:
+        kl = k3(logp, ref_logp, weight)
     loss = (weight * (kl_coef * kl_ratio * kl - surrogate)).sum()
     return loss, LossTerms(ratio.detach(), limited, kl.detach())
 

@@ -27,6 +27,7 @@ def response_logprobs(
     all ranks of a sharded model must run the same passes. Raises ValueError for a temperature ≤ 0.
     """
 
+    # One function, so that FSDP gathers the head's weight for the same pass as the layers'.
     def forward(m: nn.Module) -> tuple[Tensor, Tensor]:
         hidden, weight, targets = response_hidden(m, rows or [IDLE], dtype)
         return token_logprobs(hidden, weight, targets, temperature)
@@ -71,6 +72,7 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
         raise ValueError(f"temperature must be > 0 for log-probabilities, got {temperature}")
     if hidden.shape[0] != targets.shape[0]:
         raise ValueError(f"{hidden.shape[0]} hidden states but {targets.shape[0]} targets")
+    # Without gradients one kernel computes both numbers, and no logits are stored.
     if not torch.is_grad_enabled() and head.can_score(hidden):
         return head.score(hidden.contiguous(), weight.to(hidden.dtype).contiguous(), targets, temperature)
     return _TokenLogprobs.apply(hidden, weight, targets, temperature)
@@ -78,7 +80,8 @@ def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature:
 
 def token_logprobs_naive(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0):
     """The definition of `token_logprobs`, with all logits in memory at once."""
-    log_pi = (hidden @ weight.T / temperature).log_softmax(-1)  # [N, V]
+    logits = hidden @ weight.T / temperature  # [N, V]
+    log_pi = logits.log_softmax(-1)
     return log_pi.gather(-1, targets[:, None])[:, 0], -(log_pi.exp() * log_pi).sum(-1)
 
 
@@ -87,7 +90,7 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        W = weight.to(hidden.dtype)
+        W = weight.to(hidden.dtype)  # [V, H], rounded as in the sampler
         logps = []
         entropies = []
         lses = []  # log-sum-exp of the logits divided by the temperature
@@ -111,6 +114,7 @@ class _TokenLogprobs(torch.autograd.Function):
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        # With z the logits divided by the temperature, ∂log π(y)/∂z = onehot(y) − π; row_gradients has the entropy's.
         for start in range(0, len(hidden), head.CHUNK):
             chunk = slice(start, start + head.CHUNK)
             h = hidden[chunk]

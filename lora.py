@@ -38,6 +38,7 @@ class LoRALinear(nn.Module):
 
     def merged_weight(self) -> Tensor:
         """W_base + s·B·A as a new tensor [out, in], in the weights' own precision even under autocast."""
+        # Autocast would round the sum to bf16; the sampler's weights are rounded once, from this sum.
         with torch.autocast(self.lora_A.device.type, enabled=False):
             return torch.addmm(full_tensor(self.base.weight), self.lora_B, self.lora_A, alpha=self.scale)
 
@@ -67,6 +68,7 @@ def create(model: nn.Module, targets: list[str], rank: int, seed: int, device: t
         if last_name(name) in targets:
             place = device or linear.weight.device
             bound = 1 / math.sqrt(linear.in_features)
+            # Random numbers are drawn on the CPU, so every device and rank has the same.
             uniform = torch.rand(rank, linear.in_features, generator=generator)  # in [0, 1)
             A = (uniform * 2 - 1) * bound
             B = torch.zeros(linear.out_features, rank, device=place)
@@ -82,6 +84,7 @@ def last_name(path: str) -> str:
 
 def attach(model: nn.Module, w: Adapter, scale: float) -> list[str]:
     """Wraps the linears that w adapts, sharing w's tensors; returns the wrapped module paths."""
+    # w's names end in the names that PEFT gives A and B.
     paths = [name.removesuffix(".lora_A.weight") for name in w if name.endswith(".lora_A.weight")]
     for path in paths:
         A = w[f"{path}.lora_A.weight"]
@@ -95,6 +98,7 @@ def base_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """θ (or θ̂): every parameter but the adapter's, under the names the model had before `attach`."""
     parameters = {}
     for name, p in model.named_parameters():
+        # A wrapped linear is the child "base" of its LoRALinear.
         if not name.endswith((".lora_A", ".lora_B")):
             parameters[name.replace(".base.", ".")] = p
     return parameters
@@ -109,10 +113,11 @@ def full_tensor(parameter: Tensor) -> Tensor:
 def merge_into(plain: nn.Module, model: nn.Module) -> None:
     """Overwrites the weights of `plain` (same architecture, no adapter) by θ + s·B·A of `model`, matrix by matrix."""
     target = dict(plain.named_parameters())
-    merged = set()
+    merged = set()  # names of the weights that have w in them
     for name, module in model.named_modules():
         if isinstance(module, LoRALinear):
             merged.add(f"{name}.weight")
+            # One matrix at a time: a sharded base is gathered here
             target[f"{name}.weight"].copy_(module.merged_weight())
     for name, parameter in base_parameters(model).items():
         if name not in merged:

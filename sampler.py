@@ -56,7 +56,7 @@ class Sampler:
         self.graphs = self.model.device.type == "cuda"
         excluded = self.model.generation_config.suppress_tokens or []  # ids that are no token, see infra.model.load
         self.excluded = torch.tensor(excluded, device=self.model.device).long()
-        vocabulary = torch.arange(len(self.decoder.lm_head))
+        vocabulary = torch.arange(len(self.decoder.lm_head))  # [V]
         self.is_stop = torch.isin(vocabulary, torch.tensor(stop)).to(self.model.device)
 
     def refresh(self, policy: nn.Module) -> None:
@@ -65,23 +65,28 @@ class Sampler:
 
     @torch.inference_mode()
     def generate(
-        self, prompts: list[list[int]], keys: list[tuple[int, ...]], group_size: int, max_new_tokens: int,
-        temperature: float, top_p: float = 1.0,
-    ) -> list[list[Completion]]:  # fmt: skip
-        """`group_size` completions of every prompt.
+        self,
+        prompts: list[list[int]],  # P lists of token ids
+        keys: list[tuple[int, ...]],  # P; sample i of prompt p draws from the seed (*keys[p], i)
+        group_size: int,  # G
+        max_new_tokens: int,  # K
+        temperature: float,  # 0 is greedy
+        top_p: float = 1.0,
+    ) -> list[list[Completion]]:
+        """G completions of every prompt.
 
-        prompts: P lists of token ids; keys: P tuples, sample i of prompt p draws from (*keys[p], i).
         Raises ValueError for an empty prompt or one that leaves no room within the model's positions, and
         FloatingPointError if a logit is not finite.
         """
         check_prompts(prompts, max_new_tokens, self.model.config.max_position_embeddings)
+        # S slots: a group must fit
         size = max(min(self.slots, len(prompts) * group_size), group_size)
         cache = self.decoder.new_cache(size, max(map(len, prompts)) + max_new_tokens)
         samples = Samples(keys, group_size, size, max_new_tokens, self.model.device)
 
         def sample(rows: slice, logits: Tensor) -> None:
             """Draws the next token of some rows.  logits [rows, V]"""
-            u = samples.u[samples.sample[rows], samples.num_generated[rows]]
+            u = samples.u[samples.sample[rows], samples.num_generated[rows]]  # a uniform number for each
             token, logp = sample_without(self.excluded, sample_tokens, logits, u, temperature, top_p)
             samples.append(rows, token, logp, self.is_stop)
 
@@ -93,7 +98,8 @@ class Sampler:
                 logits = logits[samples.slot[: samples.rows]]
             sample(slice(len(logits)), logits)
 
-        share = not self.graphs  # a graph has a fixed number of rows for its slots: one each
+        # A graph has a fixed number of rows for its slots, one each, so samples share slots without graphs only.
+        share = not self.graphs
         if self.graphs:
             decode = graphed(decode, size)
         waiting = deque(range(len(prompts)))
