@@ -177,6 +177,17 @@ def _light_runs():
         yield
 
 
+@pytest.fixture(autouse=True)
+def _forget_files_of_users():
+    """A process loads one user's file of a name; each test is a user of its own."""
+    path = sys.path.copy()
+    yield
+    sys.path[:] = path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(tempfile.gettempdir()):
+            del sys.modules[name]
+
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """finished_run(*flags) is the folder of a smoke run with these flags, made once and shared: read it only.

@@ -44,7 +44,7 @@ def test_the_three_models_have_their_published_sizes_without_a_network(name):
 
 
 def test_config_of_reads_a_folder_and_refuses_one_without_config(tmp_path):
-    with pytest.raises(ModelError, match="no config found"):
+    with pytest.raises(ModelError, match="is a folder without a usable model"):
         memory.config_of(str(tmp_path))
     tiny_model().config.save_pretrained(tmp_path)
     assert memory.shapes(memory.config_of(str(tmp_path))) == memory.shapes(tiny_model().config)
@@ -225,7 +225,7 @@ def test_a_dry_run_prints_the_memory_by_part_and_makes_no_folder(tmp_path, capsy
 
 
 def test_a_dry_run_that_cannot_be_computed_or_does_not_fit_ends_in_one_line(tmp_path):
-    with pytest.raises(SystemExit, match="no config found"):
+    with pytest.raises(SystemExit, match="is a folder without a usable model"):
         bridge.main(["--model", str(tmp_path), "--dry-run", "--gpu", "h100"])
     with pytest.raises(SystemExit, match="gpu must be one of"):
         bridge.main(["--preset", "qwen2.5-3b", "--dry-run", "--gpu", "h101"])
