@@ -222,7 +222,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("infra/tokens.py", 'slope - tokens_hat["slope"]', 'slope + tokens_hat["slope"]'),
     ("infra/tokens.py", 'tokens["logp"].where(run, rollouts.sampler_logp)', 'tokens["logp"]'),
     ("infra/report.py", r'.replace("<", "\\u003c")', '.replace("<", "<")'),
-    ("infra/files.py", '.removesuffix(b"\\x1f")', ""),
+    ("infra/files.py", '.removesuffix(b"\\x1f")', '.removesuffix(b"")'),
     ("infra/files.py", "is_torn = torn and not", "is_torn = False and not"),
     ("bridge.py", "p.grad.mul_(lam)", "p.grad.mul_(1.0)"),
     ("bridge.py", "sft_pass(m.policy, demonstrations, mu, s)", "sft_pass(m.policy, demonstrations, 1.0, s)"),
