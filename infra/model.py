@@ -57,6 +57,8 @@ def read_config(name: str) -> PretrainedConfig:
     with _reading_model(name):
         if find_adapter_config_file(repository, revision=revision):
             raise ModelError(f"model {name!r} is a PEFT adapter: merge it into its base model first, and name that")
+        if Path(name).is_dir() and not Path(name, "config.json").exists():
+            raise FileNotFoundError("no config found")
         config = AutoConfig.from_pretrained(repository, revision=revision, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         raise ModelError(f"model {name!r} is quantised (quantization_config in config.json): name the original weights")
