@@ -5,6 +5,7 @@ A folder named step-* is complete; checksums detect later damage. torch writes t
 
 import io
 import json
+import math
 import os
 import pickle
 import shutil
@@ -207,8 +208,9 @@ class _Writer(FileSystemWriter):
     """Writes a rank's tensors in files of about FILE bytes, one after the other: torch keeps an open file in memory."""
 
     def __init__(self, path: Path, tensors: dict[str, Tensor]):
-        size = sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors.values())
-        super().__init__(path, sync_files=True, thread_count=-(-size // FILE), per_thread_copy_ahead=0)
+        local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+        files = math.ceil(sum(t.nbytes for t in local) / FILE)
+        super().__init__(path, sync_files=True, thread_count=files, per_thread_copy_ahead=0)
 
     def _write_data(self, planner, files):
         self.thread_count = 1  # the thread count set the number of files; more threads would open all at once

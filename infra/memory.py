@@ -197,12 +197,23 @@ def training(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMP
     head = 2 * b * R * H + cast + d_weight + logits
     waiting = d_weight if m.tied else 0  # until the embedding's gradient is added
 
-    # three moments: (activations, copies of weights, vocabulary head)
-    end_of_forward = (stored * layer + inputs + final_norm, 0 if adapter else m.layers * copies, 0)
-    in_head = (stored * layer + inputs + final_norm, stored * copies, head)
-    in_layer = (recomputed * layer + inputs + in_flight, recomputed * copies, waiting)
-    largest = max(end_of_forward, in_head, in_layer, key=sum)
-    parts = dict(zip(("activations", "copies of weights", "vocabulary head"), largest, strict=True))
+    # the three largest moments
+    end_of_forward = {
+        "activations": stored * layer + inputs + final_norm,
+        "copies of weights": 0 if adapter else m.layers * copies,
+        "vocabulary head": 0,
+    }
+    in_head = {
+        "activations": stored * layer + inputs + final_norm,
+        "copies of weights": stored * copies,
+        "vocabulary head": head,
+    }
+    in_layer = {
+        "activations": recomputed * layer + inputs + in_flight,
+        "copies of weights": recomputed * copies,
+        "vocabulary head": waiting,
+    }
+    parts = max(end_of_forward, in_head, in_layer, key=lambda moment: sum(moment.values()))
     if s.shard and world > 1:
         parts["gathered by FSDP"] = gathered(m)
     return parts
@@ -235,7 +246,7 @@ def check(s: Settings, m: Shapes, world: int, limit: float, cuda: bool = True) -
         return
     trials: list[tuple[str, int, int]] = []  # (setting, value, GPUs), the cheapest change first
     for halvings in range(1, 8):
-        trials.append(("tokens_per_micro_batch", s.tokens_per_micro_batch >> halvings, world))
+        trials.append(("tokens_per_micro_batch", max(s.tokens_per_micro_batch >> halvings, 1), world))
         trials.append(("sampler_slots", max(s.sampler_slots >> halvings, s.group_size), world))
     trials.append(("checkpoint_layers", m.layers, world))
     for factor in (1, 2, 4, 8):

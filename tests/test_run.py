@@ -73,12 +73,14 @@ def assert_identical(a, b):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_and_leaves_a_complete_folder(method, finished_run):
+def test_every_method_runs_and_leaves_a_complete_folder(method, tmp_path, capsys):
     flags = ("--sft-steps", "1") if method == "sft_rl" else ()
-    folder = finished_run("--method", method, "--steps", "2", *flags)
-    out = (folder.parent / "stdout").read_text()
-    for text in ("trainable theta", "a step takes", str(folder), "greedy accuracy"):
+    folder = tmp_path / "run"
+    run(folder, "--method", method, *flags, steps=2)
+    out = capsys.readouterr().out
+    for text in ("settings  the defaults, but model=arithmetic-smoke", "trainable theta", "a step takes", str(folder)):
         assert text in out
+    assert "greedy accuracy" in out
     metrics = lines(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, 3 if method != "sft_rl" else 4))
     assert all(set(m) == {"step", "seconds", *METRICS} for m in metrics)
@@ -88,7 +90,6 @@ def test_every_method_runs_and_leaves_a_complete_folder(method, finished_run):
         assert metrics[-1]["lora_norm"] > 0
     assert all(m["logp_gap_max"] < 1e-3 for m in metrics if m["logp_gap_max"] is not None)
     assert (folder / "adapter" / "adapter_model.safetensors").exists() == METHODS[method].adapter
-    assert (folder / "figures.png").stat().st_size > 10_000
     assert json.loads((folder / "config.json").read_text())["settings"]["method"] == method
     model, tokenizer = (c.from_pretrained(folder / "model") for c in (AutoModelForCausalLM, AutoTokenizer))
     ids = torch.tensor([tokenizer.encode("Q:1+2*3=")])
@@ -165,11 +166,11 @@ def wait_for(path, process):
         time.sleep(0.005)
 
 
-def test_killed_at_random_moments_it_resumes_to_the_same_result_bit_for_bit(tmp_path, finished_run):
+def test_killed_at_random_moments_it_resumes_to_the_same_result_bit_for_bit(tmp_path):
     rng, out, kills = random.Random(0), tmp_path / "killed", 0
-    for attempt in range(3):
+    for saving in (False, True):
         process = launch(out, "--resume")
-        if attempt % 2:  # while a checkpoint is being written
+        if saving:  # while a checkpoint is being written
             while process.poll() is None and not list((out / "checkpoint").glob("*.tmp")):
                 time.sleep(0.0005)
         else:  # anywhere in the loop
@@ -177,9 +178,10 @@ def test_killed_at_random_moments_it_resumes_to_the_same_result_bit_for_bit(tmp_
             time.sleep(rng.uniform(0.1, 0.8))
         process.send(signal.SIGKILL)
         kills += process.finish()[0] == -signal.SIGKILL
-    assert kills >= 2
+    assert kills >= 1
     run(out, "--save-every", "1", "--resume", steps=6)
-    assert_identical(finished_run("--steps", "6", "--save-every", "1"), out)
+    run(tmp_path / "through", "--save-every", "1", steps=6)
+    assert_identical(tmp_path / "through", out)
     assert not list((out / "checkpoint").glob("*.tmp"))
     assert len(list((out / "checkpoint").glob("step-??????"))) == checkpoint.KEEP
 
@@ -534,6 +536,7 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path, monke
 
 def test_evaluate_and_plot_work_on_their_own(tmp_path, finished_run, capsys, monkeypatch):
     shutil.copytree(finished_run("--method", "bridge", "--steps", "2"), tmp_path / "run")
+    assert (tmp_path / "run" / "figures.png").stat().st_size > 10_000
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run")])
     evaluate.main()
@@ -542,7 +545,8 @@ def test_evaluate_and_plot_work_on_their_own(tmp_path, finished_run, capsys, mon
     answers = lines(tmp_path / "run" / "answers-paper.jsonl")[1:]
     assert len(answers) == 24
     assert sum(a["reason"] == "equal" for a in answers) / 24 == pytest.approx(final["average"])
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "run"), "--out", str(tmp_path / "f.png")])
+    run(tmp_path / "sft", "--method", "sft", steps=1)  # without rollouts
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path / "sft"), "--out", str(tmp_path / "f.png")])
     plot.main()
     assert (tmp_path / "f.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path)])
@@ -616,7 +620,7 @@ def test_real_text_takes_the_same_path(tmp_path):
     assert "choose one with --template, qwen-boxed or plain" in refused("--preset", "smoke", "--out", out, *flags)
     flags += ["--template", "plain"]
     assert "rl_data: no usable row is left" in refused("--preset", "smoke", "--out", out, *flags, "--eval-data", data)
-    bridge.main([str(f) for f in ("--preset", "smoke", "--out", out, "--steps", "3", *flags)])
+    bridge.main([str(f) for f in ("--preset", "smoke", "--out", out, "--steps", "2", *flags)])
     metrics, evals, samples = (lines(out / f"{n}.jsonl") for n in ("metrics", "evals", "samples"))
     assert metrics[-1]["sft_nll"] < metrics[0]["sft_nll"] < math.log(600) + 1
     assert all(m["logp_gap_max"] < 1e-3 for m in metrics)
