@@ -133,14 +133,14 @@ def test_every_method_has_equally_many_trials():
 
 
 def test_runs_are_made_once_and_their_tables_and_figure_can_be_drawn(study, tmp_path):
-    finals = {c.label: c for c in compare.main_cells("tiny")}
-    cost = {c.label: c for c in compare.cost_cells("tiny")}
-    first = [finals["bridge"].job(0), finals["rl"].job(0)]
-    compare.make("tiny", first, workers=2)
-    assert {r["method"] for r in compare.records("tiny")} == {"bridge", "rl"}
-    compare.make("tiny", [*first, finals["bridge"].job(1), cost["rl"].job(0)], workers=1)
-    assert [r["seed"] for r in compare.records("tiny")] == [0, 0, 1, 0], "only the last two were missing"
-    assert all(r["peak_mib"] > 0 and r["seconds"] > 0 for r in compare.records("tiny"))
+    bridge_cell = next(c for c in compare.main_cells("tiny") if c.label == "bridge")
+    cost_of_rl = next(c for c in compare.cost_cells("tiny") if c.label == "rl")
+    compare.make("tiny", [bridge_cell.job(0)], workers=1)
+    compare.make("tiny", [bridge_cell.job(0), cost_of_rl.job(0)], workers=2)
+    made = compare.records("tiny")
+    assert [r["method"] for r in made] == ["bridge", "rl"], "the first one was not made again"
+    assert all(r["peak_mib"] > 0 and r["seconds"] > 0 for r in made)
+    write(study, [made[0] | {"seed": 1}])
     for name in ("main", "epochs", "dynamics", "pass_at_k"):
         assert "| bridge | " in compare.table("tiny", name)
     assert "| rl | " in compare.table("tiny", "cost")
