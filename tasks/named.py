@@ -1,12 +1,12 @@
-"""The tasks that --task and --rl-data name, each a function of the settings; docs/data.md explains how to add one."""
+"""The tasks that --task and --rl-data name; docs/data.md explains how to add one."""
 
 from dataclasses import replace
 
 from infra.files import DataError
 from rewards import is_gold
-from settings import METHODS, SettingError, Settings
-from tasks import arithmetic, legs, logic
+from settings import METHODS, TASKS, SettingError, Settings
 from tasks.benchmarks import BENCHMARKS, read_benchmark
+from tasks.builtin import module_of
 from tasks.functions import load_function, user_code
 from tasks.sources import first_correct, keep_readable, read_demonstrations, read_problems, rows_of
 from tasks.task import Demonstration, Problem, Task
@@ -21,8 +21,12 @@ def load_task(s: Settings) -> Task:
     """The task that the settings name; a given `template` replaces its own. Raises DataError or SettingError."""
     if s.rl_data:
         task = from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems, bool(s.reward))
+    elif s.task in TASKS:
+        task = module_of(s.task).task(s.seed, s.eval_problems)
+    elif s.task in NAMED:
+        task = NAMED[s.task](s)
     else:
-        task = NAMED[s.task](s) if s.task in NAMED else from_function(s.task, s)
+        task = from_function(s.task, s)
     task.template = s.template or task.template
     groups = {p.group for p in task.evaluation}
     if sum(len(group) + 10 for group in groups) > MAX_WIDTH:
@@ -67,11 +71,7 @@ def deepmath(s: Settings, notes: list[str]) -> list[Demonstration]:
     return keep_readable(demonstrations, DEEPMATH, "sft_data", notes)
 
 
-NAMED = {"arithmetic": lambda s: arithmetic.task(s.seed, s.eval_problems)}
-NAMED |= {"chains": lambda s: arithmetic.chains(s.seed, s.eval_problems)}
-NAMED |= {"logic": lambda s: logic.task(s.seed, s.eval_problems)}
-NAMED |= {"legs": lambda s: legs.task(s.seed, s.eval_problems)}
-NAMED |= {"limr": limr, "math_level3to5": math_level3to5, "gsm8k": gsm8k}
+NAMED = {"limr": limr, "math_level3to5": math_level3to5, "gsm8k": gsm8k}  # besides settings.TASKS
 
 
 def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int, any_gold: bool = False) -> Task:
@@ -115,7 +115,7 @@ def with_evaluation(task: Task, eval_data: str, eval_problems: int) -> Task:
 def from_function(spec: str, s: Settings) -> Task:
     """The task that the user's FILE.py:FUNCTION returns. Raises SettingError if it returns none."""
     if ":" not in spec:
-        raise SettingError(f"task: {spec!r} must be one of {', '.join(NAMED)}, or FILE.py:FUNCTION")
+        raise SettingError(f"task: {spec!r} must be one of {', '.join([*TASKS, *NAMED])}, or FILE.py:FUNCTION")
     function = load_function("task", spec)
     with user_code("task", spec):
         task = function(s)

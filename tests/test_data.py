@@ -786,13 +786,6 @@ def test_a_file_of_json_lines_may_begin_with_a_byte_order_mark(tmp_path):
     assert [(p.question, p.answer) for p in problems] == [("1+1", "2")]
 
 
-@pytest.mark.parametrize("flag", ["--out", "--model", "--rl-data", "--reward", "--task"])
-def test_a_path_that_utf8_cannot_encode_is_refused_by_name(flag, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        settings.parse([flag, "a\udcff"])  # Python reads the byte ff so
-    assert f"argument {flag}: 'a\\udcff' is no name of a file" in capsys.readouterr().err
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Contamination and evaluation sets
 

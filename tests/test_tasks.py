@@ -12,7 +12,7 @@ from evaluate import evaluate
 from infra.files import DataError
 from infra.model import load
 from sampler import Sampler
-from tasks import arithmetic, builtin
+from tasks import arithmetic, builtin, chains
 from tasks import task as tasks
 from tasks.prompts import encode_prompt
 from tasks.task import Demonstration, Problem, Stream, Task
@@ -48,7 +48,7 @@ def test_the_built_in_task_is_a_function_of_its_seed_and_repeats_no_question():
 
 @pytest.mark.parametrize("useless", [0.0, 0.5])
 def test_the_harder_chains_have_the_stated_share_of_wrong_demonstrations_on_questions_of_d_rl(useless):
-    task = arithmetic.chains(3, 10, demonstrations=64, useless=useless)
+    task = chains.task(3, 10, demonstrations=64, useless=useless)
     right = [rewards.is_correct(d.response, d.answer).correct for d in task.demonstrations]
     assert sum(right) == 64 * (1 - useless)
     assert all(
