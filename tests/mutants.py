@@ -158,7 +158,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("grading/answers.py", "\"unevaluated\" in answer.value.flags - gold.value.flags", "False"),
     ("grading/answers.py", "special != general and not stands_for", "False"),
     ("grading/answers.py", "return \"function\" not in answer.flags or", "return True or"),
-    ("grading/answers.py", "stepped.append(", "tuple(("),
+    ("grading/answers.py", "stepped.append(", "len("),
     ("grading/answers.py", "and named != sorted(named)", "and False"),
     ("grading/answers.py", "or ends[0] < ends[1]", ""),
     ("grading/answers.py", "return gold.kind != \"list\" or", "return"),
