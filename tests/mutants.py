@@ -164,7 +164,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("grading/answers.py", "return gold.kind != \"list\" or", "return"),
     ("grading/answers.py", "return may_omit(_name(answer.left)) and", "return"),
     ("grading/readings.py", "[a-z][A-Z]))", "[a-zA-Z]))"),
-    ("grading/readings.py", "g[2] not in mine", "True"),
+    ("grading/readings.py", "g[2] not in in_answer", "True"),
     ("grading/notation.py", "sign = -1", "pass"),
     ("grading/answers.py", "return answer == gold if words else None", "return None"),
     ("grading/answers.py", "or first is None or abs(first) >= 1:", "or abs(first) >= 1:"),
