@@ -28,18 +28,12 @@ def module_of(task: str) -> ModuleType:
     return import_module(f"tasks.{task}")
 
 
-def _recipes() -> dict[str, tuple[Recipe, ModuleType]]:
-    """The recipe of each built-in model, and the module of the first task that lists the model."""
-    recipes = {}
-    for task, row in TASKS.items():
-        for model in row.models:
-            if model not in recipes:
-                module = module_of(task)
-                recipes[model] = module.RECIPES[model], module
-    return recipes
-
-
-RECIPES = _recipes()
+# The recipe of each built-in model, and the module of its task.
+RECIPES: dict[str, tuple[Recipe, ModuleType]] = {}
+for _task in TASKS:
+    _module = module_of(_task)
+    for _model, _recipe in getattr(_module, "RECIPES", {}).items():
+        RECIPES[_model] = _recipe, _module
 
 
 def config(recipe: Recipe, tokenizer) -> PretrainedConfig:
@@ -99,13 +93,12 @@ def build_base(name: str, again: bool = False) -> Path:
     if not again and file.exists() and file.read_text() == record:
         return folder
     model, tokenizer = train_base(recipe, task)
-    if again or not (file.exists() and file.read_text() == record):  # another process may have built it meanwhile
-        with atomic_folder(folder) as scratch:
-            if model.num_parameters() >= 10**5:
-                model.bfloat16()  # keeps the folder below 1 MB
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-            (scratch / file.name).write_text(record)
+    if model.num_parameters() >= 10**5:
+        model.bfloat16()  # keeps the folder below 1 MB
+    with atomic_folder(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / file.name).write_text(record)
     return folder
 
 

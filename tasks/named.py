@@ -1,7 +1,5 @@
 """The tasks that --task and --rl-data name; docs/data.md explains how to add one."""
 
-from dataclasses import replace
-
 from infra.files import DataError
 from rewards import is_gold
 from settings import METHODS, TASKS, SettingError, Settings
@@ -14,7 +12,6 @@ from tasks.task import Demonstration, Problem, Task
 MATH_LEVEL3TO5 = "hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level3to5/train.parquet"
 DEEPMATH = "zwhe99/DeepMath-103K"
 GSM8K = "openai/gsm8k:main:train"
-MAX_WIDTH = 1000  # characters of a table with a column per group: its name and 10 more
 
 
 def load_task(s: Settings) -> Task:
@@ -28,19 +25,17 @@ def load_task(s: Settings) -> Task:
     else:
         task = from_function(s.task, s)
     task.template = s.template or task.template
-    groups = {p.group for p in task.evaluation}
-    if sum(len(group) + 10 for group in groups) > MAX_WIDTH:
-        task.notes.append(f"evaluation: the names of {len(groups)} groups do not fit into a table: all are one group")
-        task.evaluation = [replace(p, group="all") for p in task.evaluation]
-    if wrong := sum(not is_gold(p.answer) for p in task.evaluation):
-        task.notes.append(f"evaluation: no answer is right for {wrong} golds, which the grader cannot read")
+    unreadable = [p for p in task.evaluation if not is_gold(p.answer)]
+    if unreadable:
+        task.notes.append(f"evaluation: no answer is right for {len(unreadable)} golds, which the grader cannot read")
     return task
 
 
 def limr(s: Settings) -> Task:
     """D_RL of the paper's Qwen2.5-3B, 1,389 problems, with DeepMath's demonstrations."""
     notes: list[str] = []
-    task = Task(read_problems("GAIR/LIMR", "rl_data", notes, bool(s.reward)), deepmath(s, notes), [], notes=notes)
+    problems = read_problems("GAIR/LIMR", "rl_data", notes, bool(s.reward))
+    task = Task(problems, deepmath(s, notes), [], notes=notes)
     return with_evaluation(task, s.eval_data, s.eval_problems)
 
 
@@ -49,7 +44,8 @@ def math_level3to5(s: Settings) -> Task:
     notes: list[str] = []
     problems = [Problem(row["question"], row["gt_answer"], extra=row) for row in rows_of(MATH_LEVEL3TO5, "rl_data")]
     problems = keep_readable(problems, MATH_LEVEL3TO5, "rl_data", notes, bool(s.reward))
-    return with_evaluation(Task(problems, deepmath(s, notes), [], notes=notes), s.eval_data, s.eval_problems)
+    task = Task(problems, deepmath(s, notes), [], notes=notes)
+    return with_evaluation(task, s.eval_data, s.eval_problems)
 
 
 def gsm8k(s: Settings) -> Task:
@@ -66,7 +62,8 @@ def deepmath(s: Settings, notes: list[str]) -> list[Demonstration]:
     demonstrations = []
     for row in rows_of(DEEPMATH, "sft_data"):
         if 3 <= row["difficulty"] <= 6:
-            response = first_correct([row[f"r1_solution_{i}"] for i in (1, 2, 3)], row["final_answer"])
+            solutions = [row["r1_solution_1"], row["r1_solution_2"], row["r1_solution_3"]]
+            response = first_correct(solutions, row["final_answer"])
             demonstrations.append(Demonstration(row["question"], response, row["final_answer"]))
     return keep_readable(demonstrations, DEEPMATH, "sft_data", notes)
 
@@ -78,38 +75,49 @@ def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int, 
     """The task of comma lists of sources (see sources.py); `sft_data` and `eval_data` may be empty."""
     notes: list[str] = []
     demonstrations = read_demonstrations(sft_data, "sft_data", notes, any_gold) if sft_data else []
-    task = Task(read_problems(rl_data, "rl_data", notes, any_gold), demonstrations, [], notes=notes)
-    return with_evaluation(task, eval_data, eval_problems)
+    problems = read_problems(rl_data, "rl_data", notes, any_gold)
+    return with_evaluation(Task(problems, demonstrations, [], notes=notes), eval_data, eval_problems)
 
 
 def with_evaluation(task: Task, eval_data: str, eval_problems: int) -> Task:
     """Gives the task the first `eval_problems` problems of each group in `eval_data` and returns it.
 
-    `eval_data` is a comma list of benchmarks and sources. If it is empty, the last `eval_problems` questions move from
-    training to evaluation, readable ones if there are enough. Raises DataError if those are half of the questions.
+    `eval_data` is a comma list of benchmarks and sources. If it is empty, questions are held out of training.
     """
     if not eval_data:
-        questions = {p.question: p for p in task.problems}
-        if 2 * eval_problems >= len(questions):
-            too_few = f"holding out eval_problems={eval_problems} of {len(questions)} questions keeps too few"
-            raise DataError(f"rl_data: {too_few}: lower eval_problems or give eval_data")
-        readable = [p for p in questions.values() if is_gold(p.answer)]
-        task.evaluation = (readable if len(readable) >= eval_problems else [*questions.values()])[-eval_problems:]
-        held_out = {p.question for p in task.evaluation}
-        task.problems = [p for p in task.problems if p.question not in held_out]
-        task.notes.append(f"no eval_data: the last {eval_problems} questions of rl_data are held out of training")
+        hold_out(task, eval_problems)
         return task
     groups: dict[str, list[Problem]] = {}
-    for source in (part.strip() for part in eval_data.split(",")):
+    for part in eval_data.split(","):
+        source = part.strip()
         if source in BENCHMARKS:
             problems = read_benchmark(source, "benchmarks", "eval_data")
         else:
             problems = read_problems(source, "eval_data", task.notes)
         for problem in problems:
             groups.setdefault(problem.group, []).append(problem)
-    task.evaluation = [p for problems in groups.values() for p in problems[:eval_problems]]
-    task.kept_apart = [p.question for problems in groups.values() for p in problems[eval_problems:]]
+    for problems in groups.values():
+        task.evaluation += problems[:eval_problems]
+        task.kept_apart += [p.question for p in problems[eval_problems:]]
     return task
+
+
+def hold_out(task: Task, eval_problems: int) -> None:
+    """Moves the last `eval_problems` questions from training to evaluation, readable ones if there are enough.
+
+    Raises DataError if those are half of the questions.
+    """
+    problem_of = {p.question: p for p in task.problems}
+    if 2 * eval_problems >= len(problem_of):
+        too_few = f"holding out eval_problems={eval_problems} of {len(problem_of)} questions keeps too few"
+        raise DataError(f"rl_data: {too_few}: lower eval_problems or give eval_data")
+    candidates = [p for p in problem_of.values() if is_gold(p.answer)]
+    if len(candidates) < eval_problems:
+        candidates = list(problem_of.values())
+    task.evaluation = candidates[-eval_problems:]
+    held_out = {p.question for p in task.evaluation}
+    task.problems = [p for p in task.problems if p.question not in held_out]
+    task.notes.append(f"no eval_data: the last {eval_problems} questions of rl_data are held out of training")
 
 
 def from_function(spec: str, s: Settings) -> Task:

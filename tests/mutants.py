@@ -152,7 +152,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("tasks/functions.py", "if not math.isfinite(number):", "if False:"),
     ("tasks/functions.py", "except (OSError, FloatingPointError)", "except FloatingPointError"),
     ("tasks/functions.py", "Path(found).resolve() != path", "False"),
-    ("tasks/named.py", "if len(readable) >= eval_problems", "if False"),
+    ("tasks/named.py", "if len(candidates) < eval_problems:", "if True:"),
     ("infra/files.py", "c.isprintable() or", "False or"),
     ("grading/answers.py", "unmatched.pop(index)", "pass"),
     ("grading/answers.py", "\"unevaluated\" in answer.value.flags - gold.value.flags", "False"),

@@ -113,22 +113,6 @@ def test_a_base_model_is_built_once_per_recipe(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 
-def test_a_base_model_that_another_process_built_meanwhile_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "MODELS", tmp_path)
-    monkeypatch.setitem(builtin.RECIPES, "tiny", (TINY, arithmetic))
-    train = builtin.train_base
-
-    def train_slowly(recipe, task):
-        with monkeypatch.context() as other_process:
-            other_process.setattr(builtin, "train_base", train)
-            (builtin.build_base("tiny") / "in use").touch()
-        return train(recipe, task)
-
-    monkeypatch.setattr(builtin, "train_base", train_slowly)
-    assert (builtin.build_base("tiny") / "in use").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-
-
 def test_every_built_in_demonstration_is_correct_and_decodes_to_itself(tokenizer):
     for d in arithmetic.task(0, 1).demonstrations:
         assert rewards.is_correct(d.response, d.answer).correct
