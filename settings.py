@@ -109,8 +109,9 @@ def opt(
     only: the column of METHODS without which the setting does nothing. least, most: the range of a number.
     positive: a number must not be 0. path: ~ stands for the home folder. resume: a resumed run may change it.
     """
-    rules = dict(help=help, only=only, least=least, most=most, positive=positive, choices=choices)
-    return field(default=default, metadata=rules | dict(path=path, resume=resume))
+    return field(default=default, metadata=dict(
+        help=help, only=only, least=least, most=most, positive=positive, choices=choices, path=path, resume=resume,
+    ))  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -60,10 +60,10 @@ class TooComplex(ValueError):
 
 
 class Work:
-    """The units of work left, and more integers at which letters have a value. `with` makes it the current one."""
+    """A budget of work, and more integers at which letters have a value. `with` makes it the current budget."""
 
     def __init__(self, left: float = BUDGET, steps: tuple[int, ...] = ()):
-        self.left = left
+        self.left = left  # units of work
         self.steps = steps
         self.letters = set()  # those read so far
 
@@ -420,9 +420,10 @@ class Parser:
 
 
 def times(a: Scalar, b: Scalar) -> Scalar:
+    """a·b, which is "unevaluated" unless one factor is a power of ten, as in 4.5 * 10^{33}."""
     if a.exact is not None and b.exact is not None:
         low, high = sorted((abs(b.exact.numerator), b.exact.denominator))
-        if low == 1 < high == 10 ** round(math.log10(high)):  # 4.5 * 10^{33} is evaluated
+        if low == 1 < high == 10 ** round(math.log10(high)):
             return apply(operator.mul, a, b)
     return apply(operator.mul, a, b, flags=UNEVALUATED)
 
@@ -447,6 +448,7 @@ def apply(f, *args: Scalar, flags: frozenset = frozenset()) -> Scalar:
 
 
 def rational(value: Fraction, flags: frozenset) -> Scalar:
+    """A rational constant with its flags. Raises TooComplex if it has more than MAX_BITS."""
     bits = value.numerator.bit_length()
     below = value.denominator.bit_length()
     if bits + below > MAX_BITS:
@@ -456,6 +458,7 @@ def rational(value: Fraction, flags: frozenset) -> Scalar:
 
 
 def raised(a: Scalar, b: Scalar) -> Scalar:
+    """a^b. Raises Unreadable or TooComplex."""
     if a.exact is not None and b.exact is not None and b.exact.denominator == 1:
         bits = max(a.exact.numerator.bit_length(), a.exact.denominator.bit_length())
         if abs(b.exact) * bits > MAX_BITS:

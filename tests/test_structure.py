@@ -14,7 +14,7 @@ import grpo
 import settings
 import tasks
 from settings import PRESETS, TASKS, BuiltinTask, SettingError, Settings, check, readers
-from tasks import named, prompts
+from tasks import builtin, named, prompts
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("ops", "grading", "tasks", "infra")
@@ -63,6 +63,7 @@ def test_choices_of_the_settings_are_those_of_the_code():
     choices = {name: rule.metadata["choices"] for name, rule in Settings.__dataclass_fields__.items()}
     assert choices["aggregation"] == grpo.AGGREGATIONS
     assert choices["template"] == ("", *prompts.TEMPLATES)
+    assert settings.builtin_models() == list(builtin.RECIPES)
 
 
 @pytest.mark.parametrize("task", TASKS)
