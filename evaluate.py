@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from settings import METHODS, Settings, expand, start_program
+from settings import METHODS, TASKS, Settings, expand, start_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,7 +221,7 @@ def find_task(args: argparse.Namespace, s: Settings | None) -> Task:
     count = args.problems or None  # None: all
     task = Task(problems=[], demonstrations=[], evaluation=[])
     own = s or Settings(task=builtin.task_of(args.source))
-    is_own_builtin = own.task in builtin.EVALUATION and not own.rl_data
+    is_own_builtin = own.task in TASKS and not own.rl_data
     if args.ask:
         # Only the user's own function can have an instruction of its own: its problems are loaded for that alone.
         if s and not s.rl_data and s.task not in NAMED:
@@ -236,7 +236,7 @@ def find_task(args: argparse.Namespace, s: Settings | None) -> Task:
         task.evaluation = read_problems(args.data, "--data", task.notes)[:count]
     elif is_own_builtin:
         task.instruction = ""
-        task.evaluation = builtin.EVALUATION[own.task](count or own.eval_problems)
+        task.evaluation = builtin.module_of(own.task).evaluation(count or own.eval_problems)
     else:
         task = load_task(replace(own, sft_data="", method="rl"))  # reads no demonstrations
         task.evaluation = task.evaluation[:count]

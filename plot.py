@@ -12,11 +12,23 @@ from settings import expand, start_program
 def curve(ax, metrics: list[dict], name: str, label: str, color: str, window: int = 10) -> None:
     """One metric over steps: its values faint, the mean of the last `window` values strong."""
     points = [(m["step"], m[name]) for m in metrics if isinstance(m.get(name), int | float)]
-    if points:
-        steps, values = zip(*points, strict=True)
-        recent = [values[max(0, i + 1 - window) : i + 1] for i in range(len(values))]
-        ax.plot(steps, values, color=color, alpha=0.2, lw=0.8)
-        ax.plot(steps, [sum(r) / len(r) for r in recent], color=color, lw=1.6, label=label)
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    means = []
+    for i in range(len(values)):
+        recent = values[max(0, i + 1 - window) : i + 1]
+        means.append(sum(recent) / len(recent))
+    ax.plot(steps, values, color=color, alpha=0.2, lw=0.8)
+    ax.plot(steps, means, color=color, lw=1.6, label=label)
+
+
+def accuracies(ax, evals: list[dict], policy: str, color: str, **style) -> None:
+    """The mean accuracy of "policy" or "shadow" over steps, where it was evaluated."""
+    evaluated = [e for e in evals if policy in e]
+    if evaluated:
+        steps = [e["step"] for e in evaluated]
+        ax.plot(steps, [e[policy]["average"] for e in evaluated], color, **style)
 
 
 def draw(runs: list[Path], out: Path) -> None:
@@ -25,9 +37,9 @@ def draw(runs: list[Path], out: Path) -> None:
     from matplotlib.figure import Figure
 
     matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a run or group is a $
-    metrics = [read_log(run / "metrics.jsonl") for run in runs]
-    evals = [read_log(run / "evals.jsonl") for run in runs]
-    names, colors = [printable(run.resolve().name) for run in runs], [f"C{i}" for i in range(len(runs))]
+    all_metrics = [read_log(run / "metrics.jsonl") for run in runs]
+    all_evals = [read_log(run / "evals.jsonl") for run in runs]
+    names = [printable(run.resolve().name) for run in runs]
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     accuracy, by_group, reward, length, gain, seconds = figure.subplots(2, 3).flat
     accuracy.set(title="accuracy, mean over groups", xlabel="step", ylim=(0, 1))
@@ -38,24 +50,30 @@ def draw(runs: list[Path], out: Path) -> None:
     gain.axhline(0, color="0.6", lw=0.8)
     seconds.set(title="seconds per step, by phase", ylim=(len(runs) - 0.4, -0.6 - 0.3 * len(runs)))
 
+    # One color per run.
     width = 0.8 / len(runs)
-    for i, (name, color, m, e) in enumerate(zip(names, colors, metrics, evals, strict=True)):
-        for ax, metric in ((reward, "reward"), (length, "response_tokens"), (gain, "cooperative_gain")):
-            curve(ax, m, metric, name, color)
-        accuracy.plot([r["step"] for r in e], [r["policy"]["average"] for r in e], color, marker="o", ms=3, label=name)
-        if shadow := [r for r in e if "shadow" in r]:
-            values = [r["shadow"]["average"] for r in shadow]
-            accuracy.plot([r["step"] for r in shadow], values, color, ls="--", lw=1, label=f"{name}: its shadow θ̂")
-        if e:
-            groups = [g for g in e[-1]["policy"] if g != "average"]
-            left = [x + i * width for x in range(len(groups))]
-            by_group.bar(left, [e[-1]["policy"][g] for g in groups], width, color=color)
-            by_group.set_xticks([x + 0.4 - width / 2 for x in range(len(groups))], groups)
+    for i, name in enumerate(names):
+        color = f"C{i}"
+        curve(reward, all_metrics[i], "reward", name, color)
+        curve(length, all_metrics[i], "response_tokens", name, color)
+        curve(gain, all_metrics[i], "cooperative_gain", name, color)
+        accuracies(accuracy, all_evals[i], "policy", color, marker="o", ms=3, label=name)
+        accuracies(accuracy, all_evals[i], "shadow", color, ls="--", lw=1, label=f"{name}: its shadow θ̂")
+        if all_evals[i]:
+            last = dict(all_evals[i][-1]["policy"])
+            del last["average"]
+            positions = range(len(last))
+            by_group.bar([x + i * width for x in positions], list(last.values()), width, color=color)
+            by_group.set_xticks([x + 0.4 - width / 2 for x in positions], list(last))
+
+    # One color per phase; the phases of a run form one bar.
+    phases = dict.fromkeys(phase for metrics in all_metrics for m in metrics for phase in m["seconds"])
     left = [0.0] * len(runs)
-    for i, phase in enumerate(dict.fromkeys(p for m in metrics for r in m for p in r["seconds"])):
-        mean = [sum(r["seconds"].get(phase, 0.0) for r in m) / max(len(m), 1) for m in metrics]
-        seconds.barh(names, mean, left=left, height=0.5, label=phase, color=f"C{i}")
-        left = [a + b for a, b in zip(left, mean, strict=True)]
+    for i, phase in enumerate(phases):
+        for run, metrics in enumerate(all_metrics):
+            mean = sum(m["seconds"].get(phase, 0.0) for m in metrics) / max(len(metrics), 1)
+            seconds.barh(names[run], mean, left=left[run], height=0.5, label=phase if run == 0 else None, color=f"C{i}")
+            left[run] += mean
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0]:
@@ -73,12 +91,14 @@ def main() -> None:
         parser.error("--out does nothing with --html, which writes RUN/report.html: omit it")
     try:
         runs = [Path(run) for run in args.runs]
-        if others := [run for run in runs if not (run / "metrics.jsonl").exists()]:
-            raise DataError(f"{others[0]} is no run folder: it has no metrics.jsonl")
-        out = Path(args.out or "figures.png")
-        written = [report.write(run) for run in runs] if args.html else [out]
-        if not args.html:
-            draw(runs, out)
+        for run in runs:
+            if not (run / "metrics.jsonl").exists():
+                raise DataError(f"{run} is no run folder: it has no metrics.jsonl")
+        if args.html:
+            written = [report.write(run) for run in runs]
+        else:
+            written = [Path(args.out or "figures.png")]
+            draw(runs, written[0])
         print(*(printable(path) for path in written), sep="\n", flush=True)
     except (OSError, ValueError) as error:  # ValueError: damaged data, or a format that matplotlib cannot write
         sys.exit(printable(f"plot.py: {error}", kept=""))

@@ -1,4 +1,4 @@
-"""Every setting of a run with its default and the paper's value, the table of methods, and the command line.
+"""Every setting of a run with its default and the paper's value, the tables of methods and tasks, the command line.
 
 The defaults are the preset `laptop`. "paper:" gives the value of arXiv 2509.06948 where it is known. This file imports
 the standard library only, so `python bridge.py --help` answers before torch is loaded.
@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,8 +29,8 @@ class Method(NamedTuple):
     two_optimizers: bool = False  # of θ: one for updates by RL, one for updates by SFT
     paired: bool = False  # needs the demonstrations of its prompts
     joins_group: bool = False  # the demonstration of a prompt is one more member of the prompt's group
-    loss: str = ""  # of RL: by aggregation and clip, or dr_grpo (no clip), or reinforce (no clip, no ratio)
-    own_settings: tuple[str, ...] = ()  # used only by the methods that list them
+    loss: str = ""  # of RL: empty (by aggregation and clip), dr_grpo (no clip) or reinforce (no clip, no ratio)
+    own_settings: tuple[str, ...] = ()  # settings used only by the methods that list them
 
     @property
     def grpo(self) -> bool:
@@ -46,7 +46,7 @@ class Method(NamedTuple):
 METHODS = {
     "sft": Method("supervised fine-tuning alone", rl=False),
     "rl": Method("GRPO alone (RL-zero)", sft=False),
-    "sft_rl": Method("SFT for sft_steps, then GRPO: cold start, two stages", own_settings=("sft_steps",)),
+    "sft_rl": Method("SFT for sft_steps, then GRPO: a cold start", own_settings=("sft_steps",)),
     "alternating": Method("a GRPO update, then an SFT update (the paper's Algorithm 1)", two_optimizers=True),
     "mix": Method("(GRPO + mu·SFT) / (1 + mu) in one update of θ", own_settings=("mu",)),
     "chord": Method(
@@ -80,68 +80,146 @@ METHODS = {
 }  # fmt: skip
 
 
-def opt(default, help: str, only: str = ""):
-    """A setting; `only` names the column of METHODS without which it does nothing."""
-    return field(default=default, metadata={"help": help, "only": only})
+class BuiltinTask(NamedTuple):
+    """One row of the table of built-in tasks, each a module tasks/NAME.py.
+
+    The module has task(seed, eval_problems) -> Task and evaluation(eval_problems) -> list[Problem]. A module with base
+    models of its own also has RECIPES (name -> Recipe), make_tokenizer() and documents(seed, tokenizer).
+    """
+
+    preset: str  # the preset with a model that can learn it
+    models: tuple[str, ...] = ()  # the built-in models that have its words
+
+
+ARITHMETIC = ("arithmetic-laptop", "arithmetic-smoke")
+TASKS = {
+    "arithmetic": BuiltinTask("laptop", ARITHMETIC),
+    "chains": BuiltinTask("chains", ARITHMETIC),
+    "logic": BuiltinTask("logic", ("logic-laptop",)),
+    "legs": BuiltinTask("smollm2"),
+}
+
+
+def opt(
+    default, help: str, only: str = "", *, least: float = 0, most: float = sys.float_info.max, positive: bool = False,
+    choices: Iterable[str] = (), path: bool = False, resume: bool = False,
+):  # fmt: skip
+    """A setting and what its value may be. In `help`, {methods}, {tasks} and {models} are replaced by the known names.
+
+    only: the column of METHODS without which the setting does nothing. least, most: the range of a number.
+    positive: a number must not be 0. path: ~ stands for the home folder. resume: a resumed run may change it.
+    """
+    return field(default=default, metadata=dict(
+        help=help, only=only, least=least, most=most, positive=positive, choices=choices, path=path, resume=resume,
+    ))  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Settings:
-    # model and data
-    model: str = opt("arithmetic-laptop", "folder, hub name (NAME@REVISION) or built-in (paper: Qwen2.5-3B)")
-    template: str = opt("", "prompt: qwen-boxed, plain, or empty for the model's chat template (paper: SimpleRL's)")
+    # model and data; a resumed run compares their fingerprints, since files may have moved
+    model: str = opt(
+        "arithmetic-laptop", "folder, hub name (NAME or NAME@REVISION) or {models} (paper: Qwen2.5-3B)",
+        path=True, resume=True,
+    )  # fmt: skip
+    template: str = opt(
+        "", "prompt template: qwen-boxed, plain, or empty for the chat template of the model (paper: SimpleRL's)",
+        choices=("", "qwen-boxed", "plain"),
+    )  # fmt: skip
     task: str = opt(
-        "arithmetic", "arithmetic, chains, logic, legs, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)"
+        "arithmetic", "{tasks}, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)", path=True, resume=True
     )
-    rl_data: str = opt("", "D_RL instead of a task: comma list of files or hub names, rows with question and answer")
-    sft_data: str = opt("", "D_SFT beside rl_data: the same kinds of sources, rows with question and solution", "sft")
-    eval_data: str = opt("", "evaluation: benchmarks (math500,aime24,…) or sources; empty: held out of rl_data")
-    reward: str = opt("", "FILE.py:FUNCTION of (response, problem), run as your code; empty: the grader", "rl")
-    seed: int = opt(0, "of data order, adapter and samples")
+    rl_data: str = opt(
+        "", "D_RL instead of a task: comma list of files or hub names, whose rows have question and answer",
+        path=True, resume=True,
+    )  # fmt: skip
+    sft_data: str = opt(
+        "", "D_SFT beside rl_data: comma list of files or hub names, whose rows have question and solution", "sft",
+        path=True, resume=True,
+    )  # fmt: skip
+    eval_data: str = opt(
+        "", "evaluation: comma list of benchmarks (math500,aime24,…), files or hub names; empty: held out of rl_data",
+        path=True, resume=True,
+    )  # fmt: skip
+    reward: str = opt(
+        "", "FILE.py:FUNCTION that returns the reward of (response, problem) and runs as your code; empty: the grader",
+        "rl", path=True,
+    )  # fmt: skip
+    seed: int = opt(0, "seed of the order of data, of the initial adapter and of all samples")
     # method
-    method: str = opt("bridge", "; ".join(f"{name}: {method.text}" for name, method in METHODS.items()))
-    steps: int = opt(200, "iterations k; sft_rl puts its sft_steps before them (paper: 6 epochs)")
-    lam: float = opt(0.5, "λ in [0, 1]: weight of RL; 1−λ is that of SFT (paper: 0.5)")
-    mu: float = opt(1.0, "SFT's weight relative to RL's; (1−λ)/λ gives θ BRIDGE's update (paper: unknown)")
-    sft_steps: int = opt(100, "SFT steps before RL starts (paper: unknown)")
-    chord_peak: float = opt(0.9, "in [0, 1]: CHORD's weight of SFT at the first step; that of RL is 1 − it")
-    chord_valley: float = opt(0.05, "in [0, 1]: CHORD's weight of SFT after the last step")
-    chord_phi: bool = opt(False, "CHORD-φ: each demonstration token has the weight p(1−p)")
+    method: str = opt("bridge", "{methods}", choices=METHODS)
+    steps: int = opt(200, "iterations; sft_rl has sft_steps before them (paper: 6 epochs)", least=1, resume=True)
+    lam: float = opt(0.5, "λ in [0, 1]: weight of RL; the weight of SFT is 1−λ (paper: 0.5)", most=1)
+    mu: float = opt(1.0, "weight of SFT relative to RL; (1−λ)/λ gives θ the update of BRIDGE (paper: unknown)")
+    sft_steps: int = opt(100, "steps of SFT before RL starts (paper: unknown)")
+    chord_peak: float = opt(0.9, "CHORD's μ at the first step: the weight of SFT; that of RL is 1−μ", most=1)
+    chord_valley: float = opt(0.05, "CHORD's μ after the last step", most=1)
+    chord_phi: bool = opt(False, "CHORD-φ: weights each token of a demonstration by p(1−p)")
     # the shadow θ̂
-    shadow_rollouts: str = opt("shared", "of θ̂: the policy's (v3), own, or one_step: θ̂ is θ^k + one step", "shadow")
-    shadow_ratio_cap: float = opt(2.0, "not own: cap of token ratios of θ and θ̂; 0: PPO's clip", "shadow")
+    shadow_rollouts: str = opt(
+        "shared", "rollouts that train θ̂: shared (the policy's), own (samples of θ̂) or one_step (the policy's, and θ̂ "
+        "is θ after one step of RL)", "shadow", choices=("shared", "own", "one_step"),
+    )  # fmt: skip
+    shadow_ratio_cap: float = opt(
+        2.0, "with the policy's rollouts: cap of the token ratios of θ and θ̂; 0: the clip of PPO instead", "shadow",
+        most=math.inf,
+    )  # fmt: skip
     # learning rates
-    alpha: float = opt(3e-4, "α, learning rate of θ and θ̂ (paper: 5e-7)")
-    beta: float = opt(2e-3, "β, learning rate of w; B·A hardly moves at β = α (paper: not stated)", "adapter")
-    grad_clip: float = opt(1.0, "largest gradient norm, for each of θ, w and θ̂ (paper: unknown)")
+    alpha: float = opt(3e-4, "α: learning rate of θ and θ̂ (paper: 5e-7)")
+    beta: float = opt(2e-3, "β: learning rate of w; with β = α B·A hardly moves (paper: not stated)", "adapter")
+    grad_clip: float = opt(
+        1.0, "largest norm of a gradient, for each of θ, w and θ̂ (paper: unknown)", positive=True, most=math.inf
+    )
     # adapter
-    lora_rank: int = opt(8, "rank r of w (paper: 16)", "adapter")
-    lora_alpha: float = opt(16.0, "ΔW = lora_alpha/r·B·A (paper: 16)", "adapter")
-    lora_targets: str = opt("q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "layers with w", "adapter")
+    lora_rank: int = opt(8, "rank r of w (paper: 16)", "adapter", least=1)
+    lora_alpha: float = opt(16.0, "scale of w: ΔW = lora_alpha/r·B·A (paper: 16)", "adapter", positive=True)
+    lora_targets: str = opt(
+        "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj", "linear layers that have w, a comma list", "adapter"
+    )
     # batches
-    prompts_per_step: int = opt(16, "P (paper: 64)", "rl")
-    group_size: int = opt(8, "G, samples of a prompt, at least 2 (paper: 5)", "rl")
-    sft_batch: int = opt(32, "demonstrations of an update (paper: unknown)", "draws_sft")
-    updates_per_rollout: int = opt(1, "updates on the same rollouts (paper: 1)", "rl")
-    max_new_tokens: int = opt(80, "tokens of a completion; longer demonstrations are dropped (paper: 3000)")
-    temperature: float = opt(1.0, "of sampling and of log-probs, > 0 (paper: unknown, SimpleRL 1.0)", "rl")
-    tokens_per_micro_batch: int = opt(16384, "tokens of a forward and backward pass; changes memory, not results")
-    checkpoint_layers: int = opt(0, "layers recomputed in the backward pass: less memory, each a third slower")
-    sampler_slots: int = opt(256, "sequences generated at a time; changes memory, not samples")
-    shard: bool = opt(False, "one slice of θ, θ̂ and the reference per rank (FSDP2)")
-    dtype: str = opt("float32", "of forward passes and sampler: float32 or bfloat16; weights stay float32")
+    prompts_per_step: int = opt(16, "prompts per step, the paper's P (paper: 64)", "rl", least=1)
+    group_size: int = opt(8, "samples per prompt, the paper's G, at least 2 (paper: 5)", "rl", least=2)
+    sft_batch: int = opt(32, "demonstrations per update (paper: unknown)", "draws_sft", least=1)
+    updates_per_rollout: int = opt(1, "updates on the same rollouts (paper: 1)", "rl", least=1)
+    max_new_tokens: int = opt(
+        80, "largest number of tokens of a completion; longer demonstrations are dropped (paper: 3000)", least=1
+    )
+    temperature: float = opt(
+        1.0, "temperature of sampling and log-probs, above 0 (paper: unknown, SimpleRL: 1.0)", "rl", positive=True
+    )
+    tokens_per_micro_batch: int = opt(
+        16384, "tokens of one forward and backward pass; changes memory, not results", least=1, resume=True
+    )
+    checkpoint_layers: int = opt(
+        0, "layers recomputed in the backward pass; each saves memory and takes a third more time", resume=True
+    )
+    sampler_slots: int = opt(256, "sequences generated at a time; changes memory, not samples", least=1, resume=True)
+    shard: bool = opt(False, "shards θ, θ̂ and the reference over the ranks (FSDP2)", resume=True)
+    dtype: str = opt(
+        "float32", "float32 or bfloat16 for forward passes and sampling; weights stay float32",
+        choices=("float32", "bfloat16"),
+    )  # fmt: skip
     # GRPO
-    aggregation: str = opt("grpo", "token weights: grpo, dapo or dr_grpo, which omits the division by the std", "grpo")
-    clip_low: float = opt(0.2, "the ratio is clipped below 1 − clip_low (paper: unknown, verl 0.2)", "grpo")
-    clip_high: float = opt(0.2, "the ratio is clipped above 1 + clip_high (DAPO: 0.28)", "grpo")
-    kl_coef: float = opt(0.0, "weight of KL(π ‖ initial model); a reference is kept if > 0 (paper: unknown)", "rl")
-    overlong_mask: bool = opt(False, "truncated completions have no RL loss", "grpo")
-    dynamic_sampling: int = opt(0, "up to n more batches replace groups of equal rewards (DAPO)", "grpo")
+    aggregation: str = opt(
+        "grpo", "weights of tokens: grpo, dapo, or dr_grpo, which also omits the division of rewards by their std",
+        "grpo", choices=("grpo", "dapo", "dr_grpo"),
+    )  # fmt: skip
+    clip_low: float = opt(0.2, "clips the ratio below 1 − clip_low (paper: unknown, verl: 0.2)", "grpo", most=1)
+    clip_high: float = opt(0.2, "clips the ratio above 1 + clip_high (DAPO: 0.28)", "grpo", most=math.inf)
+    kl_coef: float = opt(
+        0.0, "weight of KL(π ‖ initial model); above 0, a copy of the initial model is kept (paper: unknown)", "rl"
+    )
+    overlong_mask: bool = opt(False, "leaves truncated completions out of the RL loss", "grpo")
+    dynamic_sampling: int = opt(
+        0, "number of further batches drawn at most to replace groups of equal rewards (DAPO)", "grpo"
+    )
     # evaluation and files
-    eval_every: int = opt(25, "steps between evaluations")
-    eval_problems: int = opt(100, "evaluation problems of each group: benchmark, level, chain length")
-    save_every: int = opt(25, "steps between checkpoints")
-    track: str = opt("", "also send metrics to tensorboard or wandb; the package must be installed")
+    eval_every: int = opt(25, "steps between evaluations", least=1, resume=True)
+    eval_problems: int = opt(100, "evaluation problems per group (benchmark, level or length of a chain)", least=1)
+    save_every: int = opt(25, "steps between checkpoints", least=1, resume=True)
+    track: str = opt(
+        "", "sends metrics to tensorboard or wandb, too; the package must be installed",
+        choices=("", "tensorboard", "wandb"), resume=True,
+    )  # fmt: skip
 
     @property
     def total_steps(self) -> int:
@@ -187,64 +265,48 @@ PRESETS: dict[str, dict] = {
                     sft_steps=20, dtype="bfloat16", sampler_slots=64, tokens_per_micro_batch=2048),
     "logic": dict(model="logic-laptop", task="logic", steps=75, max_new_tokens=96, eval_problems=250),
 }  # fmt: skip
-BUILTIN_TASKS = {  # name: the preset with its model
-    "arithmetic": "laptop", "chains": "chains", "logic": "logic", "legs": "smollm2",
-}  # fmt: skip
-CHOICES = {
-    "method": METHODS,
-    "template": ("", "qwen-boxed", "plain"),
-    "shadow_rollouts": ("shared", "own", "one_step"),
-    "dtype": ("float32", "bfloat16"),
-    "aggregation": ("grpo", "dapo", "dr_grpo"),
-    "track": ("", "tensorboard", "wandb"),
-}
-MINIMUM = dict(  # of other numbers: 0
-    steps=1, lora_rank=1, prompts_per_step=1, group_size=2, sft_batch=1, updates_per_rollout=1, max_new_tokens=1,
-    tokens_per_micro_batch=1, sampler_slots=1, eval_every=1, eval_problems=1, save_every=1,
-)  # fmt: skip
 KEEP = ("first", "all", "none")  # groups of each step whose tokens a run keeps; it changes no result
-PATHS = ("model", "task", "rl_data", "sft_data", "eval_data", "reward")
-POSITIVE = ("temperature", "grad_clip", "lora_alpha")
-AT_MOST_ONE = ("lam", "clip_low", "chord_peak", "chord_valley")
-MAY_BE_INFINITE = ("shadow_ratio_cap", "clip_high", "grad_clip")
-MAY_CHANGE_ON_RESUME = (  # of model and data, fingerprints are compared: they may have moved
-    "model", "task", "rl_data", "sft_data", "eval_data", "steps", "eval_every", "save_every", "tokens_per_micro_batch",
-    "sampler_slots", "checkpoint_layers", "shard", "track",
-)  # fmt: skip
 
 
 class SettingError(ValueError):
     """A setting that is unknown, out of range, inconsistent or idle; the message names it."""
 
 
+def check_value(name: str, value: str | int | float | bool) -> None:
+    """Raises SettingError if no run can use this value of a setting."""
+    rule = Settings.__dataclass_fields__[name]
+    choices = rule.metadata["choices"]
+    least = rule.metadata["least"]
+    most = rule.metadata["most"]
+    if choices and value not in choices:
+        known = ", ".join(choice or "empty" for choice in choices)
+        raise SettingError(f"{name} must be one of {known}; got {value!r}")
+    if rule.type not in (int, float):
+        return
+    if not value >= least:  # also true of nan
+        raise SettingError(f"{name} must be at least {least}; got {value}")
+    if value == 0 and rule.metadata["positive"]:
+        raise SettingError(f"{name} must be greater than 0; got {value}")
+    if value > most:
+        allowed = "a finite number" if value == math.inf else f"in [{least}, {most}]"
+        raise SettingError(f"{name} must be {allowed}; got {value}")
+
+
 def check(s: Settings) -> Settings:
     """Returns `s`. Raises SettingError for a value that no run can use."""
-    for name, values in CHOICES.items():
-        if getattr(s, name) not in values:
-            known = ", ".join(value or "empty" for value in values)
-            raise SettingError(f"{name} must be one of {known}; got {getattr(s, name)!r}")
-    for name, value in ((f.name, getattr(s, f.name)) for f in fields(Settings) if f.type in (int, float)):
-        if not value >= MINIMUM.get(name, 0):  # "not >=" also catches nan
-            raise SettingError(f"{name} must be at least {MINIMUM.get(name, 0)}; got {value}")
-        if value == math.inf and name not in MAY_BE_INFINITE:
-            raise SettingError(f"{name} must be a finite number; got {value}")
-        if value == 0 and name in POSITIVE:
-            raise SettingError(f"{name} must be greater than 0; got {value}")
-        if value > 1 and name in AT_MOST_ONE:
-            raise SettingError(f"{name} must be in [0, 1]; got {value}")
+    for rule in fields(Settings):
+        check_value(rule.name, getattr(s, rule.name))
     if 0 < s.shadow_ratio_cap < 1:
         raise SettingError(f"shadow_ratio_cap must be 0 or at least 1; got {s.shadow_ratio_cap}")
-    if s.rl_data and s.task not in BUILTIN_TASKS:
+    if s.rl_data and s.task not in TASKS:
         raise SettingError(f"rl_data and task {s.task} both name the problems: give one of them")
-    if s.task in BUILTIN_TASKS and not s.rl_data:
+    if s.task in TASKS and not s.rl_data:
         if s.sft_data or s.eval_data:
             given = "sft_data" if s.sft_data else "eval_data"
             raise SettingError(f"{given} needs rl_data: the built-in {s.task} has its own demonstrations and problems")
-        preset = BUILTIN_TASKS[s.task]
-        its_model = PRESETS[preset].get("model", Settings.model)
-        small, own = s.model.startswith(("arithmetic-", "logic-")), its_model.partition("-")[0]
-        if small and not s.model.startswith(own):
-            raise SettingError(f"model {s.model} has no tokens for the task {s.task}: use --preset {preset}")
+        task = TASKS[s.task]
+        if s.model in builtin_models() and s.model not in task.models:
+            raise SettingError(f"model {s.model} has no tokens for the task {s.task}: use --preset {task.preset}")
     if s.rl_data and not s.sft_data and METHODS[s.method].sft:
         raise SettingError(f"method {s.method} needs demonstrations: give sft_data, or choose --method rl")
     if s.track and find_spec(s.track) is None:
@@ -252,54 +314,78 @@ def check(s: Settings) -> Settings:
     return s
 
 
+def builtin_models() -> list[str]:
+    """The names of the built-in models, each once."""
+    return list(dict.fromkeys(model for task in TASKS.values() for model in task.models))
+
+
+def may_change_on_resume(name: str) -> bool:
+    return Settings.__dataclass_fields__[name].metadata["resume"]
+
+
 def readers(name: str) -> list[str]:
-    """The methods that read a setting."""
-    column = Settings.__dataclass_fields__[name].metadata["only"]
+    """The methods that use a setting."""
     owners = [method for method, row in METHODS.items() if name in row.own_settings]
-    return owners or [method for method, row in METHODS.items() if not column or getattr(row, column)]
+    if owners:
+        return owners
+    column = Settings.__dataclass_fields__[name].metadata["only"]
+    return [method for method, row in METHODS.items() if not column or getattr(row, column)]
 
 
 def refuse_idle(s: Settings, given: set[str]) -> None:
     """Raises SettingError if the user gave a setting that does nothing with the chosen method."""
     for name in sorted(given):
-        if s.method not in readers(name):
-            only = ", ".join(readers(name))
+        users = readers(name)
+        if s.method not in users:
+            only = ", ".join(users)
             raise SettingError(f"{name} does nothing with method {s.method}, only with {only}: omit it")
     if "shadow_ratio_cap" in given and s.shadow_rollouts == "own":
         raise SettingError("shadow_ratio_cap does nothing with shadow_rollouts own: omit it")
-    capped = METHODS[s.method].shadow and s.shadow_rollouts != "own"  # θ and θ̂ have one surrogate for one batch
-    if clips := sorted({"clip_low", "clip_high"} & given):
-        if capped and s.shadow_ratio_cap > 0:
-            raise SettingError(f"{clips[0]} does nothing beside shadow_ratio_cap {s.shadow_ratio_cap}: omit one")
-        if not capped and s.updates_per_rollout == 1:
-            raise SettingError(f"{clips[0]} does nothing with updates_per_rollout 1, since every ratio is 1: omit it")
+    # On a shared batch θ and θ̂ have the same surrogate loss: the ratio cap replaces the clip in both.
+    shared = METHODS[s.method].shadow and s.shadow_rollouts != "own"
+    for name in sorted({"clip_low", "clip_high"} & given):
+        if shared and s.shadow_ratio_cap > 0:
+            raise SettingError(f"{name} does nothing beside shadow_ratio_cap {s.shadow_ratio_cap}: omit one")
+        if not shared and s.updates_per_rollout == 1:
+            raise SettingError(f"{name} does nothing with updates_per_rollout 1, since every ratio is 1: omit it")
 
 
 def start_program(parse: Callable | None = None) -> None:
-    """Makes the standard streams usable; then `parse` answers --help and exits, before torch is loaded."""
-    for name in ("stdin", "stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed at the start: a data file would get its number
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), "w", closefd=False))
+    """Prepares the standard streams; then `parse` answers --help and exits, before torch is loaded."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal without θ must not end the run
-    atexit.register(_flush)
+    atexit.register(flush)
     if parse and {"-h", "--help"} & set(sys.argv):
         parse(sys.argv[1:])
 
 
-def _flush() -> None:
-    """Drops what a closed pipe (`| head`) did not take; Python would report it after the program's end."""
+def flush() -> None:
+    """Drops output that a closed pipe (`| head`) did not take. Python would report it after the end of the program."""
     try:
         sys.stdout.flush()
-    except (BrokenPipeError, ValueError):  # ValueError: the user's code closed it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def expand(text: str) -> str:
-    """A path of the command line, or a comma list of them, where ~ stands for the home folder, as in a shell."""
-    if "\0" in text or text.encode("utf-8", "ignore").decode() != text:
-        raise argparse.ArgumentTypeError(f"{text!r:.80} is no name of a file")
+    """A path of the command line, or a comma list of paths; ~ stands for the home folder, as in a shell."""
     return re.sub("(?:^|(?<=,))~[^,]*", lambda part: os.path.expanduser(part[0]), text)
+
+
+def add_setting(parser: argparse.ArgumentParser, setting, default) -> None:
+    """Adds the flag of one field of Settings. A flag that is not given is absent from the parsed arguments."""
+    if setting.type is bool:
+        action = {"action": argparse.BooleanOptionalAction}
+    else:
+        action = {"type": expand if setting.metadata["path"] else setting.type}
+    text = setting.metadata["help"].format(
+        methods="; ".join(f"{name}: {method.text}" for name, method in METHODS.items()),
+        tasks=", ".join(TASKS),
+        models=", ".join(builtin_models()),
+    )
+    text += f" (default: {'empty' if default == '' else default})"
+    flag = "--" + setting.name.replace("_", "-")
+    parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **action)
 
 
 def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
@@ -310,20 +396,21 @@ def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
     parser.add_argument("--preset", choices=PRESETS, default="laptop", help="the defaults of all other flags")
     parser.add_argument("--out", type=expand, help="run folder (default: runs/METHOD-PRESET-SEED)")
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
-    parser.add_argument("--keep-rollouts", choices=KEEP, default="first", help="groups of each step in report.html")
+    parser.add_argument(
+        "--keep-rollouts", choices=KEEP, default="first", help="groups of each step that report.html shows"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the memory of a GPU by part, load nothing, stop")
     parser.add_argument(
         "--gpu", help="with --dry-run: does it fit in a100, h100, h200, l40s or 4090? (default: this machine's)"
     )
     parser.add_argument("--gpus", type=int, default=1, help="with --dry-run: number of GPUs that share the run")
+    # The preset decides the defaults that --help prints, so it is read first.
     known, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    defaults = {f.name: f.default for f in fields(Settings)} | PRESETS[known.preset]
-    for f in fields(Settings):
-        kind = expand if f.name in PATHS else f.type
-        action = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": kind}
-        text = f"{f.metadata['help']} (default: {defaults[f.name] if defaults[f.name] != '' else 'empty'})"
-        flag = "--" + f.name.replace("_", "-")
-        parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **action)
+    preset = PRESETS[known.preset]
+    defaults = {}
+    for setting in fields(Settings):
+        defaults[setting.name] = preset.get(setting.name, setting.default)
+        add_setting(parser, setting, defaults[setting.name])
     args = parser.parse_args(argv)
     given = {name: value for name, value in vars(args).items() if name in defaults}
     if (args.gpu or args.gpus != 1) and not args.dry_run:
@@ -332,8 +419,6 @@ def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
         raise SettingError(f"gpus must be at least 1; got {args.gpus}")
     if args.out == "":
         raise SettingError("out is empty: name a folder, or omit it")
-    if large := [n for n, x in given.items() if isinstance(x, int | float) and 2**63 <= x < math.inf]:
-        raise SettingError(f"{large[0]} must be below 2^63, which numpy and torch can hold")
     s = check(Settings(**defaults | given))
     refuse_idle(s, set(given))
     args.out = Path(args.out or f"runs/{s.method}-{args.preset}-{s.seed}")

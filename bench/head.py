@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from measure import DEVICE, GPU, Table, attempt, ceilings, interleaved, parser
 
 import logprob
-from ops import decode, head
+from ops import attention, head
 
 HEADS = {"Qwen2.5-3B": (2048, 151936), "Llama-3.2-3B": (3072, 128256), "Qwen3-8B": (4096, 151936)}  # H, V
 MODELS = {"Qwen2.5-3B": (16, 2, 128), "Llama-3.2-3B": (24, 8, 128), "Qwen3-8B": (32, 8, 128)}  # h, h_kv, d
@@ -200,7 +200,7 @@ def attention_rows(
         spread = torch.randn(n, generator=g, device=DEVICE).mul(0.5).exp()
         length = (spread * (context // 2)).long().clamp(1, context)
     exact, functions, errors = exact_attention(q, keys, values, length, d**-0.5), {}, {}
-    peers = {"ours": decode.attend, "sdpa": sdpa}
+    peers = {"ours": attention.attend, "sdpa": sdpa}
     if GPU:
         peers["flash"] = flash
     else:

@@ -5,13 +5,13 @@ from functools import partial
 from itertools import count
 
 from rewards import is_correct
-from tasks import arithmetic, logic
+from tasks import chains, logic
 
 calls = count()
 
 
 def task(s, **changes):
-    make = logic.task if s.model == "logic-laptop" else arithmetic.chains
+    make = logic.task if s.model == "logic-laptop" else chains.task
     return make(s.seed, s.eval_problems, **changes)
 
 

@@ -19,7 +19,8 @@ from grading.readings import readings
 
 MAX_ANSWER = 1_000  # characters; a longer answer is refused, the longest gold of the benchmarks has 210
 MAX_UNIT = 200  # characters of a number and its unit
-MAX_ITEMS, MAX_NESTING = 40, 30  # of a list, a tuple or a matrix; of its brackets
+MAX_ITEMS = 40  # of a list, a tuple or a matrix
+MAX_NESTING = 30  # brackets within brackets
 
 
 @dataclass(frozen=True)
@@ -51,18 +52,22 @@ class Relation:
 
 Value = Quantity | Collection | Relation | str  # str: compared as text, like words, a time of day, or "132_5" in a base
 
-_MINUS_INFINITY, _INFINITY = Quantity(parse("-\\infty")), Quantity(parse("\\infty"))
+_MINUS_INFINITY = Quantity(parse("-\\infty"))
+_INFINITY = Quantity(parse("\\infty"))
 _HUNDREDTH = parse("0.01")
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12, "dozen": 12}
 _WORD = rf"(?:\\text *\{{(?:[^{{}}0-9^]|\^ ?-?[0-9])*\}}|(?<![A-Za-z\\])(?:{NAMES}|[a-z]{{4,}}))(?![A-Za-z]){POWER}"
 _DEGREE = r"°(?: ?(?:[CF]|\\text *\{[CF]\}))?"
 _UNIT = re.compile(rf"(?P<value>.*?[0-9)}}!ia-z]) *(?P<unit>%|{_DEGREE}|\\\$|[€£]|¢|{_WORD}(?: *(?:[*/] *)?{_WORD})*)")
+_TEXT = re.compile(r"\\text *\{([^{}]*)\}")
 _SQUARED = re.compile(rf"\b({NAMES}) (?:squared|cubed)\b")  # seconds squared
 _BRACKET = r"\\begin|\\end|\\[lr]floor|\\[lr]ceil|\\.|[()\[\]{}]"
 _NESTING = dict.fromkeys(["(", "[", "{", "\\{", "\\begin", "\\lfloor", "\\lceil"], 1)
 _NESTING |= dict.fromkeys([")", "]", "}", "\\}", "\\end", "\\rfloor", "\\rceil"], -1)
 _LIST = re.compile(rf"{_BRACKET}|(?P<separator>[,;] *(?:and\b|or\b)?|\b(?:and|or)\b)")
-_RELATION, _UNION, _RATIO = (re.compile(rf"{_BRACKET}|(?P<separator>{sign})") for sign in ("[=<>≤≥≠≈∈]", "∪", ":"))
+_RELATION = re.compile(rf"{_BRACKET}|(?P<separator>[=<>≤≥≠≈∈])")
+_UNION = re.compile(rf"{_BRACKET}|(?P<separator>∪)")
+_RATIO = re.compile(rf"{_BRACKET}|(?P<separator>:)")
 _TITLE = re.compile(r" *(?:\\text *\{)?[\[|]?([A-Z]{2,}|[A-Za-z ]{4,}|P *\([^()=]*\))[\]|]?\}? *")  # AB = 12, Area = 12
 _CAPITALS = re.compile(r" *[\[|]?([A-Z]{2,})[\]|]? *")
 _MATRIX_KIND = r"\{ *(?P<kind>[pb]matrix|matrix|array) *\}(?: *\{[lcr| ]*\})?"
@@ -76,7 +81,10 @@ _WORDS = re.compile(r"(?=.*(?:[A-Za-z]{2}|[AaPp]\.[Mm]))[A-Za-z0-9][A-Za-z0-9 ,.
 
 def _split(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
     """(parts, separators) outside all brackets. Raises Unreadable when brackets do not balance."""
-    parts, separators, depth, start = [], [], 0, 0
+    parts = []
+    separators = []
+    depth = 0
+    start = 0
     for match in pattern.finditer(text):
         if match["separator"] is None:
             depth += _NESTING.get(match[0], 0)
@@ -86,8 +94,10 @@ def _split(text: str, pattern: re.Pattern) -> tuple[list[str], list[str]]:
             parts.append(text[start : match.start()])
             separators.append(match["separator"].strip(",; ") or ",")
             start = match.end()
-    if depth or len(parts) > MAX_ITEMS:
-        raise Unreadable("unbalanced" if depth else "a long list")
+    if depth:
+        raise Unreadable("unbalanced")
+    if len(parts) > MAX_ITEMS:
+        raise Unreadable("a long list")
     return [*parts, text[start:]], separators
 
 
@@ -105,12 +115,15 @@ def _list(text: str) -> Value:
     parts, separators = _split(text, _LIST)
     items = []
     for part in parts:
-        two = ("±" in part or "∓" in part) and "\\{" not in part
-        items += [_item(part.replace("±", a).replace("∓", b)) for a, b in ("+-", "-+")] if two else [_item(part)]
-    if "…" in items and len(items) > 2:
-        return Collection("sequence", tuple(items))
+        if ("±" in part or "∓" in part) and "\\{" not in part:
+            items.append(_item(part.replace("±", "+").replace("∓", "-")))
+            items.append(_item(part.replace("±", "-").replace("∓", "+")))
+        else:
+            items.append(_item(part))
     if "…" in items:
-        raise Unreadable("a number that goes on")
+        if len(items) < 3:
+            raise Unreadable("a number that goes on")
+        return Collection("sequence", tuple(items))
     if len(items) == 1:
         return items[0]
     if set(separators) == {"or"}:
@@ -118,25 +131,38 @@ def _list(text: str) -> Value:
             return _union(items)
         if all(matches(item, items[0]) and matches(items[0], item) for item in items):  # 3/5 or 0.6
             return items[0]
-    nested = (i.items if isinstance(i, Collection) and i.kind == "list" else (i,) for i in items)
-    return Collection("list", tuple(item for group in nested for item in group))
+    return Collection("list", _flat(items, "list"))
+
+
+def _flat(items: list, kind: str) -> tuple:
+    """The items, with those of a collection of that kind instead of the collection."""
+    flat = []
+    for item in items:
+        if isinstance(item, Collection) and item.kind == kind:
+            flat += item.items
+        else:
+            flat.append(item)
+    return tuple(flat)
 
 
 def _union(sets: list) -> Collection:
     if not all(isinstance(s, Collection) and (len(s.kind) == 2 or s.kind in ("list", "union")) for s in sets):
         raise Unreadable("a union of other things than sets")
-    return Collection("union", tuple(item for s in sets for item in (s.items if s.kind == "union" else (s,))))
+    return Collection("union", _flat(sets, "union"))
 
 
 def _item(text: str) -> Value:
     """An operand, or a chain of relations between operands."""
     parts, signs = _split(text, _RELATION)
     if signs and signs[0] in "=≈" and not parts[0].strip():  # "= 5"
-        parts, signs = parts[1:], signs[1:]
+        parts = parts[1:]
+        signs = signs[1:]
     if not signs:
         return _operand(parts[0])
-    titles = (_TITLE.fullmatch(parts[0]), *(_CAPITALS.fullmatch(part) for part in parts[1:]))
-    sides = [Quantity(letter(t[1].strip())) if t else _operand(part) for t, part in zip(titles, parts, strict=True)]
+    sides = []
+    for part in parts:
+        title = _CAPITALS.fullmatch(part) if sides else _TITLE.fullmatch(part)
+        sides.append(Quantity(letter(title[1].strip())) if title else _operand(part))
     if signs == ["∈"] and _name(sides[0]) and isinstance(sides[1], Collection):
         return sides[1]
     return _equation(sides, signs) if set(signs) <= {"=", "≈"} else _inequality(sides, signs)
@@ -151,23 +177,27 @@ def _name(side: Value) -> str:
 
 def _equation(sides: list, signs: list[str]) -> Value:
     """Returns name = value, the value of a chain like 10/4 = 5/2, or an equation between expressions."""
-    symbols = set() if _name(sides[0]) else expression.WORK.get().letters  # a solved equation is not multiplied
+    # A solved equation is not multiplied; any other one by a letter that is no function with derivatives.
+    symbols = set() if _name(sides[0]) else expression.WORK.get().letters
     scales = frozenset(s for s in symbols if re.match("[A-SU-Wa-dghklm]", s) and not {s + "'", s + "''"} & symbols)
     if len(sides) == 2 and _name(sides[1]) and not _name(sides[0]):
         sides = sides[::-1]
-    name, links = (sides[:1], sides[1:]) if _name(sides[0]) else ([], sides)
-    if name and len(links) == 1:
-        return Relation("=", name[0], links[0], scales)
-    if not all(isinstance(link, Quantity) for link in links):
+    name = None
+    if _name(sides[0]):
+        name = sides[0]
+        if len(sides) == 2:
+            return Relation("=", name, sides[1], scales)
+        sides = sides[1:]
+        signs = signs[1:]
+    if not all(isinstance(side, Quantity) for side in sides):
         raise Unreadable("a chain of other things than numbers")
-    signs = signs[len(name) :]
-    if len(links) == 2 and not name and not (links[0].value.constant and links[1].value.constant):
-        return Relation("=", *links, scales)
-    for a, b, sign in zip(links, links[1:], signs, strict=False):
+    if len(sides) == 2 and not name and not (sides[0].value.constant and sides[1].value.constant):
+        return Relation("=", *sides, scales)
+    for (a, b), sign in zip(itertools.pairwise(sides), signs, strict=True):
         if not matches(b, a, 1e-2 if sign == "≈" else 0.0):
             raise Unreadable("the links of the chain disagree")
-    value = links[signs.index("≈")] if "≈" in signs else links[-1]
-    return Relation("=", name[0], value, scales) if name else value
+    value = sides[signs.index("≈")] if "≈" in signs else sides[-1]
+    return Relation("=", name, value, scales) if name else value
 
 
 def _inequality(sides: list, signs: list[str]) -> Value:
@@ -175,18 +205,25 @@ def _inequality(sides: list, signs: list[str]) -> Value:
     if not all(isinstance(side, Quantity) for side in sides):
         raise Unreadable("an inequality of other things than numbers")
     if signs[0] in ">≥":  # reversed, so that it reads < or ≤
-        sides, signs = sides[::-1], [{">": "<", "≥": "≤"}.get(sign, "?") for sign in signs[::-1]]
-    names, constant = [_name(side) for side in sides], [side.value.constant for side in sides]
-    lower, upper = {"<": "(", "≤": "["}, {"<": ")", "≤": "]"}  # the bracket for the interval's end
-    if len(signs) == 2 and names[1] and set(signs) <= {"<", "≤"}:  # 2 < x ≤ 5
-        return Collection(lower[signs[0]] + upper[signs[1]], (sides[0], sides[2]), names[1])
-    if len(signs) == 2 and set(signs) <= {"<", "≤"} and not constant[1]:  # 2 < |z| ≤ 5
-        return Collection("list", tuple(map(Relation, signs, sides, sides[1:])))
+        sides = sides[::-1]
+        signs = [{">": "<", "≥": "≤"}.get(sign, "?") for sign in signs[::-1]]
+    names = [_name(side) for side in sides]
+    constant = [side.value.constant for side in sides]
+    # The brackets at the ends of the interval.
+    lower = {"<": "(", "≤": "["}
+    upper = {"<": ")", "≤": "]"}
+    if len(signs) == 2 and set(signs) <= {"<", "≤"}:
+        if names[1]:  # 2 < x ≤ 5
+            return Collection(lower[signs[0]] + upper[signs[1]], (sides[0], sides[2]), names[1])
+        if not constant[1]:  # 2 < |z| ≤ 5
+            return Collection("list", tuple(map(Relation, signs, sides, sides[1:])))
     if len(signs) > 1 or signs[0] not in "<≤≠":
         raise Unreadable("relations that do not chain")
-    (left, right), (sign,) = sides, signs
+    left, right = sides
+    sign = signs[0]
     if sign == "≠" and names[0] and constant[1]:
-        below, above = Collection("()", (_MINUS_INFINITY, right)), Collection("()", (right, _INFINITY))
+        below = Collection("()", (_MINUS_INFINITY, right))
+        above = Collection("()", (right, _INFINITY))
         return Collection("union", (below, above), names[0])
     if sign != "≠" and names[0] and constant[1]:
         return Collection("(" + upper[sign], (_MINUS_INFINITY, right), names[0])
@@ -223,17 +260,18 @@ def _operand(text: str) -> Value:
         return _matrix(**match.groupdict())
     if text.startswith("\\{") and text.endswith("\\}"):
         inner = text[2:-2].strip()
-        value = _list(inner) if inner else Collection("list", ())
-        return value if isinstance(value, Collection) and value.kind == "list" else Collection("list", (value,))
+        return Collection("list", _flat([_list(inner)], "list") if inner else ())
     if text[:1] in ("(", "[") and text[-1:] in (")", "]"):
         parts, separators = _split(text[1:-1], _LIST) if _closes_at_end(text) else ([], [])
-        if separators and set(separators) == {","}:
+        if set(separators) == {","}:
             return Collection(text[0] + text[-1], tuple(_item(part) for part in parts))
-        if parts and not separators and ("\\begin" in parts[0] or _split(parts[0], _RELATION)[1]):
+        if len(parts) == 1 and ("\\begin" in parts[0] or _split(parts[0], _RELATION)[1]):
             return _item(parts[0])
     if match := _NUMERAL.fullmatch(text):
-        digits, base = match[1], match[2] or match[3]
-        base = str(SPELLED.index(base)) if base in SPELLED else base
+        digits = match[1]
+        base = match[2] or match[3]
+        if base in SPELLED:
+            base = str(SPELLED.index(base))
         largest = max(int(d, 16) for d in digits if d.isalnum())
         if not base.isdigit() or not max(1, largest) < int(base) <= 16:
             raise Unreadable("digits that the base does not have")
@@ -257,9 +295,11 @@ def _quantity(text: str) -> Quantity:
     r"""A scalar with its unit: 5.4 \text{ cents}, \$18.90, 62.5%, 36°, 3 \text{ million dollars}."""
     if _plain(text) in SPELLED:
         return Quantity(number(SPELLED.index(_plain(text))))
-    unit, scale = "", None
+    unit = ""
+    scale = None
     if match := re.fullmatch(r"(-?) *(\\\$|[€£]) *(.+)", text):
-        text, unit = match[1] + match[3], canonical_unit(match[2])
+        text = match[1] + match[3]
+        unit = canonical_unit(match[2])
     match = _UNIT.fullmatch(text) if len(text) <= MAX_UNIT else None
     if match and not (match["unit"][0] == "°" and re.search("sin|cos|tan|cot|sec|csc", text)):
         words = re.sub(r"\\text|[{}]", " ", match["unit"]).split()
@@ -267,7 +307,8 @@ def _quantity(text: str) -> Quantity:
         unit_words = " ".join(words[1:] if scale else words)
         if CHANGES.search(_SQUARED.sub(r"\1", unit_words.lower())):
             raise Unreadable(f"words after a number: {unit_words}")
-        text, unit = match["value"], unit or canonical_unit(unit_words)
+        text = match["value"]
+        unit = unit or canonical_unit(unit_words)
     value = parse(text)
     if scale and value.exact is not None:
         value = number(value.exact * scale)
@@ -276,7 +317,7 @@ def _quantity(text: str) -> Quantity:
 
 def _plain(text: str) -> str:
     r"""A normalised answer in words, case-folded, without \text and article; "" for any other answer."""
-    text = re.sub(" +", " ", re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", text)).strip(" .,;:\"'{}")
+    text = re.sub(" +", " ", _TEXT.sub(r" \1 ", text)).strip(" .,;:\"'{}")
     return re.sub("^(?:an?|the) ", "", text.casefold()) if _WORDS.fullmatch(text) else ""
 
 
@@ -285,22 +326,24 @@ def read(text: str) -> tuple[Value | None, str]:
     if len(text) > MAX_ANSWER:
         return None, "too_long"
     try:
-        return _read(normalise(text), ())[:2]
+        return _read(normalise(text), (), expression.BUDGET)[:2]
     except RecursionError:  # hundreds of brackets, or a deep stack of the caller
         return None, "too_complex"
 
 
 @functools.lru_cache(maxsize=4096)
-def _read(text: str, steps: tuple[int, ...], limit: int = expression.BUDGET) -> tuple[Value | None, str, int]:
+def _read(text: str, steps: tuple[int, ...], limit: int) -> tuple[Value | None, str, int]:
     """`read` for a normalised text, within `limit` units of work, and the units used. For `steps` see `Work`."""
+    value = None
+    reason = ""
     with Work(limit, steps) as work:
         try:
-            value, reason = _list(text), ""
+            value = _list(text)
         except Unreadable:
             value = _plain(text) or None
             reason = "" if value else "unparseable"
         except TooComplex:
-            value, reason = None, "too_complex"
+            reason = "too_complex"
     return value, reason, limit - work.left
 
 
@@ -317,7 +360,9 @@ def compare(answer: str, gold: str, tolerance: float = 0.0, unit: str = "") -> t
     if reason.startswith("too_"):
         return False, reason
     try:
-        answer, gold, unit = normalise(answer), normalise(gold), canonical_unit(normalise(unit)) if unit else ""
+        answer = normalise(answer)
+        gold = normalise(gold)
+        unit = canonical_unit(normalise(unit)) if unit else ""
         with Work(2 * expression.BUDGET) as budget:  # for all readings and comparisons of this answer
             correct = answer == gold or _compare_letters(answer, gold)
             if correct is None:
@@ -329,21 +374,30 @@ def compare(answer: str, gold: str, tolerance: float = 0.0, unit: str = "") -> t
 
 
 def _earns(answer: str, gold: str, tolerance: float, unit: str, budget: Work) -> bool:
-    """Whether an answer as it stands equals a gold. Steps are compared at many integers, also near their numbers."""
+    """Whether an answer as it stands equals a gold. Functions with ⌊ ⌋ or ⌈ ⌉ are compared at more integers, too."""
     stepped = [()]
     if all("\\lfloor" in text or "\\lceil" in text for text in (answer, gold)):
-        numbers = sorted({int(n) for n in re.findall("[0-9]{1,6}", answer + " " + gold)}, reverse=True)[:6]
-        near = {abs(m - n) + k for m, n in itertools.product(numbers, [0, *numbers]) for k in (-1, 0, 1)}
-        stepped.append(tuple(sorted({*range(3, 50), *sorted(n for n in near if n > 2)[:40]})))
+        stepped.append(_more_integers(answer + " " + gold))
     for steps in stepped:
         values = []
         for text in (answer, gold):
-            value, _, used = _read(text, steps, *[budget.left] * (budget.left < expression.BUDGET))
+            value, _, used = _read(text, steps, min(budget.left, expression.BUDGET))
             budget.spend(used)
             values.append(value)
         if None in values or not matches(*values, tolerance, unit):
             return False
     return True
+
+
+def _more_integers(text: str) -> tuple[int, ...]:
+    """3 to 49, and integers near the largest numbers of a text and near their differences: a step may lie there."""
+    numbers = sorted({int(n) for n in re.findall("[0-9]{1,6}", text)}, reverse=True)[:6]
+    near = set()
+    for m, n in itertools.product(numbers, [0, *numbers]):
+        distance = abs(m - n)
+        near |= {distance - 1, distance, distance + 1}
+    nearest = sorted(n for n in near if n > 2)[:40]
+    return tuple(sorted({*range(3, 50), *nearest}))
 
 
 def _is_definite(gold: Value) -> bool:
@@ -362,14 +416,16 @@ def equivalent(answer: str, gold: str) -> bool:
 
 def _compare_letters(answer: str, gold: str) -> bool | None:
     """The verdict if the gold is a choice like (C) or both are single words and no products; None otherwise."""
-    answer, gold = (re.sub(r"\\text *\{([^{}]*)\}", r"\1", normalise(t)).strip("{} ") for t in (answer, gold))
+    answer = _TEXT.sub(r"\1", normalise(answer)).strip("{} ")
+    gold = _TEXT.sub(r"\1", normalise(gold)).strip("{} ")
     if re.fullmatch(r"\(?[A-J]\)?", gold):
         option = r"(?!.*\b(?:[A-J]|or|and|but|not)\b)(?:[A-Za-z0-9$.]|-[0-9]|\\[a-z])[^,;&=+]*"  # (C), or (C) Plane
         choice = re.fullmatch(rf"\(?([A-J])(?:[).:]*|[).:]+ +{option})", answer)
         return bool(choice) and choice[1] == gold.strip("()")
     if re.search(r"[\\0-9]", gold):
         return None
-    answer, gold = _plain(answer), _plain(gold)
+    answer = _plain(answer)
+    gold = _plain(gold)
     words = answer.isalpha() and gold.isalpha() and not re.fullmatch("[a-df-hj-np-tvx-z]{2,3}", gold)
     return answer == gold if words else None
 
@@ -381,9 +437,10 @@ def matches(answer: Value, gold: Value, tolerance: float = 0.0, unit: str = "") 
     if isinstance(answer, Quantity):
         gold = _unwrapped(gold)
     if isinstance(answer, Relation) and answer.sign == "=" and _name(answer.left) and not isinstance(gold, Relation):
-        left, right = ((s.items if isinstance(s, Collection) else ()) for s in (answer.left, answer.right))
+        left = answer.left.items if isinstance(answer.left, Collection) else ()
+        right = answer.right.items if isinstance(answer.right, Collection) else ()
         if left and len(left) == len(right) and isinstance(gold, Collection) and gold.kind == "list":  # (a,b) = (1,2)
-            named = tuple(Relation("=", *pair) for pair in zip(left, right, strict=True))
+            named = tuple(Relation("=", name, value) for name, value in zip(left, right, strict=True))
             return matches(Collection("list", named), gold, tolerance, unit)
         return may_omit(_name(answer.left)) and matches(answer.right, gold, tolerance, unit)  # x = 5 for 5
     if isinstance(gold, Relation):
@@ -413,12 +470,14 @@ def _matches_collection(answer: Collection, gold: Collection, tolerance: float, 
         return False
     pairs = list(zip(answer.items, gold.items, strict=True))
     if gold.kind == "ratio":  # 3:4 = 6:8, because 3·8 = 6·4; the zeros must agree too
-        (a, g), zero = pairs[0], number(0)
+        a, g = pairs[0]
+        zero = number(0)
         product = functools.partial(apply, operator.mul)
         crossed = all(same(product(p.value, g.value), product(q.value, a.value)) for p, q in pairs)
         zeros = all(same(p.value, zero) == same(q.value, zero) for p, q in pairs)
         return zeros and crossed and all(_worked_out(p.value, q.value) for p, q in pairs)
-    named, gold_named = (_item_names(c) for c in (answer, gold))
+    named = _item_names(answer)
+    gold_named = _item_names(gold)
     if named and not any(isinstance(item, Relation) for item in gold.items) and named != sorted(named):
         return False  # y = 1, x = 2 for 1, 2
     unnamed = gold_named and not any(isinstance(item, Relation) for item in answer.items)
@@ -486,6 +545,7 @@ def _matches_relation(answer: Value, gold: Relation, tolerance: float, unit: str
     sides = (answer.left, answer.right, gold.left, gold.right)
     if not all(isinstance(side, Quantity) for side in sides) or (name and gold.right.value.constant):
         return False  # x + 1 = 3 is not solved for x
-    a, b = (apply(operator.sub, relation.right.value, relation.left.value) for relation in (answer, gold))
+    a = apply(operator.sub, answer.right.value, answer.left.value)
+    b = apply(operator.sub, gold.right.value, gold.left.value)
     scales = tuple(letter(name) for name in sorted(gold.scales))
     return _worked_out(a, b) and proportional(a, b, gold.sign in "<≤", scales)

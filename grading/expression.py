@@ -25,7 +25,8 @@ from fractions import Fraction
 
 import mpmath  # sympy's numeric engine
 
-MAX_TOKENS, MAX_DEPTH = 400, 30
+MAX_TOKENS = 400
+MAX_DEPTH = 30
 MAX_BITS = 20_000  # numerator and denominator of an exact number; 1000! has 8,530
 BUDGET = 1_200  # units of work to read one answer, of about 4 µs each; the golds of the benchmarks take up to 1,000
 
@@ -34,10 +35,20 @@ mp.dps = 50
 EPSILON = mp.mpf(10) ** -35  # two 50-digit numbers are equal up to this relative difference
 TINY = mp.mpf(10) ** -45
 
-POINTS = 6  # sample points: two positive rationals, three integers, a negative rational
-RATIONAL, INTEGER, NEGATIVE = (0, 1), (2, 3, 4), (5,)
-_FLAGS = ("unevaluated", "rounded", "absolute", "function", "exponential", "real")
-UNEVALUATED, ROUNDED, ABSOLUTE, FUNCTION, EXPONENTIAL, REAL = (frozenset([flag]) for flag in _FLAGS)
+# The sample points: two positive rationals, three integers, a negative rational.
+POINTS = 6
+RATIONAL = (0, 1)
+INTEGER = (2, 3, 4)
+NEGATIVE = (5,)
+
+# The flags of a Scalar, see there.
+UNEVALUATED = frozenset(["unevaluated"])
+ROUNDED = frozenset(["rounded"])
+ABSOLUTE = frozenset(["absolute"])
+FUNCTION = frozenset(["function"])
+EXPONENTIAL = frozenset(["exponential"])
+REAL = frozenset(["real"])
+INFINITE = frozenset(["infinite"])
 
 
 class Unreadable(ValueError):
@@ -49,10 +60,12 @@ class TooComplex(ValueError):
 
 
 class Work:
-    """The units of work left, and more integers at which letters have a value. `with` makes it the current one."""
+    """A budget of work, and more integers at which letters have a value. `with` makes it the current budget."""
 
     def __init__(self, left: float = BUDGET, steps: tuple[int, ...] = ()):
-        self.left, self.steps, self.letters = left, steps, set()  # letters: those read so far
+        self.left = left  # units of work
+        self.steps = steps
+        self.letters = set()  # those read so far
 
     def spend(self, units: int) -> None:
         self.left -= units
@@ -93,9 +106,12 @@ class Scalar:
         """`values`, or the rational number as one mpmath number, from its first 400 bits."""
         if self.values:
             return self.values
+        # Only the first bits: mpmath takes 0.3 ms to strip the zero bits of 2^9999.
         n, d = self.exact.as_integer_ratio()
-        i, k = (max(0, x.bit_length() - 400) for x in (n, d))  # mpmath takes 0.3 ms to strip the zero bits of 2^9999
-        return (mp.ldexp(mp.mpf(n >> i) / (d >> k), i - k),)
+        below_n = max(0, n.bit_length() - 400)
+        below_d = max(0, d.bit_length() - 400)
+        ratio = mp.mpf(n >> below_n) / (d >> below_d)
+        return (mp.ldexp(ratio, below_n - below_d),)
 
 
 def number(value: Fraction | int, flags: frozenset = frozenset()) -> Scalar:
@@ -108,8 +124,9 @@ def letter(name: str, steps: tuple[int, ...] = ()) -> Scalar:
     """A symbol. A hash of the name determines its values, and the order in which it takes those of `steps`."""
     h = hashlib.sha256(name.encode("utf-8", "replace")).digest()
     rational = [mp.mpf(1000 + 256 * h[2 * i] + h[2 * i + 1]) / 7919 for i in range(3)]  # 0.13 … 8.4
+    integers = [mp.mpf(3 + byte % 23) for byte in h[6:9]]
     more = map(mp.mpf, random.Random(h).sample(steps, len(steps)))
-    points = (*rational[:2], *(mp.mpf(3 + b % 23) for b in h[6:9]), -rational[2], *more)
+    points = (*rational[:2], *integers, -rational[2], *more)
     return Scalar(None, points, name, REAL if name[:1] in tuple("rtuvwxyz\\") else frozenset())
 
 
@@ -123,13 +140,17 @@ def _pairs(a: Scalar, b: Scalar) -> list[tuple]:
     """The values of a and b at the sample points that count for them; None where one of the two is undefined."""
     if a.constant and b.constant:
         return [(a.points[0], b.points[0])]
+    flags = a.flags | b.flags
     steps = "rounded" in a.flags & b.flags
     count = max(len(a.points), len(b.points)) if steps else POINTS
-    indices = INTEGER + tuple(range(POINTS, count))
-    indices += () if steps and "real" not in a.flags | b.flags else RATIONAL
-    indices += NEGATIVE if "absolute" in a.flags | b.flags else ()
-    x, y = (s.points * count if s.constant else s.points for s in (a, b))
+    indices = [*INTEGER, *range(POINTS, count)]
+    if not steps or "real" in flags:
+        indices += RATIONAL
+    if "absolute" in flags:
+        indices += NEGATIVE
     WORK.get().spend(len(indices))
+    x = a.points * count if a.constant else a.points
+    y = b.points * count if b.constant else b.points
     return [(x[i], y[i]) for i in indices if x[i] is not None or y[i] is not None]
 
 
@@ -149,26 +170,35 @@ def proportional(a: Scalar, b: Scalar, positive: bool = False, scales: tuple[Sca
     c may have two of the letters `scales` as factors or divisors.
     """
     pairs = _pairs(a, b)
-    if len(pairs) < 2 or any(None in p or (abs(p[0]) < EPSILON) != (abs(p[1]) < EPSILON) for p in pairs):
+    if len(pairs) < 2:
         return False
-    ratios = [x / y for x, y in pairs if abs(y) >= EPSILON]
+    ratios = []
+    for x, y in pairs:
+        if x is None or y is None or (abs(x) < EPSILON) != (abs(y) < EPSILON):
+            return False  # undefined, or only one of the two is zero
+        if abs(y) >= EPSILON:
+            ratios.append(x / y)
     if not ratios or (positive and mp.re(ratios[0]) < 0):
         return False
     if all(close(r, ratios[0]) for r in ratios):
         return True
+    # The ratios vary like a product of two letters or their inverses: a sum of two rows of logarithms.
     order = INTEGER + RATIONAL  # of _pairs
     if not 0 < len(scales) < 8 or len(ratios) != len(order):
         return False
     WORK.get().spend(20 * len(scales))
     logs = [[float(mp.log(s.points[i] / s.points[order[0]])) for i in order] for s in scales]
-    logs += [[-x for x in row] for row in logs] + [[0.0] * len(order)]
+    inverses = [[-x for x in row] for row in logs]
+    rows = [*logs, *inverses, [0.0] * len(order)]
     targets = [complex(mp.log(r / ratios[0])) for r in ratios]  # complex where a ratio has another sign
-    pairs = itertools.combinations_with_replacement(logs, 2)
-    return any(all(abs(x + y - t) < 1e-12 for x, y, t in zip(*pair, targets, strict=True)) for pair in pairs)
+    for first, second in itertools.combinations_with_replacement(rows, 2):
+        if all(abs(x + y - t) < 1e-12 for x, y, t in zip(first, second, targets, strict=True)):
+            return True
+    return False
 
 
 CONSTANTS = {"pi": Scalar(None, (+mp.pi,)), "e": Scalar(None, (+mp.e,)), "i": Scalar(None, (mp.mpc(0, 1),))}
-CONSTANTS["infty"] = replace(letter("\\infty"), name="", flags=frozenset(["infinite"]))  # equal to itself only
+CONSTANTS["infty"] = replace(letter("\\infty"), name="", flags=INFINITE)  # equal to itself only
 _NAMES = "sin cos tan cot sec csc asin acos atan sinh cosh tanh log exp"
 FUNCTIONS = {name: getattr(mp, name) for name in _NAMES.split()}
 FUNCTIONS |= {"arcsin": mp.asin, "arccos": mp.acos, "arctan": mp.atan, "ln": mp.log, "lg": mp.log10}
@@ -198,42 +228,57 @@ _LONG_WORD = re.compile(r"(?=[A-Z]*[a-z])[A-Za-z]{4}")
 
 def tokenize(text: str) -> list[tuple[str, str]]:
     """[(kind, text)], where kind is number, symbol, command or the sign itself. Raises Unreadable or TooComplex."""
-    tokens, i, text = [], 0, text.rstrip()
+    tokens = []
+    i = 0
+    text = text.rstrip()
     while i < len(text):
         match = _TOKEN.match(text, i)
         if not match:
             raise Unreadable(f"unknown: {text[i : i + 10]!r}")
         if len(tokens) == MAX_TOKENS:
             raise TooComplex("too many tokens")
-        kind, value, i = match.lastgroup, match[match.lastgroup], match.end()
+        kind = match.lastgroup
+        value = match[kind]
+        i = match.end()
         if kind == "word":
-            kind, value = "command", "infty" if value in ("inf", "infinity") else value
+            kind = "command"
+            if value in ("inf", "infinity"):
+                value = "infty"
         elif kind == "symbol":
             if _LONG_WORD.match(text, match.start(kind)):
                 raise Unreadable("a word")
             value = re.sub(r"\\text|[{} ]", "", value)
             value = value.replace("'", "") + "'" * value.count("'")
-            argument = _ARGUMENT.match(text, i)  # f(x) and I(0) are symbols; x(x+1), n(n) and a(2) are products
-            if (
-                argument
-                and (argument["number"] in (None, "0") or value in "fghFGHIPVQuvy")
-                and argument["letter"] != value
-            ):
-                shown = "" if value[-1] == "'" and argument["letter"] else argument[0].replace(" ", "")  # x'(t) is x'
-                value, i = value + ("_0" if shown == "(0)" else shown), argument.end()  # I(0) is I_0
+            argument = _ARGUMENT.match(text, i)
+            if argument and _names_function(value, argument):
+                i = argument.end()
+                shown = argument[0].replace(" ", "")
+                if shown == "(0)":
+                    value += "_0"  # I(0) is I_0
+                elif value[-1] != "'" or not argument["letter"]:  # x'(t) is x'
+                    value += shown
         elif kind == "sign" or value in ("rfloor", "rceil"):
             kind = value
         tokens.append((kind, value))
     return tokens
 
 
+def _names_function(name: str, argument: re.Match) -> bool:
+    """Whether a symbol and its argument are one symbol: f(x) and I(0) are; x(x+1), n(n) and a(2) are products."""
+    is_call = argument["number"] in (None, "0") or name in "fghFGHIPVQuvy"
+    return is_call and argument["letter"] != name
+
+
 class Parser:
     """Reads one expression. Every method named after a part of the grammar reads that part and returns its value."""
 
-    def __init__(self, text: str = ""):
-        self.tokens, self.i, self.depth = [*tokenize(text), ("end", "")], 0, 0
+    def __init__(self, text: str):
+        self.tokens = [*tokenize(text), ("end", "")]
+        self.i = 0
+        self.depth = 0
         self.work = WORK.get()
-        self.in_bars = self.in_angle = False  # inside |…|, inside the argument of a trigonometric function
+        self.in_bars = False  # inside |…|
+        self.in_angle = False  # inside the argument of a trigonometric function
 
     @property
     def kind(self) -> str:
@@ -251,21 +296,21 @@ class Parser:
         value = self.product() if self.accept("+") else self.signed(self.product)
         while self.kind in ("+", "-"):
             operation = operator.add if self.next()[0] == "+" else operator.sub
-            value = self.apply(operation, value, self.signed(self.product), flags=UNEVALUATED)
+            value = apply(operation, value, self.signed(self.product), flags=UNEVALUATED)
         return value
 
     def signed(self, part) -> Scalar:
         """A part that may have its own minus sign, as in 3*-2, 2^-1 and 1--2."""
-        return self.apply(operator.neg, part()) if self.accept("-") else part()
+        return apply(operator.neg, part()) if self.accept("-") else part()
 
     def product(self) -> Scalar:
         value = self.power()
         while True:
             if self.kind in ("/", "÷"):
                 flags = UNEVALUATED if self.next()[0] == "÷" else frozenset()
-                value = self.apply(operator.truediv, value, self.signed(self.power), flags=flags)
+                value = apply(operator.truediv, value, self.signed(self.power), flags=flags)
             elif self.accept("*") or self.starts_factor():
-                value = self.times(value, self.signed(self.power))
+                value = times(value, self.signed(self.power))
             else:
                 return value
 
@@ -274,28 +319,21 @@ class Parser:
             return self.tokens[self.i - 1][0] in (")", "]", "symbol")
         return self.kind in ("symbol", "(", "[", "{", "command") or (self.kind == "|" and not self.in_bars)
 
-    def times(self, a: Scalar, b: Scalar) -> Scalar:
-        if a.exact is not None and b.exact is not None:
-            low, high = sorted((abs(b.exact.numerator), b.exact.denominator))
-            if low == 1 < high == 10 ** round(math.log10(high)):  # 4.5 * 10^{33} is evaluated
-                return self.apply(operator.mul, a, b)
-        return self.apply(operator.mul, a, b, flags=UNEVALUATED)
-
     def power(self) -> Scalar:
         value = self.primary()
         while True:
             if self.accept("!"):
-                value = self.of_naturals(math.factorial, _factorial, 2100, value)
+                value = of_naturals(math.factorial, _factorial, 2100, value)
             elif self.accept("°"):
-                value = self.apply(mp.radians, value) if self.in_angle else value
+                value = apply(mp.radians, value) if self.in_angle else value
             elif self.accept("^"):
-                value = self.raised(value, self.argument(self.exponent))
+                value = raised(value, self.argument(self.exponent))
             else:
                 return value
 
     def exponent(self) -> Scalar:  # 2^3^2 is 2^9
         value = self.signed(self.primary)
-        return self.raised(value, self.argument(self.exponent)) if self.accept("^") else value
+        return raised(value, self.argument(self.exponent)) if self.accept("^") else value
 
     def argument(self, unbraced) -> Scalar:
         """A braced group, or the part that the method `unbraced` reads."""
@@ -303,8 +341,10 @@ class Parser:
 
     def closed(self, closing: str, in_bars: bool = False) -> Scalar:
         """A sum and the closing bracket, bar or end of text after it."""
-        before, self.in_bars = self.in_bars, in_bars
-        value, self.in_bars = self.sum(), before
+        before = self.in_bars
+        self.in_bars = in_bars
+        value = self.sum()
+        self.in_bars = before
         if not self.accept(closing):
             raise Unreadable(f"{closing} expected")
         return value
@@ -326,7 +366,7 @@ class Parser:
             exponent = text.lower().partition("e")[2]
             if len(exponent) > 5 or abs(int(exponent or 0)) > 5000:
                 raise TooComplex("too many digits")
-            value = self.rational(Fraction(text), frozenset())
+            value = rational(Fraction(text), frozenset())
         elif kind == "symbol":
             value = CONSTANTS[text] if text in ("e", "i") else letter(text, self.work.steps)
             self.work.letters.add(text)
@@ -334,19 +374,19 @@ class Parser:
             value = self.closed(CLOSING[kind])
         elif kind == "|":
             value = self.closed("|", in_bars=True)
-            value = self.apply(abs, value, flags=UNEVALUATED | FUNCTION if value.constant else ABSOLUTE)
+            value = apply(abs, value, flags=UNEVALUATED | FUNCTION if value.constant else ABSOLUTE)
         elif text in ("pi", "infty"):
             value = CONSTANTS[text]
         elif text == "frac":
-            value = self.apply(operator.truediv, self.argument(self.digit), self.argument(self.digit))
+            value = apply(operator.truediv, self.argument(self.digit), self.argument(self.digit))
         elif text == "binom":
-            value = self.of_naturals(math.comb, _binomial, 5000, self.argument(self.digit), self.argument(self.digit))
+            value = of_naturals(math.comb, _binomial, 5000, self.argument(self.digit), self.argument(self.digit))
         elif text == "sqrt":
             degree = self.closed("]") if self.accept("[") else number(2)
-            value = self.root(self.argument(self.primary), degree)
+            value = root(self.argument(self.primary), degree)
         elif text in ROUND:
             value = self.closed("r" + text[1:], self.in_bars)
-            value = self.apply(ROUND[text], value, flags=UNEVALUATED if value.constant else ROUNDED)
+            value = apply(ROUND[text], value, flags=UNEVALUATED if value.constant else ROUNDED)
         elif text in FUNCTIONS:
             value = self.call(text)
         else:
@@ -358,78 +398,103 @@ class Parser:
 
     def call(self, name: str) -> Scalar:
         r"""\sin^2 x, \log_2 8, \cos 2\pi t, \ln(x). An argument without brackets ends at the next sign or function."""
-        power, f = None, FUNCTIONS[name]
+        f = FUNCTIONS[name]
         base = self.argument(self.primary) if name == "log" and self.accept("_") else None
-        if self.accept("^"):
-            power = self.argument(self.exponent)
-            if power.exact == -1 and name in TRIGONOMETRIC:
-                power, f = None, FUNCTIONS.get("arc" + name)
-                if f is None:
-                    raise Unreadable(f"\\{name}^{{-1}}")
-        before, self.in_angle = self.in_angle, self.in_angle or name in TRIGONOMETRIC
+        power = self.argument(self.exponent) if self.accept("^") else None
+        if power and power.exact == -1 and name in TRIGONOMETRIC:  # the inverse function
+            power = None
+            f = FUNCTIONS.get("arc" + name)
+            if f is None:
+                raise Unreadable(f"\\{name}^{{-1}}")
+        before = self.in_angle
+        self.in_angle = before or name in TRIGONOMETRIC
         bracketed = self.kind in ("(", "[", "{", "|")
         value = self.primary() if bracketed else self.power()
         while not bracketed and (self.kind == "symbol" or self.tokens[self.i][1] in ("pi", "frac", "sqrt")):
-            value = self.times(value, self.power())
+            value = times(value, self.power())
         self.in_angle = before
-        value = self.apply(f, value, flags=EXPONENTIAL if name == "exp" else FUNCTION)
+        value = apply(f, value, flags=EXPONENTIAL if name == "exp" else FUNCTION)
         if base:
-            value = self.apply(operator.truediv, value, self.apply(mp.log, base))
-        return self.raised(value, power) if power else value
+            value = apply(operator.truediv, value, apply(mp.log, base))
+        return raised(value, power) if power else value
 
-    def apply(self, f, *args: Scalar, flags: frozenset = frozenset()) -> Scalar:
-        """f of scalars, with `flags` and the arguments' flags; exact on rationals. Raises Unreadable or TooComplex."""
-        flags = flags.union(*(a.flags for a in args))
-        if "infinite" in flags and f is not operator.neg:
-            raise Unreadable("arithmetic with infinity")
-        if f in _RATIONAL_OPERATIONS and all(a.exact is not None for a in args):
-            return self.rational(f(*(a.exact for a in args)), flags)
-        count = max(len(a.points) for a in args)
-        weight = _WEIGHTS.get(f, _OTHER_WEIGHT)
-        self.work.spend(2 + count * weight)
-        columns = zip(*(a.points * count if a.constant else a.points for a in args), strict=True)
-        points = tuple(_at_point(f, column, weight >= _OTHER_WEIGHT) for column in columns)
-        self.work.spend(sum(2 * weight for p in points if isinstance(p, mp.mpc)))
-        if all(p is None for p in points):
-            raise Unreadable("undefined")
-        return Scalar(None, points, flags=flags)
 
-    def rational(self, value: Fraction, flags: frozenset) -> Scalar:
-        bits, below = value.numerator.bit_length(), value.denominator.bit_length()
-        if bits + below > MAX_BITS:
+def times(a: Scalar, b: Scalar) -> Scalar:
+    """a·b, which is "unevaluated" unless one factor is a power of ten, as in 4.5 * 10^{33}."""
+    if a.exact is not None and b.exact is not None:
+        low, high = sorted((abs(b.exact.numerator), b.exact.denominator))
+        if low == 1 < high == 10 ** round(math.log10(high)):
+            return apply(operator.mul, a, b)
+    return apply(operator.mul, a, b, flags=UNEVALUATED)
+
+
+def apply(f, *args: Scalar, flags: frozenset = frozenset()) -> Scalar:
+    """f of scalars, with `flags` and the arguments' flags; exact on rationals. Raises Unreadable or TooComplex."""
+    flags = flags.union(*(a.flags for a in args))
+    if "infinite" in flags and f is not operator.neg:
+        raise Unreadable("arithmetic with infinity")
+    work = WORK.get()
+    if f in _RATIONAL_OPERATIONS and all(a.exact is not None for a in args):
+        return rational(f(*(a.exact for a in args)), flags)
+    count = max(len(a.points) for a in args)
+    weight = _WEIGHTS.get(f, _OTHER_WEIGHT)
+    work.spend(2 + count * weight)
+    columns = zip(*(a.points * count if a.constant else a.points for a in args), strict=True)
+    points = tuple(_at_point(f, column, weight >= _OTHER_WEIGHT) for column in columns)
+    work.spend(sum(2 * weight for p in points if isinstance(p, mp.mpc)))
+    if all(p is None for p in points):
+        raise Unreadable("undefined")
+    return Scalar(None, points, flags=flags)
+
+
+def rational(value: Fraction, flags: frozenset) -> Scalar:
+    """A rational constant with its flags. Raises TooComplex if it has more than MAX_BITS."""
+    bits = value.numerator.bit_length()
+    below = value.denominator.bit_length()
+    if bits + below > MAX_BITS:
+        raise TooComplex("too many digits")
+    WORK.get().spend(2 + bits // 2000 + bits * below // 10**6)  # the greatest common divisor
+    return number(value, flags)
+
+
+def raised(a: Scalar, b: Scalar) -> Scalar:
+    """a^b. Raises Unreadable or TooComplex."""
+    if a.exact is not None and b.exact is not None and b.exact.denominator == 1:
+        bits = max(a.exact.numerator.bit_length(), a.exact.denominator.bit_length())
+        if abs(b.exact) * bits > MAX_BITS:
             raise TooComplex("too many digits")
-        self.work.spend(2 + bits // 2000 + bits * below // 10**6)  # the greatest common divisor
-        return number(value, flags)
+        return rational(a.exact**b.exact, a.flags | b.flags)
+    flags = UNEVALUATED
+    if a == CONSTANTS["e"] or not b.constant:
+        flags |= EXPONENTIAL
+    if b.constant and abs(mp.im(b.points[0])) > 2.001 * mp.pi:
+        flags |= FUNCTION  # e^{11πi/2} is not worked out
+    return apply(_power, a, b, flags=flags)
 
-    def raised(self, a: Scalar, b: Scalar) -> Scalar:
-        if a.exact is not None and b.exact is not None and b.exact.denominator == 1:
-            if abs(b.exact) * max(a.exact.numerator.bit_length(), a.exact.denominator.bit_length()) > MAX_BITS:
-                raise TooComplex("too many digits")
-            return self.rational(a.exact**b.exact, a.flags | b.flags)
-        flags = UNEVALUATED | (EXPONENTIAL if a == CONSTANTS["e"] or not b.constant else frozenset())
-        turns = b.constant and abs(mp.im(b.points[0])) > 2.001 * mp.pi  # e^{11πi/2} is not worked out
-        return self.apply(_power, a, b, flags=flags | FUNCTION if turns else flags)
 
-    def root(self, a: Scalar, degree: Scalar) -> Scalar:
-        """The root of a; an odd root of a negative rational is the real one, so ∛-8 is -2."""
-        if degree.exact == 2:
-            return self.apply(mp.sqrt, a)
-        inverse = self.apply(operator.truediv, number(1), degree)
-        if a.exact is None or a.exact >= 0 or degree.exact is None or degree.exact % 2 != 1:
-            return self.raised(a, inverse)
-        return self.apply(operator.neg, self.raised(self.apply(abs, a), inverse))
+def root(a: Scalar, degree: Scalar) -> Scalar:
+    """The root of a; an odd root of a negative rational is the real one, so ∛-8 is -2."""
+    if degree.exact == 2:
+        return apply(mp.sqrt, a)
+    inverse = apply(operator.truediv, number(1), degree)
+    if a.exact is None or a.exact >= 0 or degree.exact is None or degree.exact % 2 != 1:
+        return raised(a, inverse)
+    return apply(operator.neg, raised(apply(abs, a), inverse))
 
-    def of_naturals(self, exact, approximate, limit: int, *args: Scalar) -> Scalar:
-        """n! or a binomial coefficient: exact for natural numbers up to a limit, else at every sample point."""
-        if any(a.exact is None for a in args):
-            return self.apply(approximate, *args, flags=UNEVALUATED)
-        if any(a.exact.denominator != 1 or a.exact < 0 for a in args):
-            raise Unreadable("not a natural number")
-        if args[0].exact > limit:
-            raise TooComplex("too many digits")
-        self.work.spend(int(args[0].exact) // 10 if exact is math.comb else 0)
-        flags = UNEVALUATED.union(*(a.flags for a in args))
-        return self.rational(Fraction(exact(*(int(a.exact) for a in args))), flags)
+
+def of_naturals(exact, approximate, limit: int, *args: Scalar) -> Scalar:
+    """n! or a binomial coefficient: exact for natural numbers up to a limit, else at every sample point."""
+    if any(a.exact is None for a in args):
+        return apply(approximate, *args, flags=UNEVALUATED)
+    if any(a.exact.denominator != 1 or a.exact < 0 for a in args):
+        raise Unreadable("not a natural number")
+    if args[0].exact > limit:
+        raise TooComplex("too many digits")
+    naturals = [int(a.exact) for a in args]
+    if exact is math.comb:
+        WORK.get().spend(naturals[0] // 10)
+    flags = UNEVALUATED.union(*(a.flags for a in args))
+    return rational(Fraction(exact(*naturals)), flags)
 
 
 def _at_point(f, arguments: tuple, costly: bool):
@@ -440,9 +505,13 @@ def _at_point(f, arguments: tuple, costly: bool):
         value = f(*arguments)
     except (ZeroDivisionError, ValueError, OverflowError, TypeError):  # TypeError: None, or an order of complex numbers
         return None
+    # Each part must have an ordinary size: log(1 + 10^{-10^8} i) would take long. ∞ has no digits, and an exponent.
     parts = (value._mpf_,) if isinstance(value, mp.mpf) else value._mpc_
-    # each must have an ordinary size: log(1 + 10^{-10^8} i) would take long; ∞ has no digits, and an exponent
-    return value if all(abs(e + bits) < MAX_BITS if digits else not e for _, digits, e, bits in parts) else None
+    for _, digits, exponent, bits in parts:
+        ordinary = abs(exponent + bits) < MAX_BITS if digits else not exponent
+        if not ordinary:
+            return None
+    return value
 
 
 def _power(x, y):
@@ -464,11 +533,6 @@ def _binomial(n, k):
 
 
 _WEIGHTS |= {_factorial: 15, _binomial: 40}
-
-
-def apply(f, *args: Scalar) -> Scalar:
-    """f of parsed values, within the current budget. Raises Unreadable or TooComplex."""
-    return Parser().apply(f, *args)
 
 
 def parse(text: str) -> Scalar:

@@ -22,57 +22,90 @@ _SIGNS = str.maketrans(_SIGNS)
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
 _WIDE = re.compile("[\uff01-\uff5e\U0001d400-\U0001d7ff½¼¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞\u3000\xa0\u2000-\u200a]")  # full-width, bold, …
 
-_COMMANDS = {command: sign for commands, sign in (  # TeX command -> its normal spelling, "" for an appearance
-    ("boxed fbox left right displaystyle textstyle limits underline mathbf boldsymbol bm mathit mathcal bf it rm", ""),
-    ("big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr", ""), ("quad qquad", " "),
-    ("dfrac tfrac cfrac", r"\frac"), ("dbinom tbinom", r"\binom"), ("circ degree degrees", "°"), ("prime", "'"),
-    ("leqslant leq le", "≤"), ("geqslant geq ge", "≥"), ("lt", "<"), ("gt", ">"), ("neq ne", "≠"), ("in", "∈"),
-    ("approx simeq", "≈"), ("cup", "∪"), ("pm", "±"), ("mp", "∓"), ("times cdot ast", "*"), ("div", "÷"),
-    ("vert lvert rvert mid", "|"), ("AA", " angstrom "), ("dots cdots dotsc", r"\ldots "), ("backslash", r"\setminus "),
-    ("langle", "("), ("rangle", ")"), ("lbrace", r"\{"), ("rbrace", r"\}"),
-    ("colon", ":"), ("emptyset varnothing", r"\{\}"), ("R", r"(-\infty ,\infty )"), ("varepsilon", r"\epsilon "),
-    ("varphi", r"\phi "), ("vartheta", r"\theta "), ("varrho", r"\rho "), ("varsigma", r"\sigma "),
-    ("textbf textrm textit textnormal textsf texttt mbox operatorname emph mathrm mathsf mathtt mathnormal", r"\text"),
-) for command in commands.split()}  # fmt: skip
+# Commands of the same spelling, and that spelling; "" for an appearance.
+_COMMANDS_BY_SPELLING = {
+    "": "boxed fbox left right displaystyle textstyle limits underline mathbf boldsymbol bm mathit mathcal bf it rm "
+        "big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr",
+    " ": "quad qquad",
+    r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", "°": "circ degree degrees", "'": "prime",
+    "≤": "leqslant leq le", "≥": "geqslant geq ge", "<": "lt", ">": "gt", "≠": "neq ne", "≈": "approx simeq", "∈": "in",
+    "∪": "cup", "±": "pm", "∓": "mp", "*": "times cdot ast", "÷": "div", "|": "vert lvert rvert mid", ":": "colon",
+    "(": "langle", ")": "rangle", r"\{": "lbrace", r"\}": "rbrace", r"\{\}": "emptyset varnothing",
+    " angstrom ": "AA", r"\ldots ": "dots cdots dotsc", r"\setminus ": "backslash", r"(-\infty ,\infty )": "R",
+    r"\epsilon ": "varepsilon", r"\phi ": "varphi", r"\theta ": "vartheta", r"\rho ": "varrho", r"\sigma ": "varsigma",
+    r"\text": "textbf textrm textit textnormal textsf texttt mbox operatorname emph mathrm mathsf mathtt mathnormal",
+}  # fmt: skip
+_COMMANDS = {command: spelling for spelling, names in _COMMANDS_BY_SPELLING.items() for command in names.split()}
 _COMMAND = re.compile(rf"\\({'|'.join(sorted(_COMMANDS, key=len, reverse=True))})(?![A-Za-z])")
 SYMBOL = r"(?:[A-Za-z]|\\[a-z]+)(?: *_ *(?:\{[^{}]*\}|[A-Za-z0-9]))?"
 _OF_SYMBOL = rf" *(?:\{{ *({SYMBOL}) *\}}|({SYMBOL}))"
-_TH, _SQUARE = r"(?:st|nd|rd|th)", r" *\^ *\{? *2 *\}?"
-_REWRITES = [(re.compile(pattern), new) for pattern, new in (
+_TH = r"(?:st|nd|rd|th)"
+_SQUARE = r" *\^ *\{? *2 *\}?"
+
+
+def _compiled(*rewrites: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
+    return [(re.compile(pattern), new) for pattern, new in rewrites]
+
+
+# Before single commands are replaced: delimiters and spacing.
+_REWRITES = _compiled(
     (r"(?s)^\s*\$?(\*\*|__|\*|`)([^*`]*[^*`\\])\1\$?\s*$", r"\2"),  # Markdown
     (r"\\(?:mathbf|boldsymbol|bm|mathcal|mathit) *\{ *([A-Za-z]) *\}", r"\1 "),
     (r"\\(?:text)?color *\{[^{}]*\}|\bm *(?=\\angle)", ""),
     (r"\\phantom *(?:\{[^{}]*\}|[^{}\\ ])|\\hspace\{[^{}]*\}|np\.|(?<=\\\\)\[[-0-9. a-z]*\]", ""),  # \\[4pt] ends a row
     (r"(?<=[0-9])(?:,\\! ?|\{,\})(?=[0-9]{3})|(?<!\\)\\!", ""),  # 10,\!080 and 10{,}080
     (r"(?<!\\)(?:\\[()\[\]]|\$)", ""),  # \( \) \[ \] and $ delimit
-    (r"(?<!\\)((?:\\\\)*)\\[,;:> \n]", r"\1 "), (r"~|[\s\u200b]+", " "), (r"\\%", "%"), (r"\*\*", "^"),
+    (r"(?<!\\)((?:\\\\)*)\\[,;:> \n]", r"\1 "),
+    (r"~|[\s\u200b]+", " "),
+    (r"\\%", "%"),
+    (r"\*\*", "^"),
     (r"\\mathbb *(?:\{ *R *\}|R)", r"\\R "),
-)]  # fmt: skip
-_REWRITES_AFTER = [(re.compile(pattern), new) for pattern, new in (
+)
+# After that: constructs of several commands.
+_EXPONENT_IN_TEXT = (r"(\\text *\{[^{}]*)\^ *\{ *(-?[0-9]) *\}", r"\1^\2")  # \text{m s^{-2}}
+_REWRITES_AFTER = _compiled(
+    # text that is no word, exponents inside text, and text that is the whole answer
     (r"\\text\*? *\{(?! *[A-Za-z] *\})((?:[^{}A-Za-z]|\b(?:and|or|[A-Z])\b)*)\}", r" \1 "),  # \text{ and }, \text{(C)}
-    *[(r"(\\text *\{[^{}]*)\^ *\{ *(-?[0-9]) *\}", r"\1^\2")] * 3, (r"^ *\\text *\{([^{}]*[0-9][^{}]*)\} *$", r"\1"),
-    (rf"(?<=[0-9])(?: *\^)? *\{{ *(?:\\text *\{{ *{_TH} *\}}|{_TH}) *\}}", ""),  # 12^{th}, 12th, 12\text{th grade}
-    (rf"(?<=[0-9])(?: *\^)?( *\\text *\{{) *{_TH}\b", r"\1"), (rf"(?<=[0-9]){_TH}(?= *$| *\\text| +[a-z]{{3}})", ""),
+    _EXPONENT_IN_TEXT,
+    _EXPONENT_IN_TEXT,
+    _EXPONENT_IN_TEXT,
+    (r"^ *\\text *\{([^{}]*[0-9][^{}]*)\} *$", r"\1"),
+    # ordinals: 12^{th}, 12th, 12\text{th grade}
+    (rf"(?<=[0-9])(?: *\^)? *\{{ *(?:\\text *\{{ *{_TH} *\}}|{_TH}) *\}}", ""),
+    (rf"(?<=[0-9])(?: *\^)?( *\\text *\{{) *{_TH}\b", r"\1"),
+    (rf"(?<=[0-9]){_TH}(?= *$| *\\text| +[a-z]{{3}})", ""),
+    # units
     (r"\\frac *\{ *(\\text *\{[^{}]*\}) *\} *\{ *(\\text *\{[^{}]*\}(?: *\^ *[0-9])?) *\}", r"\1 / \2"),
-    (r"\\mu *\\text *\{", r"\\text{μ"), (rf"\\dot{_OF_SYMBOL}", r"\1\2'"), (rf"\\ddot{_OF_SYMBOL}", r"\1\2''"),
-    (rf"\\frac *\{{ *d *({SYMBOL}) *\}} *\{{ *d *{SYMBOL} *\}}", r"\1' "),  # dy/dt, also of the second order
+    (r"\\mu *\\text *\{", r"\\text{μ"),
+    # derivatives: \dot{x}, dy/dt, also of the second order
+    (rf"\\dot{_OF_SYMBOL}", r"\1\2'"),
+    (rf"\\ddot{_OF_SYMBOL}", r"\1\2''"),
+    (rf"\\frac *\{{ *d *({SYMBOL}) *\}} *\{{ *d *{SYMBOL} *\}}", r"\1' "),
     (rf"\\frac *\{{ *d{_SQUARE} *({SYMBOL}) *\}} *\{{ *d *{SYMBOL}{_SQUARE} *\}}", r"\1'' "),
     (r"([A-Za-z]) *(\^ *(?:\{[^{}]*\}|[0-9a-z])) *(_ *(?:\{[^{}]*\}|[0-9A-Za-z]))", r"\1\3\2"),  # v^2_0
+    # names in text: functions, points, numerals with a base, constants
     (r"\\text\*? *\{ *(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp) *\}", r"\\\1 "),
     (r"(?<![0-9])(?<![0-9] )\\text *\{ *([A-Z]{2,}) *\}", r"\1 "),
-    (r"\\text *\{ *([0-9A-F]+) *\}(?= *_)", r"\1"), (r"_ *\{ *\\text *\{([^{}]*)\} *\}", r"_{\1}"),
+    (r"\\text *\{ *([0-9A-F]+) *\}(?= *_)", r"\1"),
+    (r"_ *\{ *\\text *\{([^{}]*)\} *\}", r"_{\1}"),
     (r"\\text *\{ *\(? *base[ -]*(\w+) *\)? *\}", r"_{\1}"),
-    (r"\\text *\{ *([ie]) *\}", r"\1 "), (r"\^ *\{ *(°|'+) *\}|\^ *(°|')", r"\1\2"),
+    (r"\\text *\{ *([ie]) *\}", r"\1 "),
+    # signs
+    (r"\^ *\{ *(°|'+) *\}|\^ *(°|')", r"\1\2"),
     (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
     (r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
-    (r"<=", "≤"), (r">=", "≥"), (r"(?<= )!=", "≠"), (r"\+/?-(?=[ 0-9.\\(])", "±"), (r"(?<![\\A-Za-z])\{ *\}", ""),
-)]  # fmt: skip
+    (r"<=", "≤"),
+    (r">=", "≥"),
+    (r"(?<= )!=", "≠"),
+    (r"\+/?-(?=[ 0-9.\\(])", "±"),
+    (r"(?<![\\A-Za-z])\{ *\}", ""),
+)
 _DIGITS_IN_THREES = r"(?:(?:,[0-9]{3})+(?![0-9]|,[0-9])|(?: [0-9]{3})+(?! ?[0-9]))"
 _THOUSANDS = re.compile(r"(?<![0-9.,])(?<![0-9.,] )[0-9]{1,3}" + _DIGITS_IN_THREES)
 _REPEATING = re.compile(r"(?<![0-9])([0-9]*)\.([0-9]*) *\\overline *\{ *([0-9]{1,50}) *\}")
 _FRACTION = r"(?:\\frac *(?:\{ *([0-9]+) *\}|([0-9])) *(?:\{ *([0-9]+) *\}|([0-9]))| ([0-9]+)/([0-9]+))"
 _MIXED = re.compile(r"\\[A-Za-z]+ *[0-9]*|(?<![0-9.^_])([0-9]{1,50}) *" + _FRACTION)  # \sqrt2\frac12 is a product
-UNITS = {word: unit for unit, words in {  # spelling -> unit
+_SPELLINGS = {  # of a unit, besides itself
     "$": "dollar dollars usd", "cent": "cents ¢", "€": "euro euros", "£": "", "%": "percent", "rad": "radian radians",
     "°": "degree degrees deg", "°C": "celsius", "°F": "fahrenheit", "unit": "units", "angstrom": "angstroms",
     "mm": "millimeter millimeters", "cm": "centimeter centimeters", "m": "meter meters metre metres",
@@ -82,16 +115,22 @@ UNITS = {word: unit for unit, words in {  # spelling -> unit
     "week": "weeks", "month": "months", "year": "years yr yrs", "L": "l liter liters", "mL": "ml milliliters",
     "N": "newton newtons", "J": "joule joules", "K": "kelvin", "Hz": "hz hertz", "V": "volt volts", "W": "watt watts",
     "Pa": "pascal pascals", "mol": "mole moles", "pc": "parsec parsecs", "arcsec": "arcseconds", "mi/h": "mph",
-}.items() for word in (unit, *words.split())}  # fmt: skip
+}  # fmt: skip
+UNITS = {word: unit for unit, words in _SPELLINGS.items() for word in (unit, *words.split())}  # spelling -> unit
 NAMES = "|".join(word for word in UNITS if len(word) > 1 and word not in ("Pa", "pc", "°C", "°F"))  # also without \text
 POWER = r"(?: ?\^ ?(?:\{ ?-?[0-9] ?\}|-?[0-9]))?"
 SI = r"(?:[kMGTdcmnpfμ]?(?:eV|mol|Hz|Pa|cal|pc|bar|ohm|[msgAKNJWCVFTHLlB]))"  # with a prefix
-_UNIT_REWRITES = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\mu *", "μ"), (r"\\Omega", "ohm"), (r"\\text|\\(?=\$)|[{}()~*]|\bU\.?S\.?(?= )", " "), (r"\bper\b", "/"),
-    (r"(?i)(?:°|\bdegrees?) *(c|f)(?:elsius|ahrenheit)?\b", r"°\1"), (r"\bmph\b", "mi/h"),
+_UNIT_REWRITES = _compiled(
+    (r"\\mu *", "μ"),
+    (r"\\Omega", "ohm"),
+    (r"\\text|\\(?=\$)|[{}()~*]|\bU\.?S\.?(?= )", " "),
+    (r"\bper\b", "/"),
+    (r"(?i)(?:°|\bdegrees?) *(c|f)(?:elsius|ahrenheit)?\b", r"°\1"),
+    (r"\bmph\b", "mi/h"),
     (r"(?i)\bsq(?:uare|\.)? +([a-z]+)|\b([a-z]+) squared", r"\1\2^2"),
-    (r"(?i)\bcu(?:bic|\.)? +([a-z]+)|\b([a-z]+) cubed", r"\1\2^3"), (" +", " "),
-)]  # fmt: skip
+    (r"(?i)\bcu(?:bic|\.)? +([a-z]+)|\b([a-z]+) cubed", r"\1\2^3"),
+    (" +", " "),
+)
 SPELLED = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
 CHANGES = re.compile(  # words that change the value of the number before them
     rf"\b(?:{'|'.join(SPELLED)}|\w+teen|\w+ty|not|no|or|and|mod|modulo|to|if|when|where|for|with|is|isn|are|but|than|"
@@ -152,12 +191,17 @@ def canonical_unit(text: str) -> str:
     """The name of a unit: "cm^2" for "square cm" and "centimeters^{2}", "?apple" for the unknown word "apples"."""
     for pattern, new in _UNIT_REWRITES:
         text = pattern.sub(new, text)
-    powers, sign = {}, 1
+    powers = {}
+    sign = 1
     for word, power, slash in re.findall(r"([^\W\d_]+|[°%$€£¢][CFcf]?)(?: ?\^ ?(-?[0-9]))?|(/)", text):
         if slash:
             sign = -1
             continue
-        unit = UNITS.get(word) or (word if re.fullmatch(SI, word) else UNITS.get(word.lower() if word[1:] else ""))
+        unit = UNITS.get(word)
+        if not unit and re.fullmatch(SI, word):
+            unit = word
+        if not unit and len(word) > 1:
+            unit = UNITS.get(word.lower())
         if not unit:
             return "?" + text.strip().lower().rstrip("s.")
         powers[unit] = powers.get(unit, 0) + sign * int(power or 1)

@@ -35,28 +35,47 @@ def readings(answer: str, gold: str, definite: bool) -> Iterator[str]:
     """Other readings of a normalised answer. definite: whether a condition or another name would change the gold."""
     if len(answer) > MAX_LENGTH:
         return
-    if (match := _LEFT.match(answer)) and not ("=" in match[0] and "=" in gold):
-        yield answer[match.end() :]
+    left = _LEFT.match(answer)
+    if left and not ("=" in left[0] and "=" in gold):
+        yield answer[left.end() :]
     if definite:
-        if match := _BARE.fullmatch(answer):
-            yield rf"{match[1]} \text{{{re.sub('[{}]', '', match[2])}}}"
+        bare = _BARE.fullmatch(answer)
+        if bare:
+            unit = re.sub("[{}]", "", bare[2])
+            yield rf"{bare[1]} \text{{{unit}}}"
         return
-    if match := _CONDITION.fullmatch(re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", answer).strip()):
-        yield (answer := match["answer"])
-    integers = {match["integer"]} - {None} if match else set()
-    a, g = _DEFINED.match(answer), _DEFINED.match(gold)
-    mine, theirs = letters(answer), letters(gold)
-    if a and g and a[1] == g[1] and g[2] not in mine:  # f(t) = t^2 for f(x) = x^2
+    integers = set()  # the letters of which the answer says that they are integers
+    conditioned = _CONDITION.fullmatch(re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", answer).strip())
+    if conditioned:
+        answer = conditioned["answer"]
+        yield answer
+        if conditioned["integer"]:
+            integers.add(conditioned["integer"])
+    in_answer = letters(answer)
+    in_gold = letters(gold)
+    a = _DEFINED.match(answer)
+    g = _DEFINED.match(gold)
+    if a and g and a[1] == g[1] and g[2] not in in_answer:  # f(t) = t^2 for f(x) = x^2
         yield _renamed(answer, {a[2]: g[2]})
-    shared, mine, theirs = mine & theirs, mine - theirs, theirs - mine
+    mine = in_answer - in_gold
+    theirs = in_gold - in_answer
     if integers and mine == integers and len(theirs) == 1 and theirs <= {"k", "m", "n"}:  # πn, n ∈ Z, for πk
         yield _renamed(answer, dict(zip(mine, theirs, strict=True)))
-    sides = (letters(text.rpartition("=")[2]) & names for text, names in ((answer, mine), (gold, theirs)))
-    mine, theirs = ([n for n in sorted(names) if re.fullmatch("[cCkKABD](?:_[0-9])?", n)] for names in sides)
-    constants = 0 < len(mine) == len(theirs) <= 3 and re.search("[cC]", "".join(mine + theirs)) and "," not in answer
-    if constants and shared & {"x", "y", "z", "t", "r", "s", "\\theta"}:
-        for names in itertools.permutations(theirs):  # C e^x for c e^x
+    # C e^x for c e^x: the constants of a solution, which has a variable, may have other names.
+    mine = _constants(answer, mine)
+    theirs = _constants(gold, theirs)
+    same_number = 0 < len(mine) == len(theirs) <= 3
+    if not same_number or "," in answer or not re.search("[cC]", "".join(mine + theirs)):
+        return
+    if in_answer & in_gold & {"x", "y", "z", "t", "r", "s", "\\theta"}:
+        for names in itertools.permutations(theirs):
             yield _renamed(answer, dict(zip(mine, names, strict=True)))
+
+
+def _constants(text: str, names: set[str]) -> list[str]:
+    """Those of the names that may be constants and occur behind the last "=" of a text."""
+    used = letters(text.rpartition("=")[2]) & names
+    return [name for name in sorted(used) if re.fullmatch("[cCkKABD](?:_[0-9])?", name)]
 
 
 def letters(text: str) -> set[str]:
@@ -66,7 +85,10 @@ def letters(text: str) -> set[str]:
 
 def _renamed(text: str, names: dict[str, str]) -> str:
     def new(match: re.Match) -> str:
-        name = names.get(re.sub("[{ }]", "", match[0]), match[0]) if match["name"] else match[0]
-        return " " * text[match.start() - 1 : match.start()].isalpha() + name  # \sin x, not \sinx
+        name = match[0]
+        if match["name"]:
+            name = names.get(re.sub("[{ }]", "", name), name)
+        before = text[match.start() - 1 : match.start()]
+        return f" {name}" if before.isalpha() else name  # \sin x, not \sinx
 
     return _LETTER.sub(new, text)

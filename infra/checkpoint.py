@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from infra import parallel
 from infra.files import DataError
 from infra.run import print0
-from settings import MAY_CHANGE_ON_RESUME, SettingError, Settings
+from settings import SettingError, Settings, may_change_on_resume
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended for a single process
 KEEP = 2  # newest checkpoints of a run; older ones are deleted
@@ -131,7 +131,7 @@ def refuse_other_run(facts: dict, s: Settings, fingerprints: dict[str, str], out
     """
     for name, value in asdict(s).items():
         saved = facts["settings"].get(name)
-        if value != saved and name not in MAY_CHANGE_ON_RESUME:
+        if value != saved and not may_change_on_resume(name):
             raise SettingError(f"{name} is {value!r}, the run in {out} has {saved!r}: use that, or another --out")
     sources = {"data": "task, rl_data, sft_data or eval_data", "model": "model: its weights or its tokenizer"}
     for kind, text in sources.items():

@@ -1,13 +1,13 @@
 """One decoding step of the policy: a token per sequence, over a cache of keys and values.
 
-transformers' modules launch dozens of small operations per layer and token, and their number decides the speed. Here a
-layer has ten. Weights with the same input form one matrix (Q, K, V; gate and up); the matmuls add the residuals:
+transformers' modules launch dozens of small operations per layer and token, and their number limits the speed. Here a
+layer launches ten. Weights with the same input form one matrix (Q, K, V; gate and up); the matmuls add the residuals:
 
     RMSNorm  →  QKV matmul  →  rope_and_store  →  attend (two kernels)  →  output matmul + residual
     RMSNorm  →  gate-up matmul  →  swiglu  →  down matmul + residual
 
-It serves models built like Llama, Qwen2 and Qwen3, and compares its logits with transformers' when it is made: of each
-layer with random weights in fp32, near and far from the first position, and of the whole model in its own dtype.
+It serves models built like Llama, Qwen2 and Qwen3. The constructor compares its logits with those of transformers: for
+each layer with random weights in fp32, at the first and the last positions, and for the whole model in its own dtype.
 
 Shapes: T tokens fed, n sequences; S slots of the cache, L positions each; h query heads, h_kv key-value heads,
 d head size; H hidden, I intermediate size.
@@ -23,11 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops.decode import attend, attention_mask, rope_and_store, swiglu
+from ops.attention import attend, attention_mask, rope_and_store, swiglu
 from ops.head import project, use_kernels
 from ops.packed import ModelError, causal_attention, pack, refuse_other_attention
 
-TOKENS, WORDS = 24, 32  # length and vocabulary of the sequences that the decoder is compared on
+# The sequence on which the decoder is compared with transformers.
+PROBE_TOKENS = 24
+PROBE_WORDS = 32  # vocabulary size of the random weights
 
 
 @dataclass
@@ -42,8 +44,10 @@ class Cache:
     def cells(self, slot: Tensor, position: Tensor) -> Tensor:
         """Rows for the keys and values of tokens [T] in a layer viewed as [2·S·L·h_kv, d].  [T, 2·h_kv]"""
         _, two, S, L, kv_heads, _ = self.kv.shape
-        first = (torch.arange(two, device=slot.device) * S + slot[:, None]) * L + position[:, None]  # [T, 2]
-        return (first[:, :, None] * kv_heads + torch.arange(kv_heads, device=slot.device)).flatten(1)
+        key_or_value = torch.arange(two, device=slot.device)
+        head = torch.arange(kv_heads, device=slot.device)
+        first = (key_or_value * S + slot[:, None]) * L + position[:, None]  # [T, 2]
+        return (first[:, :, None] * kv_heads + head).flatten(1)
 
 
 @dataclass
@@ -82,36 +86,49 @@ class Decoder:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype, device: torch.device):
         """Raises ModelError if the model is not built like Llama, Qwen2 or Qwen3, or its logits differ."""
-        c, kind = model.config, f"{type(model).__name__} is not built like Llama, Qwen2 or Qwen3"
+        kind = f"{type(model).__name__} is not built like Llama, Qwen2 or Qwen3"
+        # These settings limit numbers that random weights may not reach: the comparison would miss them.
         for limit in ("clip_qkv", "final_logit_softcapping", "attn_logit_softcapping"):
-            if getattr(c, limit, None):  # it bounds numbers that random weights may not reach
-                raise ModelError(f"{kind}: {limit} is {getattr(c, limit)}")
-        single = share_storage_copy(model).requires_grad_(False).eval()
+            if getattr(model.config, limit, None):
+                raise ModelError(f"{kind}: {limit} is {getattr(model.config, limit)}")
         try:
-            self.heads, self.kv_heads = c.num_attention_heads, c.num_key_value_heads
-            self.head_dim = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-            self.eps, rope = model.model.norm.variance_epsilon, model.model.rotary_emb.rope_type
-            if rope in ("dynamic", "longrope"):
-                raise ModelError(f"rope type {rope!r}: its rotations depend on the length of the sequence")
-            layers = list(single.model.layers)
-            while layers:  # one after the other, so that the memory of one is enough
-                single.model.layers = nn.ModuleList([layers.pop()])
-                _randomise(single, device)
-                self._arrange(single)
-                for first in (0, max(c.max_position_embeddings - TOKENS, 0)):
-                    self._compare_with_transformers(1e-4, first)  # noise on a CPU: 2e-6
+            self._read_shapes(model)
+            self._compare_each_layer(model, device)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError) as error:
             raise ModelError(f"{kind}: {error}") from error
         copied = share_storage_copy(model).requires_grad_(False).eval()
-        for p in copied.parameters():  # parameters only: the rotation frequencies, a buffer, stay fp32
+        # Only parameters change their dtype: the rotation frequencies, a buffer, stay fp32.
+        for p in copied.parameters():
             p.data = p.data.to(device, dtype, copy=True)
         self._arrange(copied.to(device))
         self._compare_with_transformers(1e-3 if dtype == torch.float32 else 0.1)
 
+    def _read_shapes(self, model: nn.Module) -> None:
+        config = model.config
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        self.eps = model.model.norm.variance_epsilon
+        rope = model.model.rotary_emb.rope_type
+        if rope in ("dynamic", "longrope"):
+            raise ModelError(f"rope type {rope!r}: its rotations depend on the length of the sequence")
+
+    def _compare_each_layer(self, model: nn.Module, device: torch.device) -> None:
+        """Compares models of one layer with random weights, one layer of `model` at a time to save memory."""
+        single = share_storage_copy(model).requires_grad_(False).eval()
+        last = max(model.config.max_position_embeddings - PROBE_TOKENS, 0)
+        layers = list(single.model.layers)
+        while layers:
+            single.model.layers = nn.ModuleList([layers.pop()])
+            _randomise(single, device)
+            self._arrange(single)
+            for first in (0, last):
+                self._compare_with_transformers(1e-4, first)  # rounding on a CPU: 2e-6
+
     def _arrange(self, model: nn.Module) -> None:
-        """Makes `model` the decoder's own: its weights are fused."""
+        """Takes `model` as the decoder's own and fuses its weights."""
         self.model = model
         model.set_attn_implementation("packed")
         self.layers = [_layer(layer) for layer in model.model.layers]
@@ -122,16 +139,24 @@ class Decoder:
 
     def new_cache(self, slots: int, length: int, first: int = 0) -> Cache:
         """An empty cache of `length` positions from `first` on. Raises ModelError if attention would not see all."""
-        c, windows = self.model.config, [getattr(x.self_attn, "sliding_window", None) for x in self.model.model.layers]
-        if "sliding_attention" in (getattr(c, "layer_types", None) or ["sliding_attention"]):
-            windows.append(getattr(c, "sliding_window", None))  # Mistral's layers do not know it
-        refuse_other_attention(length, sliding_window=min((w for w in windows if w is not None), default=None))
-        device, shape = self.model.device, (len(self.layers), 2, slots, length, self.kv_heads, self.head_dim)
+        config = self.model.config
+        windows = [getattr(layer.self_attn, "sliding_window", None) for layer in self.model.model.layers]
+        # Mistral's window stands in the config only.
+        if "sliding_attention" in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+            windows.append(getattr(config, "sliding_window", None))
+        windows = [window for window in windows if window is not None]
+        refuse_other_attention(length, sliding_window=min(windows, default=None))
+        device = self.model.device
+        shape = (len(self.layers), 2, slots, length, self.kv_heads, self.head_dim)
         kv = torch.zeros(shape, dtype=self.model.dtype, device=device)
-        fp32, positions = torch.empty(0, device=device), torch.arange(first, first + length, device=device)[None]
-        cos, sin = (x[0, :, None].contiguous() for x in self.model.model.rotary_emb(fp32, positions))  # [L, 1, d]
+        fp32 = torch.empty(0, device=device)
+        positions = torch.arange(first, first + length, device=device)[None]
+        cos, sin = self.model.model.rotary_emb(fp32, positions)  # [1, L, d]
+        cos = cos[0, :, None].contiguous()  # [L, 1, d]
+        sin = sin[0, :, None].contiguous()
         sin[..., : self.head_dim // 2] *= -1
-        return Cache(kv, cos, sin, self.lm_head if self.lm_head.is_cuda else self.lm_head.float())
+        lm_head = self.lm_head if self.lm_head.is_cuda else self.lm_head.float()
+        return Cache(kv, cos, sin, lm_head)
 
     def prefill(self, cache: Cache, prompts: list[list[int]], slots: Tensor) -> Tensor:
         """Runs whole prompts, prompt i into slot slots[i], and returns the logits of their next tokens, [P, V] fp32."""
@@ -147,14 +172,15 @@ class Decoder:
 
     def decode(self, cache: Cache, ids: Tensor, position: Tensor) -> Tensor:
         """Feeds one token to each of the first n slots; ids, position [n] -> logits of the next tokens, [n, V] fp32."""
-        length = position + 1  # [n] a token attends to itself too
+        length = position + 1  # [n] a token attends to itself, too
         mask = None if use_kernels(ids) else attention_mask(length, self.heads, self.kv_heads)
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(q, *cache.kv[layer], length, self.layers[layer].scale, mask)
 
         slot = torch.arange(len(ids), device=ids.device)
-        return project(self.forward(cache, ids, position, slot, attention), cache.lm_head)
+        hidden = self.forward(cache, ids, position, slot, attention)
+        return project(hidden, cache.lm_head)
 
     def forward(self, cache: Cache, ids: Tensor, position: Tensor, slot: Tensor, attention: Callable) -> Tensor:
         """Hidden states [T, H] of tokens `ids` at `position` of `slot`, each [T]; their keys and values are cached.
@@ -162,7 +188,9 @@ class Decoder:
         attention(layer, q [T, h, d], k [T, h_kv, d], v [T, h_kv, d]) -> [T, h, d].
         """
         x = F.embedding(ids, self.model.get_input_embeddings().weight)  # [T, H] the residual stream
-        cos, sin, cells = cache.cos[position], cache.sin[position], cache.cells(slot, position)
+        cos = cache.cos[position]
+        sin = cache.sin[position]
+        cells = cache.cells(slot, position)
         for i, w in enumerate(self.layers):
             y = F.rms_norm(x, x.shape[1:], w.norm_1, self.eps)
             qkv = F.linear(y, w.qkv, w.qkv_bias).view(len(ids), -1, self.head_dim)  # [T, h + 2·h_kv, d]
@@ -175,14 +203,18 @@ class Decoder:
     @torch.inference_mode()
     def _compare_with_transformers(self, tolerance: float, first: int = 0) -> None:
         """Raises ModelError unless prefill and decode give the logits of transformers' own modules from `first` on."""
-        device, V = self.model.device, len(self.lm_head)
-        ids = [(7 * i + 1) % V for i in range(TOKENS)]
-        packed = pack([ids], device)
+        V = len(self.lm_head)
+        ids = [(7 * i + 1) % V for i in range(PROBE_TOKENS)]
+        packed = pack([ids], self.model.device)
         options = packed.options | dict(position_ids=packed.positions + first)
-        expected = self.model(input_ids=packed.ids, **options).logits[0, -3:].float()  # after the last three
-        cache, slot = self.new_cache(1, TOKENS, first), torch.zeros(1, dtype=torch.long, device=device)
+        output = self.model(input_ids=packed.ids, **options)
+        expected = output.logits[0, -3:].float()  # after the last three tokens
+        # The decoder prefills all but two tokens and decodes these two.
+        cache = self.new_cache(1, PROBE_TOKENS, first)
+        slot = torch.zeros(1, dtype=torch.long, device=self.model.device)
         logits = [self.prefill(cache, [ids[:-2]], slot)]
-        logits += [self.decode(cache, slot + ids[i], slot + i) for i in (TOKENS - 2, TOKENS - 1)]
+        for i in (PROBE_TOKENS - 2, PROBE_TOKENS - 1):
+            logits.append(self.decode(cache, slot + ids[i], slot + i))
         error = ((torch.cat(logits) - expected).norm() / expected.norm()).item()
         if not error < tolerance:
             cause = f"{type(self.model).__name__} computes something that Llama, Qwen2 and Qwen3 do not"
@@ -190,12 +222,12 @@ class Decoder:
 
 
 def _randomise(model: nn.Module, device: torch.device) -> None:
-    """Gives a model fp32 weights of its own, with which every part of it matters, and a vocabulary of WORDS."""
+    """Gives a model new random fp32 weights with which every part affects the logits, and PROBE_WORDS words."""
     words = {model.get_input_embeddings().weight, model.get_output_embeddings().weight}
-    model.get_input_embeddings().padding_idx = None  # of the whole vocabulary
+    model.get_input_embeddings().padding_idx = None  # its id may lie outside the small vocabulary
     generator = torch.Generator(device).manual_seed(0)
     for p in model.parameters():
-        shape = (WORDS, p.shape[1]) if p in words else p.shape
+        shape = (PROBE_WORDS, p.shape[1]) if p in words else p.shape
         p.data = torch.empty(shape, device=device).uniform_(-1, 1, generator=generator)  # a variance of 1/3
         if p.dim() == 1:
             p.data += 1  # norms
@@ -205,15 +237,25 @@ def _randomise(model: nn.Module, device: torch.device) -> None:
 
 
 def _layer(layer: nn.Module) -> Layer:
-    a, mlp = layer.self_attn, layer.mlp
-    qkv, gate_up = (a.q_proj, a.k_proj, a.v_proj), (mlp.gate_proj, mlp.up_proj)
-    head_norms = fuse([a.q_norm.weight, a.k_norm.weight]).view(2, -1) if hasattr(a, "q_norm") else None
+    a = layer.self_attn
+    mlp = layer.mlp
+    qkv = (a.q_proj, a.k_proj, a.v_proj)
+    gate_up = (mlp.gate_proj, mlp.up_proj)
+    head_norms = None
+    if hasattr(a, "q_norm"):
+        head_norms = fuse([a.q_norm.weight, a.k_norm.weight]).view(2, -1)
     return Layer(
-        norm_1=layer.input_layernorm.weight, norm_2=layer.post_attention_layernorm.weight, head_norms=head_norms,
-        qkv=fuse([m.weight for m in qkv]), qkv_bias=fuse([m.bias for m in qkv]), out=a.o_proj,
-        gate_up=fuse([m.weight for m in gate_up]), gate_up_bias=fuse([m.bias for m in gate_up]), down=mlp.down_proj,
+        norm_1=layer.input_layernorm.weight,
+        qkv=fuse([linear.weight for linear in qkv]),
+        qkv_bias=fuse([linear.bias for linear in qkv]),
+        head_norms=head_norms,
+        out=a.o_proj,
+        norm_2=layer.post_attention_layernorm.weight,
+        gate_up=fuse([linear.weight for linear in gate_up]),
+        gate_up_bias=fuse([linear.bias for linear in gate_up]),
+        down=mlp.down_proj,
         scale=a.scaling,
-    )  # fmt: skip
+    )
 
 
 def add_linear(x: Tensor, y: Tensor, linear: nn.Linear) -> None:

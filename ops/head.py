@@ -1,6 +1,7 @@
 """The vocabulary head: logits, their row statistics and gradients, and log-probs without logits in memory.
 
-Every kernel stands below its twin in PyTorch, which runs on a CPU. FLOPs: 2NHV for one matmul with the head.
+Each Triton kernel follows its PyTorch twin, which runs on a CPU and defines the result. One matmul with the head
+takes 2NHV FLOPs.
 
 Shapes: N tokens, H hidden size, V vocabulary size, C tokens of one chunk. Log-probs and entropies are in nats.
 """
@@ -21,11 +22,12 @@ except ImportError:  # Triton has no wheel for this system: the PyTorch twins ru
 jit = triton.jit if triton else (lambda function: function)
 UPCAST = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter multiplies bf16 as if it were integers
 CHUNK = 2048  # C: a matmul of this many rows keeps a GPU busy; their fp32 logits take 1.2 GB at V = 152k
-TOKENS, WORDS, DEPTH, GROUP = 128, 256, 64, 8  # score_kernel's tile; GROUP tiles of tokens share one of W in L2 cache
+# score_kernel's tile of logits and its steps along H. GROUP tiles of tokens share one tile of the weight in L2 cache.
+TILE = dict(TOKENS=128, WORDS=256, DEPTH=64, GROUP=8)
 
 
 def use_kernels(x: Tensor) -> bool:
-    """Whether Triton's kernels run on x's device; elsewhere their PyTorch twins do."""
+    """Whether Triton's kernels can run on x's device; otherwise their PyTorch twins run."""
     return x.is_cuda and triton is not None
 
 
@@ -57,7 +59,9 @@ def row_stats_torch(logits: Tensor, targets: Tensor, temperature: float) -> tupl
 def row_stats_kernel(Z, Y, LOGP, ENTROPY, LSE, V, stride, temperature, BLOCK: tl.constexpr):
     """One program per row reads 4V bytes once. Z [C, V] fp32 logits, Y [C] int64 -> LOGP, ENTROPY, LSE [C] fp32."""
     row = tl.program_id(0).to(tl.int64)  # row·V passes 2³¹ at 14,135 rows of 151,936
-    m, s, sz = -1e30, 0.0, 0.0  # running max of z, Σ exp(z−m), Σ exp(z−m)·z
+    m = -1e30  # running max of z
+    s = 0.0  # Σ exp(z−m)
+    sz = 0.0  # Σ exp(z−m)·z
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < V
@@ -80,9 +84,12 @@ def row_stats(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tens
     if not use_kernels(logits):
         return row_stats_torch(logits, targets, temperature)
     C, V = logits.shape
-    logp, entropy, lse = (logits.new_empty(C) for _ in range(3))
-    options = dict(BLOCK=4096, num_warps=8)
-    row_stats_kernel[(C,)](logits, targets, logp, entropy, lse, V, logits.stride(0), temperature, **options)
+    logp, entropy, lse = logits.new_empty(3, C)
+    stride = logits.stride(0)
+    row_stats_kernel[(C,)](
+        logits, targets, logp, entropy, lse, V, stride, temperature,
+        BLOCK=4096, num_warps=8,
+    )  # fmt: skip
     return logp, entropy, lse
 
 
@@ -103,8 +110,11 @@ def row_gradients_kernel(
     Z [C, V] fp32 logits, the rest [C] -> D [C, V]. In bf16, 1 − p of a likely target would be mostly rounding.
     """
     row = tl.program_id(0).to(tl.int64)
-    y, lse, entropy = tl.load(Y + row), tl.load(LSE + row), tl.load(ENTROPY + row)
-    g_logp, g_entropy = tl.load(G_LOGP + row), tl.load(G_ENTROPY + row)
+    y = tl.load(Y + row)
+    lse = tl.load(LSE + row)
+    entropy = tl.load(ENTROPY + row)
+    g_logp = tl.load(G_LOGP + row)
+    g_entropy = tl.load(G_ENTROPY + row)
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < V
@@ -138,18 +148,23 @@ def score_kernel(
     MAX of z, SUM of e = exp(z − max), SUM_Z = Σ e·z, and TARGET, the target's z if it is in this tile, else 0.
     A loop over the vocabulary would spill the accumulators, so each program computes one tile.
     """
-    program, token_tiles, word_tiles = tl.program_id(0), tl.cdiv(N, TOKENS), tl.cdiv(V, WORDS)
-    band = program // (GROUP * word_tiles)  # programs go down GROUP token tiles, then to the next tile of words
+    program = tl.program_id(0)
+    token_tiles = tl.cdiv(N, TOKENS)
+    word_tiles = tl.cdiv(V, WORDS)
+    # Consecutive programs take GROUP token tiles of one tile of words, then those of the next tile of words.
+    band = program // (GROUP * word_tiles)
     height = tl.minimum(token_tiles - band * GROUP, GROUP)
     within = program % (GROUP * word_tiles)
-    token_tile, word_tile = band * GROUP + within % height, within // height
+    token_tile = band * GROUP + within % height
+    word_tile = within // height
 
     z = tl.zeros((TOKENS, WORDS), tl.float32)
     for depth in range(0, H, DEPTH):
         h = HIDDEN.load([token_tile * TOKENS, depth])  # rows past the end are read as zeros
         w = WEIGHT.load([word_tile * WORDS, depth])
         if UPCAST:
-            h, w = h.to(tl.float32), w.to(tl.float32)
+            h = h.to(tl.float32)
+            w = w.to(tl.float32)
         z = tl.dot(h, w.T, z)
 
     token = token_tile * TOKENS + tl.arange(0, TOKENS)
@@ -166,7 +181,7 @@ def score_kernel(
 
 
 def can_score(hidden: Tensor) -> bool:
-    """Whether `score` runs: on a GPU, in half precision, with rows of a multiple of 16 bytes."""
+    """Whether `score` can run: on a GPU, in half precision, with rows of a multiple of 16 bytes."""
     return use_kernels(hidden) and hidden.shape[1] % 8 == 0 and hidden.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -174,16 +189,21 @@ def score(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -
     """(log π(target), entropy), each [N] fp32, of contiguous hidden [N, H] and weight [V, H] of one dtype."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    (N, H), V = hidden.shape, weight.shape[0]
-    tiles = triton.cdiv(V, WORDS)
-    largest, total, total_z, target = hidden.new_empty(4, N, tiles, dtype=torch.float32)
-    score_kernel[(triton.cdiv(N, TOKENS) * tiles,)](
-        TensorDescriptor.from_tensor(hidden, [TOKENS, DEPTH]), TensorDescriptor.from_tensor(weight, [WORDS, DEPTH]),
+    N, H = hidden.shape
+    V = len(weight)
+    depth = TILE["DEPTH"]
+    token_tiles = triton.cdiv(N, TILE["TOKENS"])
+    word_tiles = triton.cdiv(V, TILE["WORDS"])
+    largest, total, total_z, target = hidden.new_empty(4, N, word_tiles, dtype=torch.float32)
+    score_kernel[(token_tiles * word_tiles,)](
+        TensorDescriptor.from_tensor(hidden, [TILE["TOKENS"], depth]),
+        TensorDescriptor.from_tensor(weight, [TILE["WORDS"], depth]),
         targets, largest, total, total_z, target, N, H, V, 1 / temperature,
-        TOKENS=TOKENS, WORDS=WORDS, DEPTH=DEPTH, GROUP=GROUP, UPCAST=UPCAST, num_warps=8, num_stages=4,
+        **TILE, UPCAST=UPCAST, num_warps=8, num_stages=4,
     )  # fmt: skip
+    # Joins the tiles of words: the sums of a tile are relative to its own max.
     m = largest.amax(1, keepdim=True)  # [N, 1]
-    shrink = (largest - m).exp()  # [N, tiles]
+    shrink = (largest - m).exp()  # [N, ⌈V/WORDS⌉]
     s = (total * shrink).sum(1)  # [N]
     lse = m[:, 0] + s.log()
     return (target.sum(1) - lse).clamp(max=0.0), lse - (total_z * shrink).sum(1) / s

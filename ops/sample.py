@@ -1,6 +1,6 @@
 """From logits to the next token: inverse CDF from one uniform number, top-p by rejection, without sorting.
 
-The kernel stands below its twin in PyTorch, which runs on a CPU. Both draw the same tokens from the same uniforms.
+The Triton kernel follows its PyTorch twin, which runs on a CPU. Both draw the same tokens from the same uniforms.
 
 Shapes: n rows of logits, V vocabulary size.
 """
@@ -17,21 +17,24 @@ from ops.head import jit, tl, use_kernels
 
 def sample_tokens_torch(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     p = logits.to(torch.float64, copy=True).div_(temperature or 1.0).softmax(-1)  # [n, V]
-    pool, u = p, u[:, None]  # the masses that the next draw is from: at first all of p
+    if temperature == 0:
+        token = logits.argmax(-1, keepdim=True)  # [n, 1]
+        return token[:, 0], p.gather(1, token).log()[:, 0].float()
+    u = u[:, None]
+    pool = p  # [n, V] the masses of the tokens that the next draw may take: at first all of them
     while True:
-        if temperature == 0:
-            token = logits.argmax(-1, keepdim=True)  # [n, 1]
-            break
         cdf = pool.cumsum(-1)
         mark = u * cdf[:, -1:]
         token = torch.searchsorted(cdf, mark, right=True).clamp_(max=p.shape[1] - 1)  # the first with cdf > mark
         if top_p >= 1:
             break
+        # A token is outside the nucleus if the tokens likelier than it have at least top_p together.
         mass = pool.gather(1, token)
         likelier = torch.where(pool > mass, pool, 0.0)
         outside = likelier.sum(-1, keepdim=True) >= top_p
         if not outside.any():
             break
+        # The place of the mark within the token's mass is the next uniform number.
         u = torch.where(outside, ((mark - (cdf.gather(1, token) - mass)) / mass).clamp(0, 1 - 2**-53), u)
         pool = torch.where(outside, likelier, pool)
     return token[:, 0], p.gather(1, token).log()[:, 0].float()
@@ -44,11 +47,13 @@ def sample_tokens_kernel(
     """One program per row: log-sum-exp, then the first token whose cumulative mass exceeds u's share of the total.
 
     Z [n, V] fp32 logits, U [n] fp64 -> TOKEN [n] int64, LOGP [n] fp32. Masses are summed in fp64: in fp32 the tail of
-    a large vocabulary would drown in rounding. With NUCLEUS a token outside the nucleus is drawn again from the
+    a large vocabulary would be lost to rounding. With NUCLEUS a token outside the nucleus is drawn again from the
     likelier tokens.
     """
     row = tl.program_id(0).to(tl.int64)
-    m, s, token = -1e30, tl.zeros((), tl.float64), 0
+    m = -1e30  # running max of z
+    s = tl.zeros((), tl.float64)  # Σ exp(z − m)
+    token = 0
     for start in range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         z = tl.load(Z + row * stride + column, mask=column < V, other=float("-inf")) / temperature
@@ -63,16 +68,22 @@ def sample_tokens_kernel(
     lse = m + tl.log(s).to(tl.float32)
 
     if not GREEDY:
-        u, total, ceiling, undecided = tl.load(U + row), s, float("-inf"), True
+        u = tl.load(U + row)
+        total = s  # mass of the tokens that the next draw may take
+        floor = float("-inf")  # their logits are above it
+        undecided = True
         while undecided:
-            mark, before = u * total, tl.zeros((), tl.float64)  # before: mass of the blocks passed
-            start, searching, mass = 0, True, tl.zeros((), tl.float64)
+            mark = u * total
+            before = tl.zeros((), tl.float64)  # mass of the blocks passed
+            mass = tl.zeros((), tl.float64)
+            start = 0
+            searching = True
             while searching:
                 column = start + tl.arange(0, BLOCK)
                 z = tl.load(Z + row * stride + column, mask=column < V, other=float("-inf")) / temperature
-                e = tl.where(z > ceiling, tl.exp(z - m), 0.0).to(tl.float64)
+                e = tl.where(z > floor, tl.exp(z - m), 0.0).to(tl.float64)
                 block = tl.sum(e, 0)
-                last = start + BLOCK >= V  # a mark beyond the rounded total ends here
+                last = start + BLOCK >= V  # a mark above the rounded total ends in the last block
                 if (before + block > mark) | last:
                     cdf = before + tl.cumsum(e, 0)
                     possible = (e > 0.0) & ((cdf > mark) | (cdf >= before + block))
@@ -94,7 +105,9 @@ def sample_tokens_kernel(
                     likelier += tl.sum(tl.where(z > threshold, tl.exp(z - m), 0.0).to(tl.float64), 0)
                 if likelier >= top_p * s:
                     u = tl.minimum(tl.maximum((mark - before) / mass, 0.0), 1.0 - 1.1102230246251565e-16)
-                    total, ceiling, undecided = likelier, threshold, True
+                    total = likelier
+                    floor = threshold
+                    undecided = True
     tl.store(TOKEN + row, token)
     tl.store(LOGP + row, tl.load(Z + row * stride + token) / temperature - lse)
 
@@ -111,9 +124,12 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: float, top_p: float = 
     if not use_kernels(logits):
         return sample_tokens_torch(logits, u, temperature, top_p)
     n, V = logits.shape
-    token, logp = torch.empty(n, dtype=torch.long, device=logits.device), torch.empty(n, device=logits.device)
-    options = dict(GREEDY=temperature == 0, NUCLEUS=top_p < 1, BLOCK=2048, num_warps=8)
-    sample_tokens_kernel[(n,)](logits, u, token, logp, V, logits.stride(0), temperature or 1.0, top_p, **options)
+    token = torch.empty(n, dtype=torch.long, device=logits.device)
+    logp = torch.empty(n, device=logits.device)
+    sample_tokens_kernel[(n,)](
+        logits, u, token, logp, V, logits.stride(0), temperature or 1.0, top_p,
+        GREEDY=temperature == 0, NUCLEUS=top_p < 1, BLOCK=2048, num_warps=8,
+    )  # fmt: skip
     return token, logp
 
 

@@ -1,4 +1,4 @@
-r"""The built-in task, chain arithmetic, and its small base model.
+r"""The default built-in task, chain arithmetic, and its small base models.
 
 A problem is a chain of one-digit operands with + - *, evaluated from left to right modulo 100. A demonstration
 computes one step at a time and ends with the answer in the box that the grader reads:
@@ -6,29 +6,30 @@ computes one step at a time and ends with the answer in the box that the grader 
     Q:7*7+9*4=        7*7=49;49+9=58;58*4=32;\boxed{32}
 
 The base model computes single steps, prefers to answer at once, and solves almost no chain of five. So RL alone finds
-little reward, and imitation alone forgets some of its skills. tasks/builtin.py trains it.
+little reward, and imitation alone forgets some of its skills.
 """
 
 import random
 from collections.abc import Iterator
-from dataclasses import replace
 
-from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
-from tokenizers.decoders import Fuse
 from transformers import PreTrainedTokenizerFast
 
 from infra.files import DataError
 from ops.packed import Row
 from tasks.prompts import encode_prompt
-from tasks.task import Demonstration, Drawn, Problem, Task, draw_distinct
+from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, draw_distinct
+from tasks.wordlevel import Recipe, word_level
 
 MODULUS = 100
-TRAIN_LENGTHS, EVAL_LENGTHS = range(3, 7), range(3, 9)
-PROMPTS, DEMONSTRATIONS = 4096, 256
-CHAINS_LENGTHS, CHAINS_EVAL_LENGTHS, CHAINS_PROMPTS = range(3, 8), range(3, 10), 1024  # of the harder task, `chains`
+TRAIN_LENGTHS = range(3, 7)
+EVAL_LENGTHS = range(3, 9)
+PROMPTS = 4096
+DEMONSTRATIONS = 256
 EVAL_MAX = 200  # evaluation problems of each length; training excludes all of them
-EVAL_SEED = 2509_06948  # the evaluation problems are the same for every run
-EOS, UNK, BOX = "<eos>", "<unk>", "\\boxed{"
+RECIPES = {
+    "arithmetic-laptop": Recipe(),
+    "arithmetic-smoke": Recipe(hidden=32, layers=2, mlp=64, steps=200, batch=32),
+}
 CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q:' + m.content + '=' if m.role == 'user' else m.content }}{% endfor %}"
 
 
@@ -39,9 +40,11 @@ def chain(rng: random.Random, length: int, start: int | None = None) -> Drawn:
     ('2*1-1', '2*1=2;2-1=1;', '1')
     """
     value = rng.randrange(10) if start is None else start
-    question, steps = str(value), ""
+    question = str(value)
+    steps = ""
     for _ in range(length - 1):
-        op, operand = rng.choice("+-*"), rng.randrange(10)
+        op = rng.choice("+-*")
+        operand = rng.randrange(10)
         result = {"+": value + operand, "-": value - operand, "*": value * operand}[op] % MODULUS
         question += f"{op}{operand}"
         steps += f"{value}{op}{operand}={result};"
@@ -67,30 +70,21 @@ def evaluation(per_length: int, lengths: range = EVAL_LENGTHS) -> list[Problem]:
     return problems
 
 
+def worked_demonstrations(drawn: list[Drawn]) -> list[Demonstration]:
+    return [Demonstration(question, f"{steps}{BOX}{answer}}}", answer) for question, steps, answer in drawn]
+
+
+def asked_problems(drawn: list[Drawn]) -> list[Problem]:
+    return [Problem(question, answer, f"n={steps.count(';') + 1}") for question, steps, answer in drawn]
+
+
 def task(seed: int, eval_per_length: int) -> Task:
     """Problems and demonstrations, a function of the seed, and evaluation problems; no question occurs twice."""
-    rng, taken = random.Random(seed), {p.question for p in evaluation(EVAL_MAX)}
-    worked = distinct_chains(rng, TRAIN_LENGTHS, DEMONSTRATIONS, taken)
-    demonstrations = [Demonstration(question, f"{steps}{BOX}{answer}}}", answer) for question, steps, answer in worked]
-    asked = distinct_chains(rng, TRAIN_LENGTHS, PROMPTS, taken)
-    problems = [Problem(question, answer, f"n={steps.count(';') + 1}") for question, steps, answer in asked]
+    rng = random.Random(seed)
+    taken = {p.question for p in evaluation(EVAL_MAX)}
+    demonstrations = worked_demonstrations(distinct_chains(rng, TRAIN_LENGTHS, DEMONSTRATIONS, taken))
+    problems = asked_problems(distinct_chains(rng, TRAIN_LENGTHS, PROMPTS, taken))
     return Task(problems, demonstrations, evaluation(eval_per_length), instruction="")
-
-
-def chains(seed: int, eval_per_length: int, demonstrations: int = 256, useless: float = 0.5) -> Task:
-    """The harder task: longer chains, and a fraction `useless` of the demonstrations answers at once, and wrongly.
-
-    The demonstrations' questions are the first ones of D_RL, so that methods can put them beside samples of theirs. The
-    right answer stays their gold: a verifier can tell which ones are useless, imitation cannot.
-    """
-    rng, taken = random.Random(seed), {p.question for p in evaluation(EVAL_MAX, CHAINS_EVAL_LENGTHS)}
-    asked = distinct_chains(rng, CHAINS_LENGTHS, max(CHAINS_PROMPTS, demonstrations), taken)
-    worked = [Demonstration(q, f"{steps}{BOX}{answer}}}", answer) for q, steps, answer in asked[:demonstrations]]
-    for i in sorted(rng.sample(range(demonstrations), round(useless * demonstrations))):
-        other = (int(worked[i].answer) + rng.randrange(1, MODULUS)) % MODULUS
-        worked[i] = replace(worked[i], response=f"{BOX}{other}}}")
-    problems = [Problem(question, answer, f"n={steps.count(';') + 1}") for question, steps, answer in asked]
-    return Task(problems, worked, evaluation(eval_per_length, CHAINS_EVAL_LENGTHS), instruction="")
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
@@ -98,19 +92,10 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return word_level([*"0123456789+-*=;}Q:"], ".", CHAT_TEMPLATE)
 
 
-def word_level(words: list[str], pattern: str, chat_template: str) -> PreTrainedTokenizerFast:
-    """A tokenizer of EOS, UNK, BOX and `words`; the regular expression `pattern` matches a word."""
-    vocabulary = {token: i for i, token in enumerate([EOS, UNK, BOX, *words])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token=UNK))
-    inner.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
-    inner.decoder = Fuse()
-    inner.add_tokens([AddedToken(BOX, normalized=False)])
-    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=EOS, unk_token=UNK, chat_template=chat_template)
-
-
 def documents(seed: int, tokenizer) -> Iterator[Row]:
     """Endless training rows: 45 % single steps, 35 % problems answered at once, 20 % worked step by step."""
-    rng, held_out = random.Random(seed), {p.question for p in evaluation(EVAL_MAX)}
+    rng = random.Random(seed)
+    held_out = {p.question for p in evaluation(EVAL_MAX)}
     while True:
         kind = rng.random()
         if kind < 0.45:
@@ -119,8 +104,12 @@ def documents(seed: int, tokenizer) -> Iterator[Row]:
             ids = tokenizer.encode(steps, add_special_tokens=False)
             yield ids[:1], [*ids[1:], tokenizer.eos_token_id]
             continue
-        at_once, question = kind < 0.80, None
+        at_once = kind < 0.80
+        question = None
         while question is None or question in held_out:
-            question, steps, answer = chain(rng, rng.choice((2, 3) if at_once else (2, 3, 4)))
-        ids = tokenizer.encode(("" if at_once else steps) + f"{BOX}{answer}}}", add_special_tokens=False)
+            length = rng.choice((2, 3) if at_once else (2, 3, 4))
+            question, steps, answer = chain(rng, length)
+        if at_once:
+            steps = ""
+        ids = tokenizer.encode(f"{steps}{BOX}{answer}}}", add_special_tokens=False)
         yield encode_prompt(tokenizer, question, ""), [*ids, tokenizer.eos_token_id]

@@ -1,13 +1,13 @@
-"""The small base models of the built-in tasks, trained from scratch on the documents of each task.
+"""The built-in tasks of settings.TASKS and their small base models, trained from scratch on the documents of each task.
 
-Their weights lie in tasks/base; those above 100,000 are rounded to bfloat16. `python -m tasks.builtin [NAME …]` trains
-them again, about five minutes each.
+The weights of these models lie in tasks/base; those of models above 100,000 parameters are rounded to bfloat16.
+`python -m tasks.builtin [NAME …]` trains them again, about five minutes each.
 """
 
 import json
 import sys
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
@@ -19,33 +19,21 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from infra.files import atomic_folder
 from infra.model import MODELS, pick_device
 from logprob import response_logprobs
-from tasks import arithmetic, legs, logic
-
-EVALUATION = {  # of each built-in task, a function of the number of problems in a group
-    "arithmetic": arithmetic.evaluation,
-    "chains": partial(arithmetic.evaluation, lengths=arithmetic.CHAINS_EVAL_LENGTHS),
-    "logic": logic.evaluation,
-    "legs": legs.evaluation,
-}
+from settings import TASKS
+from tasks.wordlevel import Recipe
 
 
-@dataclass(frozen=True)
-class Recipe:  # size and training of a base model
-    hidden: int = 96
-    layers: int = 3
-    mlp: int = 288
-    steps: int = 1200
-    batch: int = 96
-    lr: float = 3e-3
-    seed: int = 0
-    kind: str = "qwen2"  # transformers reads a tokenizer of whole words beside other kinds of models only
+def module_of(task: str) -> ModuleType:
+    """tasks/NAME.py of a built-in task; see settings.BuiltinTask for what it has."""
+    return import_module(f"tasks.{task}")
 
 
-RECIPES: dict[str, tuple[Recipe, ModuleType]] = {  # the module has make_tokenizer() and documents(seed, tokenizer)
-    "arithmetic-laptop": (Recipe(), arithmetic),
-    "arithmetic-smoke": (Recipe(hidden=32, layers=2, mlp=64, steps=200, batch=32), arithmetic),
-    "logic-laptop": (Recipe(hidden=64, layers=4, mlp=192, steps=2000, batch=64, kind="llama"), logic),
-}
+# The recipe of each built-in model, and the module of its task.
+RECIPES: dict[str, tuple[Recipe, ModuleType]] = {}
+for _task in TASKS:
+    _module = module_of(_task)
+    for _model, _recipe in getattr(_module, "RECIPES", {}).items():
+        RECIPES[_model] = _recipe, _module
 
 
 def config(recipe: Recipe, tokenizer) -> PretrainedConfig:
@@ -66,7 +54,10 @@ def builtin_config(model: str) -> PretrainedConfig | None:
 
 def task_of(model: str) -> str:
     """The task that a model is evaluated on by default: the one of a built-in model, else arithmetic."""
-    return "logic" if model in RECIPES and RECIPES[model][1] is logic else "arithmetic"
+    for task, row in TASKS.items():
+        if model in row.models:
+            return task
+    return "arithmetic"
 
 
 def resolve(model: str) -> str:
@@ -95,16 +86,19 @@ def train_base(recipe: Recipe, task: ModuleType) -> tuple[PreTrainedModel, PreTr
 
 def build_base(name: str, again: bool = False) -> Path:
     """The folder of a base model below MODELS; trained, and written there, if its recipe has changed or if `again`."""
-    (recipe, task), folder = RECIPES[name], MODELS / name
-    record, file = json.dumps(asdict(recipe)) + "\n", folder / "recipe.json"
+    recipe, task = RECIPES[name]
+    record = json.dumps(asdict(recipe)) + "\n"
+    folder = MODELS / name
+    file = folder / "recipe.json"
     if not again and file.exists() and file.read_text() == record:
         return folder
     model, tokenizer = train_base(recipe, task)
-    if again or not (file.exists() and file.read_text() == record):  # another process may have built it meanwhile
-        with atomic_folder(folder) as scratch:
-            (model if model.num_parameters() < 10**5 else model.bfloat16()).save_pretrained(scratch)  # below 1 MB
-            tokenizer.save_pretrained(scratch)
-            (scratch / file.name).write_text(record)
+    if model.num_parameters() >= 10**5:
+        model.bfloat16()  # keeps the folder below 1 MB
+    with atomic_folder(folder) as scratch:
+        model.save_pretrained(scratch)
+        tokenizer.save_pretrained(scratch)
+        (scratch / file.name).write_text(record)
     return folder
 
 

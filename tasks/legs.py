@@ -10,8 +10,7 @@ reward. Demonstrations show a third of the things, D_RL asks for a second third,
 import random
 
 from infra.files import DataError
-from tasks.arithmetic import BOX, EVAL_SEED
-from tasks.task import Demonstration, Drawn, Problem, Task, draw_distinct
+from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, draw_distinct
 
 THINGS: dict[str, tuple[dict[str, int], ...]] = {  # in demonstrations and D_RL; in D_RL; in neither
     "legs": (

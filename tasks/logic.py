@@ -7,7 +7,7 @@ first that does not fit its speaker. It boxes the assignment that fits:
 
     Q: A: B knave. B: A same B.?        A1B1AB1-A1B0AB0+BA1B0-\boxed{10}
 
-The base model checks statements, enumerates for two people, and prefers to answer at once. tasks/builtin.py trains it.
+The base model checks statements, enumerates for two people, and prefers to answer at once.
 """
 
 import random
@@ -21,14 +21,16 @@ from transformers import PreTrainedTokenizerFast
 
 from infra.files import DataError
 from ops.packed import Row
-from tasks.arithmetic import BOX, EVAL_SEED, word_level
 from tasks.prompts import encode_prompt
-from tasks.task import Demonstration, Drawn, Problem, Task, draw_distinct, ngrams
+from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, draw_distinct, ngrams
+from tasks.wordlevel import Recipe, word_level
 
-PEOPLE, KINDS = "ABCDE", ("knave", "knight")
+PEOPLE = "ABCDE"
+KINDS = ("knave", "knight")
 SIZES = (3, 4, 5)  # of training and evaluation
 PROMPTS = 128  # each with its demonstration
 EVAL_MAX = 300  # evaluation problems of each size; training excludes all of them
+RECIPES = {"logic-laptop": Recipe(hidden=64, layers=4, mlp=192, steps=2000, batch=64, kind="llama")}
 LONGEST = 72  # tokens of the worked steps; problems with more are left out
 WORD = "[A-E][01]|[A-E]| ?[A-Za-z]+|."  # a token
 CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q: ' + m.content + '?' if m.role == 'user' else m.content }}{% endfor %}"
@@ -36,11 +38,14 @@ CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q: ' + m.content + '?' if m.role == 
 
 def statement(rng: random.Random, speaker: int, size: int) -> str:
     """A random statement about one person, not the speaker, or about two."""
-    people, form = PEOPLE[:size], rng.randrange(4)
+    people = PEOPLE[:size]
+    form = rng.randrange(4)
     if form < 2:
-        return f"{rng.choice(people.replace(PEOPLE[speaker], ''))} {KINDS[form]}"
+        others = people.replace(PEOPLE[speaker], "")
+        return f"{rng.choice(others)} {KINDS[form]}"
     p, q = rng.sample(people, 2)
-    return f"{p} {('same', 'unlike')[form - 2]} {q}"
+    relation = "same" if form == 2 else "unlike"
+    return f"{p} {relation} {q}"
 
 
 @cache
@@ -67,8 +72,9 @@ def check(statements: list[str], assignment: str) -> str:
     steps = "".join(person + digit for person, digit in digit_of.items())
     for (speaker, digit), text in zip(digit_of.items(), statements, strict=True):
         steps += speaker + "".join(word + digit_of[word] for word in text.split() if word in digit_of)
-        steps += "+" if holds(text, assignment) else "-"
-        if steps[-1] != "-+"[int(digit)]:
+        true = holds(text, assignment)
+        steps += "+" if true else "-"
+        if true != (digit == "1"):
             break
     return steps
 
@@ -86,21 +92,29 @@ def puzzle(rng: random.Random, size: int) -> Drawn:
     """A random problem with one solution: (question, worked steps, answer)."""
     while True:
         statements = [statement(rng, speaker, size) for speaker in range(size)]
-        solutions = [
-            digits for digits in assignments(size)
-            if all(holds(text, digits) == (digit == "1") for text, digit in zip(statements, digits, strict=True))
-        ]  # fmt: skip
+        solutions = [digits for digits in assignments(size) if fits(statements, digits)]
         if len(solutions) == 1:
-            steps = "".join(check(statements, digits) for digits in assignments(size) if digits >= solutions[0])
+            tried = [digits for digits in assignments(size) if digits >= solutions[0]]
+            steps = "".join(check(statements, digits) for digits in tried)
             if len(re.findall(WORD, steps)) <= LONGEST:
                 return ask(statements), steps, solutions[0]
 
 
-def distinct_puzzles(rng: random.Random, sizes, count: int, held_out) -> list[Drawn]:
+def fits(statements: list[str], assignment: str) -> bool:
+    """Whether knights alone make true statements."""
+    return all(holds(text, assignment) == (digit == "1") for text, digit in zip(statements, assignment, strict=True))
+
+
+def distinct_puzzles(rng: random.Random, sizes: tuple[int, ...], count: int, held_out: frozenset) -> list[Drawn]:
     """`count` different problems, their sizes in turn, that share no n-gram of task.py with `held_out`."""
-    return draw_distinct(
-        lambda i: puzzle(rng, sizes[i % len(sizes)]), count, lambda text: not held_out.isdisjoint(ngrams(text))
-    )
+
+    def draw(i: int) -> Drawn:
+        return puzzle(rng, sizes[i % len(sizes)])
+
+    def taken(question: str) -> bool:
+        return not held_out.isdisjoint(ngrams(question))
+
+    return draw_distinct(draw, count, taken)
 
 
 @cache
@@ -130,7 +144,8 @@ def task(seed: int, eval_per_size: int, demonstrations: int = PROMPTS, useless: 
     puzzles = distinct_puzzles(rng, SIZES, max(PROMPTS, demonstrations), held_out())
     worked = [Demonstration(q, f"{steps}{BOX}{answer}}}", answer) for q, steps, answer in puzzles[:demonstrations]]
     for i in rng.sample(range(len(worked)), round(useless * len(worked))):
-        wrong = [digits for digits in assignments(len(worked[i].answer)) if digits != worked[i].answer]
+        answer = worked[i].answer
+        wrong = [digits for digits in assignments(len(answer)) if digits != answer]
         worked[i] = replace(worked[i], response=f"{BOX}{rng.choice(wrong)}}}")
     problems = [Problem(q, answer, f"n={len(answer)}") for q, _, answer in puzzles]
     return Task(problems, worked, evaluation(eval_per_size), instruction="")
@@ -145,7 +160,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 def documents(seed: int, tokenizer) -> Iterator[Row]:
     """Endless training rows: 45 % checks of assignments, 35 % answers at once, 20 % small problems worked."""
-    rng, evaluated = random.Random(seed), held_out()
+    rng = random.Random(seed)
+    evaluated = held_out()
     while True:
         kind = rng.random()
         if kind < 0.45:
@@ -159,5 +175,8 @@ def documents(seed: int, tokenizer) -> Iterator[Row]:
             size = rng.choice((2, 3) if at_once else (2, 2, 2, 3))
             ((question, steps, answer),) = distinct_puzzles(rng, (size,), 1, evaluated)
             prompt = encode_prompt(tokenizer, question, "")
-            response = ("" if at_once else steps) + f"{BOX}{answer}}}"
-        yield prompt, [*tokenizer.encode(response, add_special_tokens=False), tokenizer.eos_token_id]
+            if at_once:
+                steps = ""
+            response = f"{steps}{BOX}{answer}}}"
+        ids = tokenizer.encode(response, add_special_tokens=False)
+        yield prompt, [*ids, tokenizer.eos_token_id]

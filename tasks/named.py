@@ -1,12 +1,10 @@
-"""The tasks that --task and --rl-data name, each a function of the settings; docs/data.md explains how to add one."""
-
-from dataclasses import replace
+"""The tasks that --task and --rl-data name; docs/data.md explains how to add one."""
 
 from infra.files import DataError
 from rewards import is_gold
-from settings import METHODS, SettingError, Settings
-from tasks import arithmetic, legs, logic
+from settings import METHODS, TASKS, SettingError, Settings
 from tasks.benchmarks import BENCHMARKS, read_benchmark
+from tasks.builtin import module_of
 from tasks.functions import load_function, user_code
 from tasks.sources import first_correct, keep_readable, read_demonstrations, read_problems, rows_of
 from tasks.task import Demonstration, Problem, Task
@@ -14,29 +12,30 @@ from tasks.task import Demonstration, Problem, Task
 MATH_LEVEL3TO5 = "hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level3to5/train.parquet"
 DEEPMATH = "zwhe99/DeepMath-103K"
 GSM8K = "openai/gsm8k:main:train"
-MAX_WIDTH = 1000  # characters of a table with a column per group: its name and 10 more
 
 
 def load_task(s: Settings) -> Task:
     """The task that the settings name; a given `template` replaces its own. Raises DataError or SettingError."""
     if s.rl_data:
         task = from_files(s.rl_data, s.sft_data, s.eval_data, s.eval_problems, bool(s.reward))
+    elif s.task in TASKS:
+        task = module_of(s.task).task(s.seed, s.eval_problems)
+    elif s.task in NAMED:
+        task = NAMED[s.task](s)
     else:
-        task = NAMED[s.task](s) if s.task in NAMED else from_function(s.task, s)
+        task = from_function(s.task, s)
     task.template = s.template or task.template
-    groups = {p.group for p in task.evaluation}
-    if sum(len(group) + 10 for group in groups) > MAX_WIDTH:
-        task.notes.append(f"evaluation: the names of {len(groups)} groups do not fit into a table: all are one group")
-        task.evaluation = [replace(p, group="all") for p in task.evaluation]
-    if wrong := sum(not is_gold(p.answer) for p in task.evaluation):
-        task.notes.append(f"evaluation: no answer is right for {wrong} golds, which the grader cannot read")
+    unreadable = [p for p in task.evaluation if not is_gold(p.answer)]
+    if unreadable:
+        task.notes.append(f"evaluation: no answer is right for {len(unreadable)} golds, which the grader cannot read")
     return task
 
 
 def limr(s: Settings) -> Task:
     """D_RL of the paper's Qwen2.5-3B, 1,389 problems, with DeepMath's demonstrations."""
     notes: list[str] = []
-    task = Task(read_problems("GAIR/LIMR", "rl_data", notes, bool(s.reward)), deepmath(s, notes), [], notes=notes)
+    problems = read_problems("GAIR/LIMR", "rl_data", notes, bool(s.reward))
+    task = Task(problems, deepmath(s, notes), [], notes=notes)
     return with_evaluation(task, s.eval_data, s.eval_problems)
 
 
@@ -45,7 +44,8 @@ def math_level3to5(s: Settings) -> Task:
     notes: list[str] = []
     problems = [Problem(row["question"], row["gt_answer"], extra=row) for row in rows_of(MATH_LEVEL3TO5, "rl_data")]
     problems = keep_readable(problems, MATH_LEVEL3TO5, "rl_data", notes, bool(s.reward))
-    return with_evaluation(Task(problems, deepmath(s, notes), [], notes=notes), s.eval_data, s.eval_problems)
+    task = Task(problems, deepmath(s, notes), [], notes=notes)
+    return with_evaluation(task, s.eval_data, s.eval_problems)
 
 
 def gsm8k(s: Settings) -> Task:
@@ -62,60 +62,68 @@ def deepmath(s: Settings, notes: list[str]) -> list[Demonstration]:
     demonstrations = []
     for row in rows_of(DEEPMATH, "sft_data"):
         if 3 <= row["difficulty"] <= 6:
-            response = first_correct([row[f"r1_solution_{i}"] for i in (1, 2, 3)], row["final_answer"])
+            solutions = [row["r1_solution_1"], row["r1_solution_2"], row["r1_solution_3"]]
+            response = first_correct(solutions, row["final_answer"])
             demonstrations.append(Demonstration(row["question"], response, row["final_answer"]))
     return keep_readable(demonstrations, DEEPMATH, "sft_data", notes)
 
 
-NAMED = {"arithmetic": lambda s: arithmetic.task(s.seed, s.eval_problems)}
-NAMED |= {"chains": lambda s: arithmetic.chains(s.seed, s.eval_problems)}
-NAMED |= {"logic": lambda s: logic.task(s.seed, s.eval_problems)}
-NAMED |= {"legs": lambda s: legs.task(s.seed, s.eval_problems)}
-NAMED |= {"limr": limr, "math_level3to5": math_level3to5, "gsm8k": gsm8k}
+NAMED = {"limr": limr, "math_level3to5": math_level3to5, "gsm8k": gsm8k}  # besides settings.TASKS
 
 
 def from_files(rl_data: str, sft_data: str, eval_data: str, eval_problems: int, any_gold: bool = False) -> Task:
     """The task of comma lists of sources (see sources.py); `sft_data` and `eval_data` may be empty."""
     notes: list[str] = []
     demonstrations = read_demonstrations(sft_data, "sft_data", notes, any_gold) if sft_data else []
-    task = Task(read_problems(rl_data, "rl_data", notes, any_gold), demonstrations, [], notes=notes)
-    return with_evaluation(task, eval_data, eval_problems)
+    problems = read_problems(rl_data, "rl_data", notes, any_gold)
+    return with_evaluation(Task(problems, demonstrations, [], notes=notes), eval_data, eval_problems)
 
 
 def with_evaluation(task: Task, eval_data: str, eval_problems: int) -> Task:
     """Gives the task the first `eval_problems` problems of each group in `eval_data` and returns it.
 
-    `eval_data` is a comma list of benchmarks and sources. If it is empty, the last `eval_problems` questions move from
-    training to evaluation, readable ones if there are enough. Raises DataError if those are half of the questions.
+    `eval_data` is a comma list of benchmarks and sources. If it is empty, questions are held out of training.
     """
     if not eval_data:
-        questions = {p.question: p for p in task.problems}
-        if 2 * eval_problems >= len(questions):
-            too_few = f"holding out eval_problems={eval_problems} of {len(questions)} questions keeps too few"
-            raise DataError(f"rl_data: {too_few}: lower eval_problems or give eval_data")
-        readable = [p for p in questions.values() if is_gold(p.answer)]
-        task.evaluation = (readable if len(readable) >= eval_problems else [*questions.values()])[-eval_problems:]
-        held_out = {p.question for p in task.evaluation}
-        task.problems = [p for p in task.problems if p.question not in held_out]
-        task.notes.append(f"no eval_data: the last {eval_problems} questions of rl_data are held out of training")
+        hold_out(task, eval_problems)
         return task
     groups: dict[str, list[Problem]] = {}
-    for source in (part.strip() for part in eval_data.split(",")):
+    for part in eval_data.split(","):
+        source = part.strip()
         if source in BENCHMARKS:
             problems = read_benchmark(source, "benchmarks", "eval_data")
         else:
             problems = read_problems(source, "eval_data", task.notes)
         for problem in problems:
             groups.setdefault(problem.group, []).append(problem)
-    task.evaluation = [p for problems in groups.values() for p in problems[:eval_problems]]
-    task.kept_apart = [p.question for problems in groups.values() for p in problems[eval_problems:]]
+    for problems in groups.values():
+        task.evaluation += problems[:eval_problems]
+        task.kept_apart += [p.question for p in problems[eval_problems:]]
     return task
+
+
+def hold_out(task: Task, eval_problems: int) -> None:
+    """Moves the last `eval_problems` questions from training to evaluation, readable ones if there are enough.
+
+    Raises DataError if those are half of the questions.
+    """
+    problem_of = {p.question: p for p in task.problems}
+    if 2 * eval_problems >= len(problem_of):
+        too_few = f"holding out eval_problems={eval_problems} of {len(problem_of)} questions keeps too few"
+        raise DataError(f"rl_data: {too_few}: lower eval_problems or give eval_data")
+    candidates = [p for p in problem_of.values() if is_gold(p.answer)]
+    if len(candidates) < eval_problems:
+        candidates = list(problem_of.values())
+    task.evaluation = candidates[-eval_problems:]
+    held_out = {p.question for p in task.evaluation}
+    task.problems = [p for p in task.problems if p.question not in held_out]
+    task.notes.append(f"no eval_data: the last {eval_problems} questions of rl_data are held out of training")
 
 
 def from_function(spec: str, s: Settings) -> Task:
     """The task that the user's FILE.py:FUNCTION returns. Raises SettingError if it returns none."""
     if ":" not in spec:
-        raise SettingError(f"task: {spec!r} must be one of {', '.join(NAMED)}, or FILE.py:FUNCTION")
+        raise SettingError(f"task: {spec!r} must be one of {', '.join([*TASKS, *NAMED])}, or FILE.py:FUNCTION")
     function = load_function("task", spec)
     with user_code("task", spec):
         task = function(s)

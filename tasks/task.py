@@ -13,6 +13,8 @@ from ops.packed import Row
 from tasks.prompts import INSTRUCTION, encode_prompt, encode_response, end_of_turn, prompt_text
 
 Drawn = tuple[str, str, str]  # (question, worked steps, answer) of a built-in task
+BOX = "\\boxed{"  # begins the answer of a built-in task's demonstration
+EVAL_SEED = 2509_06948  # of the evaluation problems of the built-in tasks, which are the same for every run
 NGRAM = 13  # consecutive words that a training question may not share with an evaluation question
 
 

@@ -18,14 +18,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from ops import decode, head, sample
+from ops import attention, head, sample
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 F, B, I = "*fp32", "*bf16", "*i64"
 ROW = dict(V="i32", stride="i32", temperature="fp32")
 ATTEND = dict(Q=B, KEYS=B, VALUES=B, LENGTH=I, OUT=F, LSE=F, scale="fp32", q_stride="i32", slot_stride="i64",
               SPLITS="i32")  # fmt: skip
-TILE = dict(TOKENS=head.TOKENS, WORDS=head.WORDS, DEPTH=head.DEPTH, GROUP=head.GROUP)
+TILE = head.TILE
 SCORE = dict(HIDDEN="tensordesc<bf16[{TOKENS},{DEPTH}]>".format(**TILE),
              WEIGHT="tensordesc<bf16[{WORDS},{DEPTH}]>".format(**TILE), Y=I, MAX=F, SUM=F, SUM_Z=F,
              TARGET=F, N="i32", H="i32", V="i32", inverse_temperature="fp32")  # fmt: skip
@@ -34,24 +34,24 @@ GRAD = dict(Z=F, Y=I, LSE=F, ENTROPY=F, G_LOGP=F, G_ENTROPY=F, D=B, V="i32", z_s
             temperature="fp32")  # fmt: skip
 SAMPLE = dict(Z=F, U="*fp64", TOKEN=I, LOGP=F, **ROW, top_p="fp32")
 
-HALF, FULL = decode.BLOCKS[2], decode.BLOCKS[4]  # for bf16 and fp32
+HALF, FULL = attention.BLOCKS[2], attention.BLOCKS[4]  # for bf16 and fp32
 KERNELS = [  # kernel, types of its arguments, constants, warps, pipeline stages: as launched, for Qwen2.5-3B and others
     (head.row_stats_kernel, dict(Z=F, Y=I, LOGP=F, ENTROPY=F, LSE=F, **ROW), dict(BLOCK=4096), 8, 3),
     (head.row_gradients_kernel, GRAD, dict(BLOCK=4096), 8, 3),
     (head.score_kernel, SCORE, dict(**TILE, UPCAST=False), 8, 4),
     *((sample.sample_tokens_kernel, SAMPLE, dict(GREEDY=g, NUCLEUS=p, BLOCK=2048), 8, 3)
       for g, p in ((False, False), (False, True), (True, False))),
-    *((decode.rope_and_store_kernel, ROPE, dict(D=128, BLOCK=64, NORM=norm), 1, 3) for norm in (False, True)),
-    (decode.swiglu_kernel, dict(GATE_UP=B, OUT=B, width="i32"), dict(BLOCK=1024), 4, 3),
-    *((decode.attend_kernel, ATTEND, dict(KV_HEADS=n, G=g, ROWS=16, D=d, WIDTH=w, BLOCK=HALF["BLOCK"], UPCAST=False),
+    *((attention.rope_and_store_kernel, ROPE, dict(D=128, BLOCK=64, NORM=norm), 1, 3) for norm in (False, True)),
+    (attention.swiglu_kernel, dict(GATE_UP=B, OUT=B, width="i32"), dict(BLOCK=1024), 4, 3),
+    *((attention.attend_kernel, ATTEND, dict(KV_HEADS=n, G=g, ROWS=16, D=d, WIDTH=w, BLOCK=HALF["BLOCK"], UPCAST=False),
        HALF["num_warps"], 3)
       for n, g, d, w in ((2, 8, 128, 128), (8, 3, 128, 128), (8, 4, 64, 64), (2, 7, 80, 128))),
-    (decode.attend_kernel, ATTEND | dict(OUT=B),  # one split: the result in bf16
+    (attention.attend_kernel, ATTEND | dict(OUT=B),  # one split: the result in bf16
      dict(KV_HEADS=2, G=8, ROWS=16, D=128, WIDTH=128, BLOCK=HALF["BLOCK"], UPCAST=False), HALF["num_warps"], 3),
-    (decode.attend_kernel, ATTEND | dict(Q=F, KEYS=F, VALUES=F),  # --dtype float32 on a GPU
+    (attention.attend_kernel, ATTEND | dict(Q=F, KEYS=F, VALUES=F),  # --dtype float32 on a GPU
      dict(KV_HEADS=2, G=8, ROWS=16, D=128, WIDTH=128, BLOCK=FULL["BLOCK"], UPCAST=False), FULL["num_warps"], 3),
-    *((decode.attend_merge_kernel, dict(PARTS=F, LSE=F, OUT=B, SPLITS="i32"), dict(D=128, WIDTH=128, PADDED_SPLITS=n),
-       4, 3) for n in (1, 8, 64)),
+    *((attention.attend_merge_kernel, dict(PARTS=F, LSE=F, OUT=B, SPLITS="i32"),
+       dict(D=128, WIDTH=128, PADDED_SPLITS=n), 4, 3) for n in (1, 8, 64)),
 ]  # fmt: skip
 
 

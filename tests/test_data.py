@@ -696,15 +696,6 @@ def test_a_difficulty_forms_the_groups_where_the_level_is_a_measurement(tmp_path
     assert {p.group for p in problems} == {"difficulty 0", "difficulty 1"}
 
 
-def test_groups_whose_names_fit_into_no_table_are_one(own):
-    spec = own(
-        MAKES + "f = lambda s: Task([P] * 9, [D], [Problem(f'q{i}', '1', f'difficulty {i / 7}') for i in range(300)])"
-    )
-    task = named.load_task(settings.Settings(task=f"{spec}:f"))
-    assert {p.group for p in task.evaluation} == {"all"}
-    assert task.notes == ["evaluation: the names of 300 groups do not fit into a table: all are one group"]
-
-
 def test_a_reward_of_the_user_keeps_golds_that_only_the_grader_cannot_read(tmp_path):
     rows = [{"question": f"q{i}", "answer": "assert f(1) == [1, 2]", "solution": f"s{i}"} for i in range(8)]
     rows[3:3] = [{"question": "none", "answer": "", "solution": "s"}, {"question": "v", "answer": "7", "solution": "s"}]
@@ -784,13 +775,6 @@ def test_a_model_card_holds_escapes_instead_of_text_that_utf8_cannot_encode(tmp_
 def test_a_file_of_json_lines_may_begin_with_a_byte_order_mark(tmp_path):
     problems, _ = read(tmp_path / "windows.jsonl", '\ufeff{"question": "1+1", "answer": "2"}\r\n')
     assert [(p.question, p.answer) for p in problems] == [("1+1", "2")]
-
-
-@pytest.mark.parametrize("flag", ["--out", "--model", "--rl-data", "--reward", "--task"])
-def test_a_path_that_utf8_cannot_encode_is_refused_by_name(flag, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        settings.parse([flag, "a\udcff"])  # Python reads the byte ff so
-    assert f"argument {flag}: 'a\\udcff' is no name of a file" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

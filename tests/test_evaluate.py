@@ -692,7 +692,7 @@ def test_a_command_that_makes_no_sense_is_refused(flags, capsys):
 
 
 @pytest.mark.parametrize("program", ["bridge.py", "evaluate.py", "plot.py"])
-@pytest.mark.parametrize("stream", ["<&- >&- 2>&-", "| true"])
+@pytest.mark.parametrize("stream", ["| true"])
 def test_the_help_needs_no_terminal_and_no_encoding(program, stream):
     environment = os.environ | {"PYTHONIOENCODING": "ascii:strict"}
     command = ["bash", "-o", "pipefail", "-c", f"{sys.executable} {program} --help {stream}"]

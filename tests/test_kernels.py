@@ -21,7 +21,7 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 import sampler
 from logprob import token_logprobs
-from ops import decode, decoder, graphs, head, sample
+from ops import attention, decoder, graphs, head, sample
 from ops.slots import uniforms
 from sampler import Sampler
 
@@ -41,7 +41,7 @@ def _seed():
 @pytest.fixture
 def kernels(monkeypatch):
     """The kernels run instead of their twins, on every device."""
-    for module in (head, decode, sample, decoder):
+    for module in (head, attention, sample, decoder):
         monkeypatch.setattr(module, "use_kernels", lambda x: True)
 
 
@@ -162,7 +162,7 @@ def test_a_row_with_a_logit_that_is_not_finite_gets_a_log_prob_that_is_not_finit
     assert logp.isfinite().tolist() == [True, False]
 
 
-# ---- ops/decode.py
+# ---- ops/attention.py
 
 
 @pytest.mark.parametrize(("h", "kv_heads", "d"), [(4, 2, 24), (8, 1, 16), (3, 1, 64), (2, 2, 128)])
@@ -173,8 +173,8 @@ def test_split_attention_equals_the_twin_and_fp64(kernels, h, kv_heads, d, split
     shapes = (n, h, d), (5, L, kv_heads, d), (5, L, kv_heads, d)
     q, keys, values = (torch.randn(shape).to(DEVICE) for shape in shapes)
     length = torch.tensor([1, 70, 100], device=DEVICE)  # with 8 splits the first sequence has 7 empty ones
-    out = decode.attend(q, keys, values, length, 0.3, splits=splits)
-    twin = decode.attend_torch(q, keys, values, length, 0.3)
+    out = attention.attend(q, keys, values, length, 0.3, splits=splits)
+    twin = attention.attend_torch(q, keys, values, length, 0.3)
     torch.testing.assert_close(out, twin, rtol=1e-5, atol=1e-5)
     for i in range(n):
         k, v = (x[i, : length[i]].transpose(0, 1) for x in (keys, values))
@@ -200,7 +200,7 @@ def test_rotation_equals_transformers_and_caches_keys_and_values(kernels, norms,
     expected = [*apply_rotary_pos_emb(q, k, cos[:, 0], sin[:, 0]), v.clone()]
 
     cells = decoder.Cache(kv[None], cos, sin, kv).cells(slot, position)
-    for function in (decode.rope_and_store_torch, decode.rope_and_store):
+    for function in (attention.rope_and_store_torch, attention.rope_and_store):
         kv.zero_()
         rotated = function(qkv.clone(), cos, signed, head_norms, 1e-6, kv, cells)
         for ours, theirs in zip(rotated, expected, strict=True):
@@ -212,7 +212,7 @@ def test_rotation_equals_transformers_and_caches_keys_and_values(kernels, norms,
 
 def test_swiglu_equals_the_twin(kernels):
     x = torch.randn(3, 2 * 1100).to(DEVICE)
-    torch.testing.assert_close(decode.swiglu(x), decode.swiglu_torch(x), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(attention.swiglu(x), attention.swiglu_torch(x), rtol=1e-5, atol=1e-6)
 
 
 # ---- the engine
@@ -307,8 +307,8 @@ def test_attention_reads_keys_beyond_element_2_to_the_31(kernels):
     q, near = torch.randn(3, 2, 16).to(DEVICE), torch.randn(3, 70, 1, 16).to(DEVICE)
     far = far_apart(near)
     length = torch.tensor([70, 33, 50], device=DEVICE)
-    expected = decode.attend_torch(q, near, near, length, 0.25)
-    torch.testing.assert_close(decode.attend(q, far, far, length, 0.25), expected, rtol=1e-5, atol=1e-5)
+    expected = attention.attend_torch(q, near, near, length, 0.25)
+    torch.testing.assert_close(attention.attend(q, far, far, length, 0.25), expected, rtol=1e-5, atol=1e-5)
 
 
 # ---- compiled for a GPU
@@ -320,7 +320,7 @@ def test_every_kernel_compiles_for_hopper_without_spilling_and_the_matmul_uses_i
     finished = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert finished.returncode == 0, finished.stderr[-2000:]
     rows = [json.loads(line) for line in finished.stdout.splitlines()]
-    modules = (head, decode, sample)
+    modules = (head, attention, sample)
     assert {row["kernel"] for row in rows} == {n for m in modules for n in vars(m) if n.endswith("_kernel")}
     for row in rows:
         assert row["stack"] == 0, row

@@ -12,7 +12,7 @@ from evaluate import evaluate
 from infra.files import DataError
 from infra.model import load
 from sampler import Sampler
-from tasks import arithmetic, builtin
+from tasks import arithmetic, builtin, chains
 from tasks import task as tasks
 from tasks.prompts import encode_prompt
 from tasks.task import Demonstration, Problem, Stream, Task
@@ -48,7 +48,7 @@ def test_the_built_in_task_is_a_function_of_its_seed_and_repeats_no_question():
 
 @pytest.mark.parametrize("useless", [0.0, 0.5])
 def test_the_harder_chains_have_the_stated_share_of_wrong_demonstrations_on_questions_of_d_rl(useless):
-    task = arithmetic.chains(3, 10, demonstrations=64, useless=useless)
+    task = chains.task(3, 10, demonstrations=64, useless=useless)
     right = [rewards.is_correct(d.response, d.answer).correct for d in task.demonstrations]
     assert sum(right) == 64 * (1 - useless)
     assert all(
@@ -110,22 +110,6 @@ def test_a_base_model_is_built_once_per_recipe(tmp_path, monkeypatch):
     assert trained == [TINY, replace(TINY, seed=1)]
     assert model.config.hidden_size == 16
     assert builtin.resolve("owner/name") == "owner/name"
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
-
-
-def test_a_base_model_that_another_process_built_meanwhile_is_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "MODELS", tmp_path)
-    monkeypatch.setitem(builtin.RECIPES, "tiny", (TINY, arithmetic))
-    train = builtin.train_base
-
-    def train_slowly(recipe, task):
-        with monkeypatch.context() as other_process:
-            other_process.setattr(builtin, "train_base", train)
-            (builtin.build_base("tiny") / "in use").touch()
-        return train(recipe, task)
-
-    monkeypatch.setattr(builtin, "train_base", train_slowly)
-    assert (builtin.build_base("tiny") / "in use").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
 
 

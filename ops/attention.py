@@ -1,6 +1,6 @@
-"""Decoding between the matmuls: rotation and cache write, SwiGLU, attention of one new token per sequence.
+"""The work between the matmuls of a decoder layer: rotation and cache write, SwiGLU, attention of one new token.
 
-Every kernel stands below its twin in PyTorch, which runs on a CPU.
+Each Triton kernel follows its PyTorch twin, which runs on a CPU and defines the result.
 
 Shapes: T tokens fed, n sequences; S slots of the cache, L positions each; h query heads, h_kv key-value heads,
 g = h/h_kv, d head size; I intermediate size.
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from ops.head import UPCAST, jit, tl, triton, use_kernels
 
-# Keys that attend_kernel reads at a time and its warps, by bytes per number: the most that spill no register.
+# attend_kernel's keys per block and warps, by bytes per number: the largest block that does not spill registers.
 BLOCKS = {2: dict(BLOCK=64, num_warps=4), 4: dict(BLOCK=32, num_warps=8)}
-PROGRAMS = 264  # of attend_kernel: about two per multiprocessor of an H100 or H200
+PROGRAMS = 264  # programs of one attend_kernel launch: two per multiprocessor of an H100 or H200
 
 
 def rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells):
@@ -24,8 +24,8 @@ def rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells):
     heads = qkv.shape[1] - 2 * kv_heads
     q, k, v = qkv.split([heads, kv_heads, kv_heads], 1)
     if head_norms is not None:
-        for x, norm in zip((q, k), head_norms, strict=True):
-            x.copy_(F.rms_norm(x, (d,), norm, eps))
+        q.copy_(F.rms_norm(q, (d,), head_norms[0], eps))
+        k.copy_(F.rms_norm(k, (d,), head_norms[1], eps))
     rotated = qkv[:, : heads + kv_heads]
     swapped = rotated.roll(d // 2, -1) * sin  # (x₁, x₂) → (−x₂·s, x₁·s)
     rotated.copy_((rotated * cos).add_(swapped))
@@ -41,7 +41,8 @@ def rope_and_store_kernel(
 
     QKV [T, h + 2·h_kv, d] is rotated in place; COS, SIN [T, d], NORMS [2, d], CELLS [T, 2·h_kv] -> KV [cells, d].
     """
-    token, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1)
     i = tl.arange(0, BLOCK)  # element i of the first half of a head rotates with element i of the second
     half = D // 2
     inside = i < half
@@ -75,7 +76,8 @@ def rope_and_store(
     """
     if not use_kernels(qkv):
         return rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells)
-    (T, all_heads, d), kv_heads = qkv.shape, kv.shape[-2]
+    T, all_heads, d = qkv.shape
+    kv_heads = kv.shape[-2]
     heads = all_heads - 2 * kv_heads
     rope_and_store_kernel[(T, all_heads)](
         qkv, cos, sin, qkv if head_norms is None else head_norms, kv, cells, heads, kv_heads, eps,
@@ -91,7 +93,10 @@ def swiglu_torch(gate_up: Tensor) -> Tensor:
 
 @jit
 def swiglu_kernel(GATE_UP, OUT, width, BLOCK: tl.constexpr):
-    """One program per token and BLOCK columns: silu(gate)·up. GATE_UP [T, 2·I] -> OUT [T, I]; 6I bytes each in bf16."""
+    """One program per token and BLOCK columns: silu(gate)·up. GATE_UP [T, 2·I] -> OUT [T, I].
+
+    It moves 6·I bytes per token in bf16.
+    """
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(GATE_UP + token * 2 * width + i, mask=i < width, other=0.0).to(tl.float32)
@@ -103,7 +108,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate)·up of gate_up [T, 2·I] -> [T, I]."""
     if not use_kernels(gate_up):
         return swiglu_torch(gate_up)
-    T, width = gate_up.shape[0], gate_up.shape[1] // 2
+    T, both = gate_up.shape
+    width = both // 2
     out = gate_up.new_empty(T, width)
     swiglu_kernel[(T, triton.cdiv(width, 1024))](gate_up, out, width, BLOCK=1024, num_warps=4)
     return out
@@ -119,10 +125,15 @@ def attention_mask(length: Tensor, heads: int, kv_heads: int) -> Tensor:
 
 
 def attend_torch(q, keys, values, length, scale, mask=None):
-    mask = attention_mask(length, q.shape[1], keys.shape[2]) if mask is None else mask
-    longest = mask.shape[2] // keys.shape[2]
-    k, v = (x[: len(q), :longest].flatten(1, 2) for x in (keys, values))  # [n, L'·h_kv, d]
-    # Every head meets the keys of all heads: with few of them one large matmul is faster than many small ones.
+    n, heads, _ = q.shape
+    kv_heads = keys.shape[2]
+    if mask is None:
+        mask = attention_mask(length, heads, kv_heads)
+    longest = mask.shape[2] // kv_heads
+    k = keys[:n, :longest].flatten(1, 2)  # [n, L'·h_kv, d]
+    v = values[:n, :longest].flatten(1, 2)
+    # The matmul multiplies each query head by the keys of all heads; the mask removes those of other heads.
+    # One large matmul is faster than many small ones.
     logits = torch.bmm(q, k.transpose(1, 2))  # [n, h, L'·h_kv]
     p = torch.add(mask, logits, alpha=scale).softmax(-1).to(q.dtype)
     return torch.bmm(p, v)
@@ -138,11 +149,14 @@ def attend_kernel(
 
     Q [n, h, d] with q_stride between sequences, KEYS and VALUES [S, L, h_kv, d], LENGTH [n] -> OUT [n, h, SPLITS, d],
     normalised within the split, and LSE [n, h, SPLITS] fp32, the split's weight in attend_merge_kernel.
-    The g heads that share keys are the rows of one small matmul, so the cache is read once. Splits keep all
-    multiprocessors busy when sequences are few.
+    The g query heads that share keys are the rows of one small matmul, so the cache is read once. A batch of few
+    sequences is split over the keys, so that all multiprocessors have work.
     """
-    sequence, kv_head, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
-    row, i = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    sequence = tl.program_id(0).to(tl.int64)
+    kv_head = tl.program_id(1)
+    split = tl.program_id(2)
+    row = tl.arange(0, ROWS)
+    i = tl.arange(0, WIDTH)
     head = kv_head * G + row
     real = (row < G)[:, None] & (i < D)[None, :]
     q = tl.load(Q + sequence * q_stride + head[:, None] * D + i[None, :], mask=real, other=0.0)  # [ROWS, WIDTH]
@@ -161,11 +175,13 @@ def attend_kernel(
         k = tl.load(KEYS + here, mask=seen, other=0.0)  # [BLOCK, WIDTH]
         v = tl.load(VALUES + here, mask=seen, other=0.0)
         if UPCAST:
-            k, v = k.to(tl.float32), v.to(tl.float32)
+            k = k.to(tl.float32)
+            v = v.to(tl.float32)
         logit = tl.dot(q, k.T, input_precision="ieee") * scale  # [ROWS, BLOCK]
         logit = tl.where((position < length)[None, :], logit, -1e30)
         larger = tl.maximum(m, tl.max(logit, 1))
-        p, shrink = tl.exp(logit - larger[:, None]), tl.exp(m - larger)
+        p = tl.exp(logit - larger[:, None])
+        shrink = tl.exp(m - larger)  # the sums so far are relative to the old max
         s = s * shrink + tl.sum(p, 1)
         sv = sv * shrink[:, None] + tl.dot(p.to(v.dtype), v, input_precision="ieee")
         m = larger
@@ -180,7 +196,8 @@ def attend_kernel(
 def attend_merge_kernel(PARTS, LSE, OUT, SPLITS, D: tl.constexpr, WIDTH: tl.constexpr, PADDED_SPLITS: tl.constexpr):
     """One program per sequence and head: Σ over splits of softmax(LSE)·PARTS. [n, h, SPLITS, d] -> OUT [n, h, d]."""
     cell = tl.program_id(0).to(tl.int64)
-    split, i = tl.arange(0, PADDED_SPLITS), tl.arange(0, WIDTH)
+    split = tl.arange(0, PADDED_SPLITS)
+    i = tl.arange(0, WIDTH)
     lse = tl.load(LSE + cell * SPLITS + split, mask=split < SPLITS, other=-1e30)
     weight = tl.where(split < SPLITS, tl.exp(lse - tl.max(lse, 0)), 0.0)
     weight = weight / tl.sum(weight, 0)
@@ -195,17 +212,21 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Attention of q [n, h, d] over the first length[i] ≥ 1 positions of slot i of keys and values [S, L, h_kv, d].
 
-    -> [n, h, d]. `mask` is attention_mask(length, h, h_kv), which the twin computes if it is not given. The kernel's
-    splits depend on the shapes alone, so a captured CUDA graph fits any lengths.
+    -> [n, h, d]. `mask` is attention_mask(length, h, h_kv); the twin computes it if it is not given. The number of
+    splits depends on the shapes only, so a captured CUDA graph serves any lengths.
     """
     if not use_kernels(q):
         return attend_torch(q, keys, values, length, scale, mask)
-    (n, h, d), (_, L, kv_heads, _) = q.shape, keys.shape
-    splits = splits or max(1, min(triton.cdiv(PROGRAMS, n * kv_heads), triton.cdiv(L, 256)))
-    kind = q.dtype if splits == 1 else torch.float32  # one part is the result
-    parts = torch.empty(n, h, splits, d, device=q.device, dtype=kind)
+    n, h, d = q.shape
+    _, L, kv_heads, _ = keys.shape
+    if splits is None:
+        splits = min(triton.cdiv(PROGRAMS, n * kv_heads), triton.cdiv(L, 256))
+    # A single part is the result itself, so it has the result's dtype.
+    dtype = q.dtype if splits == 1 else torch.float32
+    parts = torch.empty(n, h, splits, d, device=q.device, dtype=dtype)
     lse = torch.empty(n, h, splits, device=q.device)
-    g, width = h // kv_heads, triton.next_power_of_2(d)
+    g = h // kv_heads
+    width = triton.next_power_of_2(d)
     attend_kernel[(n, kv_heads, splits)](
         q, keys, values, length, parts, lse, scale, q.stride(0), keys.stride(0), splits, KV_HEADS=kv_heads,
         G=g, ROWS=max(16, triton.next_power_of_2(g)), D=d, WIDTH=width, UPCAST=UPCAST, num_stages=3,
