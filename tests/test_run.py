@@ -592,7 +592,7 @@ def test_models_of_other_families_train_on_real_mathematics(tmp_path, family, op
         pytest.skip("shared/data/math_test_solutions.jsonl is absent")
     rows = [json.loads(line) for line in source.open()][:200]
     text_model(tmp_path / "model", [r["problem"] + r["solution"] for r in rows], family, **options)
-    task = tmp_path / "easy.py"
+    task = tmp_path / f"easy_{family.model_type}.py"  # a process has one module of each name
     task.write_text(EASY)
     run(tmp_path / "run", "--model", str(tmp_path / "model"), "--template", "plain", "--task", f"{task}:easy",
         "--max-new-tokens", "48", "--sft-batch", "4", "--prompts-per-step", "2", "--group-size", "2",
