@@ -51,7 +51,7 @@ def is_gold(answer: str) -> bool:
 
 
 def built_in_reward(response: str, problem) -> float:
-    """r(ŷ, y) of eq. (2) for a tasks.task.Problem: 1.0 for a correct response, else 0.0."""
+    """r(ŷ, y) of eq. (3) for a tasks.task.Problem: 1.0 for a correct response, else 0.0."""
     verdict = is_correct(response, problem.answer, tolerance=problem.tolerance, unit=problem.unit)
     return float(verdict.correct)
 

@@ -19,6 +19,7 @@ from measure import ROOT
 import bridge
 import rewards
 from settings import METHODS, parse
+from tasks import loading
 from tasks.task import Problem
 
 GROUPS = ("n=3", "n=7", "n=8", "n=9")
@@ -156,9 +157,10 @@ def test_a_run_that_fails_ends_the_study_with_its_message(study):
 
 def smoke(folder):
     """The metrics of two steps with a reward that differs between samples."""
-    (folder / "own.py").write_text("def length(response, problem):\n    return float(len(response) % 3)\n")
-    flags = ["--preset=smoke", "--steps=2", "--eval-every=1", f"--reward={folder}/own.py:length"]
-    bridge.main([*flags, f"--out={folder}/run"])
+    reward = lambda response, problem: float(len(response) % 3)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "load_reward", lambda spec: reward)
+        bridge.main(["--preset=smoke", "--steps=2", "--eval-every=1", f"--out={folder}/run"])
     metrics = lines(folder / "run/metrics.jsonl")
     return [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in metrics]
 
@@ -189,9 +191,9 @@ def test_in_gauss_seidel_order_the_gain_moves_w_at_the_first_step_already(plain,
     gradients = bridge.bilevel_gradients
 
     def spy(*args):
-        stats = gradients(*args)
-        seen.append(stats["gain_grad_norm"])
-        return stats
+        update = gradients(*args)
+        seen.append(update.stats["gain_grad_norm"])
+        return update
 
     bridge.bilevel_gradients = spy
     kinds.gauss_seidel()
