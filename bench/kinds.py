@@ -5,7 +5,7 @@ Each function replaces functions of bridge.py in this process, which then makes 
 
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from measure import ROOT  # noqa: F401  puts the project's modules on the path
@@ -78,80 +78,115 @@ def effect_of_w() -> None:
 
 def gauss_seidel() -> None:
     """Takes w's gradient at θ^{k+1} and θ̂^{k+1}, not at iterate k: the other reading of Algorithm 2."""
-    gradients, step = bridge.bilevel_gradients, bridge.clip_and_step
+    gradients = bridge.bilevel_gradients
+    step = bridge.clip_and_step
     given: list = []
 
-    def remember(*args) -> dict:
+    def remember(*args) -> bridge.Update:
         given[:] = args
         return gradients(*args)
 
-    def in_turn(m: bridge.Policies, stats: dict, s: bridge.Settings, lam: float = 1.0) -> dict:
+    def in_turn(m: bridge.Policies, stats: dict, s: bridge.Settings, rl_weight: float = 1.0):
+        of_w = {"w": m.optimizers["w"]}
         others = {name: optimizer for name, optimizer in m.optimizers.items() if name != "w"}
-        norms = step(replace(m, optimizers=others), stats, s, lam)
+        norms, stepped = step(replace(m, optimizers=others), stats, s, rl_weight)
         gradients(*given)
-        norms |= step(replace(m, optimizers={"w": m.optimizers["w"]}), stats, s, lam)
+        norms_of_w, w_stepped = step(replace(m, optimizers=of_w), stats, s, rl_weight)
         for optimizer in others.values():
             optimizer.zero_grad()
-        return norms
+        return norms | norms_of_w, stepped and w_stepped
 
-    bridge.bilevel_gradients, bridge.clip_and_step = remember, in_turn
+    bridge.bilevel_gradients = remember
+    bridge.clip_and_step = in_turn
     probe(right_of_many)
 
 
-def selected(direction: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None, visits: bool = False) -> None:
+@dataclass
+class Selection:
     """SFT, of θ and of w, takes only demonstrations that a small step of w along `direction` makes more likely.
-
-    direction: function of (∇_w L_RL(θ,w), ∇_w L_RL(θ̂,w)); w steps against its result. None takes the demonstrations
-        whose answer is right.
-    visits: sum the changes over all visits of a demonstration instead of using the change of this step.
 
     To first order the change of log π is the inner product of the demonstration's gradient of w with the direction. Two
     forward passes measure it for all demonstrations. If no demonstration is chosen, all are taken.
     """
-    take, sft_pass, taken, w, kept = bridge.parallel.take_gradients, bridge.sft_pass, [], [], []
 
-    def remember(parameters) -> list[Tensor]:
-        w[:] = parameters
-        taken.append(take(w))
-        return taken[-1]
+    # of (∇_w L_RL(θ,w), ∇_w L_RL(θ̂,w)); w steps against its result. None takes the demonstrations that are right.
+    direction: Callable[[list[Tensor], list[Tensor]], list[Tensor]] | None
+    visits: bool = False  # sum the changes over all visits of a demonstration instead of using that of this step
+    m: bridge.Policies | None = None  # of the update in progress
+    g_rl: dict[str, list[Tensor]] = field(default_factory=dict)  # ∇_w L_RL at the policy and at the shadow
+    is_right: dict[str, bool] = field(default_factory=dict)  # by demonstration
+    change: dict[str, float] = field(default_factory=lambda: defaultdict(float))  # of log π, by demonstration
+    taken: list[tuple[bool, bool]] = field(default_factory=list)  # (is right, was taken) since the last evaluation
 
-    def shift(step: list[Tensor], sign: float) -> None:
-        for p, d in zip(w, step, strict=True):
-            p.data.add_(d, alpha=sign)
+    def change_of_logp(self, demonstrations: list[Row]) -> list[float]:
+        """How much a small step of w raises the mean log π of each demonstration's tokens."""
+        direction = self.direction(self.g_rl["policy"], self.g_rl["shadow"])
+        scale = SHIFT / max(torch.nn.utils.get_total_norm(direction).item(), 1e-12)
+        lengths = [len(response) for _, response in demonstrations]
+        means = []
+        for size in (0.0, -scale):
+            self.shift_w(direction, size)
+            with torch.no_grad():
+                logp, _ = response_logprobs(self.m.policy, demonstrations)
+            means.append([of_one.mean() for of_one in logp.split(lengths)])
+            self.shift_w(direction, -size)
+        before, after = means
+        return [(b - a).item() for a, b in zip(before, after, strict=True)]
 
-    def sft_pass_of_some(model: nn.Module, demonstrations: list[Row], weight: float, s: bridge.Settings) -> float:
-        if direction is None:
-            useful = [useful_rows[str(row)] for row in demonstrations]
+    def shift_w(self, direction: list[Tensor], size: float) -> None:
+        for p, d in zip(self.m.w.values(), direction, strict=True):
+            p.data.add_(d, alpha=size)
+
+    def choose(self, demonstrations: list[Row]) -> list[Row]:
+        if self.direction is None:
+            useful = [self.is_right[str(row)] for row in demonstrations]
         else:
-            step = direction(*taken[-2:])
-            scale = SHIFT / max(torch.nn.utils.get_total_norm(step).item(), 1e-12)
-            lengths, logps = [len(response) for _, response in demonstrations], []
-            for sign in (0.0, -scale):
-                shift(step, sign)
-                with torch.no_grad():
-                    logps.append(response_logprobs(model, demonstrations)[0].split(lengths))
-                shift(step, -sign)
-            for row, before, after in zip(demonstrations, *logps, strict=True):
-                change[str(row)] = change[str(row)] * visits + (after.mean() - before.mean()).item()
-            useful = [change[str(row)] > 0 for row in demonstrations]
+            for row, change in zip(demonstrations, self.change_of_logp(demonstrations), strict=True):
+                before = self.change[str(row)] if self.visits else 0.0
+                self.change[str(row)] = before + change
+            useful = [self.change[str(row)] > 0 for row in demonstrations]
+        self.taken += [(self.is_right[str(row)], yes) for row, yes in zip(demonstrations, useful, strict=True)]
         chosen = [row for row, yes in zip(demonstrations, useful, strict=True) if yes]
-        kept.extend((useful_rows[str(row)], yes) for row, yes in zip(demonstrations, useful, strict=True))
-        return sft_pass(model, chosen or demonstrations, weight, s)
+        return chosen or demonstrations
 
-    useful_rows: dict[str, bool] = {}
-    change: dict[str, float] = defaultdict(float)
-
-    def shares(run: bridge.Run, step: int) -> dict:
+    def shares(self, run: bridge.Run, step: int) -> dict:
         """Of the useful and of the useless demonstrations since the last evaluation: the share that was taken."""
-        if not useful_rows:  # at step 0
-            pairs = zip(run.demonstrations, run.env.task.demonstrations, strict=True)
-            useful_rows.update((str(row), is_correct(d.response, d.answer).correct) for row, d in pairs)
-        of_kind = {name: [yes for useful, yes in kept if useful == kind] for name, kind in KINDS_OF_ROWS.items()}
-        kept.clear()
-        return {f"{name} taken": sum(y) / len(y) for name, y in of_kind.items() if y}
+        if not self.is_right:  # at step 0
+            for row, d in zip(run.demonstrations, run.env.task.demonstrations, strict=True):
+                self.is_right[str(row)] = is_correct(d.response, d.answer).correct
+        measured = {}
+        for name, kind in KINDS_OF_ROWS.items():
+            taken = [yes for is_right, yes in self.taken if is_right == kind]
+            if taken:
+                measured[f"{name} taken"] = sum(taken) / len(taken)
+        self.taken.clear()
+        return measured
 
-    bridge.parallel.take_gradients, bridge.sft_pass = remember, sft_pass_of_some
-    probe(shares)
+
+def selected(direction, visits: bool = False) -> None:
+    """Lets SFT choose among its demonstrations; see Selection."""
+    selection = Selection(direction, visits)
+    gradients = bridge.bilevel_gradients
+    rl_pass = bridge.rl_pass
+    sft_pass = bridge.sft_pass
+
+    def with_policies(m: bridge.Policies, *rest) -> bridge.Update:
+        selection.m = m
+        return gradients(m, *rest)
+
+    def remember_gradient(model: nn.Module, *rest) -> bridge.RLPass:
+        seen = rl_pass(model, *rest)  # w's .grad is of this pass alone: each pass's is taken out
+        of = "policy" if model is selection.m.policy else "shadow"
+        selection.g_rl[of] = [p.grad.clone() for p in selection.m.w.values()]
+        return seen
+
+    def sft_pass_of_some(model: nn.Module, demonstrations: list[Row], *rest) -> Tensor:
+        return sft_pass(model, selection.choose(demonstrations), *rest)
+
+    bridge.bilevel_gradients = with_policies
+    bridge.rl_pass = remember_gradient
+    bridge.sft_pass = sft_pass_of_some
+    probe(selection.shares)
 
 
 def gain(g_rl: list[Tensor], g_rl_hat: list[Tensor]) -> list[Tensor]:

@@ -155,12 +155,12 @@ def test_a_run_that_fails_ends_the_study_with_its_message(study):
     assert compare.records("tiny") == []
 
 
-def smoke(folder):
+def smoke(folder, *flags):
     """The metrics of two steps with a reward that differs between samples."""
     reward = lambda response, problem: float(len(response) % 3)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loading, "load_reward", lambda spec: reward)
-        bridge.main(["--preset=smoke", "--steps=2", "--eval-every=1", f"--out={folder}/run"])
+        bridge.main(["--preset=smoke", "--steps=2", "--eval-every=1", f"--out={folder}/run", *flags])
     metrics = lines(folder / "run/metrics.jsonl")
     return [{k: v for k, v in m.items() if k not in ("seconds", "tokens_per_second")} for m in metrics]
 
@@ -173,7 +173,7 @@ def plain(tmp_path_factory):
 @pytest.fixture
 def unchanged(plain, monkeypatch):
     """Undoes what a kind of run changes in bridge.py."""
-    for name in ("evaluate_policies", "bilevel_gradients", "clip_and_step"):
+    for name in ("evaluate_policies", "bilevel_gradients", "clip_and_step", "rl_pass", "sft_pass"):
         monkeypatch.setattr(bridge, name, getattr(bridge, name))
 
 
@@ -200,6 +200,21 @@ def test_in_gauss_seidel_order_the_gain_moves_w_at_the_first_step_already(plain,
     smoke(tmp_path)
     assert seen[0] == 0.0, "the step of θ and θ̂"
     assert seen[1] > 0.0, "the step of w"
+
+
+def test_sft_takes_the_chosen_demonstrations_alone_and_a_choice_by_the_truth_takes_the_right_ones(tmp_path, unchanged):
+    kinds.KINDS["by_truth"]()
+    smoke(tmp_path, "--task=chains")
+    shares = [record for record in lines(tmp_path / "run/probe.jsonl") if len(record) > 1]
+    assert shares
+    assert all(record["useful taken"] == 1.0 and record["useless taken"] == 0.0 for record in shares)
+
+
+def test_a_choice_by_the_gain_takes_what_a_step_of_w_along_its_gradient_makes_more_likely(tmp_path, unchanged):
+    kinds.KINDS["by_gain"]()
+    smoke(tmp_path, "--task=chains")
+    last = lines(tmp_path / "run/probe.jsonl")[-1]
+    assert 0 < last["useful taken"] + last["useless taken"] < 2, "some are taken, some are not"
 
 
 @pytest.mark.parametrize(("reward", "p"), [(variants.noise_10, 0.1), (variants.noise_20, 0.2)])
