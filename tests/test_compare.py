@@ -204,7 +204,7 @@ def test_in_gauss_seidel_order_the_gain_moves_w_at_the_first_step_already(plain,
 
 def test_sft_takes_the_chosen_demonstrations_alone_and_a_choice_by_the_truth_takes_the_right_ones(tmp_path, unchanged):
     kinds.KINDS["by_truth"]()
-    smoke(tmp_path, "--task=chains")
+    smoke(tmp_path, "--task=chains", "--keep-rollouts=none")
     shares = [record for record in lines(tmp_path / "run/probe.jsonl") if len(record) > 1]
     assert shares
     assert all(record["useful taken"] == 1.0 and record["useless taken"] == 0.0 for record in shares)
@@ -212,7 +212,7 @@ def test_sft_takes_the_chosen_demonstrations_alone_and_a_choice_by_the_truth_tak
 
 def test_a_choice_by_the_gain_takes_what_a_step_of_w_along_its_gradient_makes_more_likely(tmp_path, unchanged):
     kinds.KINDS["by_gain"]()
-    smoke(tmp_path, "--task=chains")
+    smoke(tmp_path, "--task=chains", "--keep-rollouts=none")
     last = lines(tmp_path / "run/probe.jsonl")[-1]
     assert 0 < last["useful taken"] + last["useless taken"] < 2, "some are taken, some are not"
 
