@@ -142,19 +142,20 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
         if reference is not None:
             parallel.shard(reference, w.values(), train=False)
 
-    theta = lora.base_parameters(model)
+    theta = list(lora.base_parameters(model).values())
     optimizers = {"theta": make_optimizer(theta, s.alpha)}
     if method.adapter:
-        optimizers["w"] = make_optimizer(w, s.beta)
+        optimizers["w"] = make_optimizer(list(w.values()), s.beta)
     if shadow is not None:
-        optimizers["theta_hat"] = make_optimizer(lora.base_parameters(shadow), s.alpha)
+        theta_hat = list(lora.base_parameters(shadow).values())
+        optimizers["theta_hat"] = make_optimizer(theta_hat, s.alpha)
     if method.two_optimizers:
         optimizers["theta_sft"] = make_optimizer(theta, s.alpha)
     return Policies(model, shadow, reference, w, optimizers)
 
 
-def make_optimizer(parameters: dict[str, nn.Parameter], rate: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(list(parameters.values()), lr=rate, weight_decay=0.0, fused=True)
+def make_optimizer(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=True)
 
 
 def rl_pass(
@@ -411,7 +412,7 @@ def train(run: Run, start: int) -> None:
         timer = Timer(k + 1)
         # A cold start gives RL a fresh optimizer.
         if s.method == "sft_rl" and k == s.sft_steps:
-            m.optimizers["theta"].state.clear()
+            m.optimizers["theta"] = make_optimizer(m.parameters["theta"], s.alpha)
 
         # Line 1: rollouts from π(θ,w). θ̂ trains on the same ones, or on its own on the same prompts.
         plan = updates(s, k)

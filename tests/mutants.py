@@ -256,7 +256,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("bridge.py", "-(token_weights * logp).sum() / len(nll)", "-(token_weights * logp).mean()"),
     ("bridge.py", "logp, entropy = response_logprobs(model, rows, s.temperature, dtype)", "logp, entropy = response_logprobs(model, rows, 1.0, dtype)"),
     ("bridge.py", "response_logprobs(reference, rows, s.temperature, dtype)", "response_logprobs(reference, rows, 2.0, dtype)"),
-    ("bridge.py", "make_optimizer(w, s.beta)", "make_optimizer(w, s.alpha)"),
+    ("bridge.py", "make_optimizer(list(w.values()), s.beta)", "make_optimizer(list(w.values()), s.alpha)"),
     ("bridge.py", "clip_grads_with_norm_(parameters, s.grad_clip, norm)", "clip_grads_with_norm_(parameters, 1e9, norm)"),
     ("bridge.py", "k == s.sft_steps:", "k < 0:"),
     ("bridge.py", "plan = plan * s.updates_per_rollout", "pass"),

@@ -207,3 +207,9 @@ def test_k3_is_zero_at_equality_never_negative_and_unbiased():
     torch.testing.assert_close(estimate, kl)
     assert (grpo.k3(p.log(), q.log(), torch.ones(3)) >= 0).all()
     assert not grpo.k3(p.log(), p.log(), torch.ones(3)).any()
+
+
+def test_the_reward_of_another_policy_is_the_mean_of_importance_weights_of_at_most_ten_times_rewards():
+    ratio = torch.tensor([2.0, 0.5, 3.0, 100.0])  # of sequences with 2, 1 and 1 tokens: 1, 3 and 100
+    estimate = grpo.importance_weighted_reward(ratio.log(), [2, 1, 1], torch.tensor([1.0, 0.5, 0.2]))
+    assert estimate.item() == pytest.approx((1 * 1.0 + 3 * 0.5 + 10 * 0.2) / 3)

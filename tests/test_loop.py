@@ -257,6 +257,19 @@ def test_a_checkpoint_holds_the_positions_and_the_skipped_count(tmp_path):
     assert (again.prompt_order.position, again.demonstration_order.position, again.skipped) == (3, 7, 2)
 
 
+@pytest.mark.parametrize("value", [0.25, float("nan")])
+def test_a_metric_is_logged_from_the_place_that_computes_it_and_stops_no_update(tmp_path, monkeypatch, value):
+    statistics = bridge.rl_statistics
+    monkeypatch.setattr(bridge, "rl_statistics", lambda *args: statistics(*args) | {"mine": value})
+    run = make_run(tmp_path, steps=2)
+    before = [p.clone() for p in run.m.parameters["theta"]]
+    bridge.train(run, 0)
+    logged = lines(tmp_path / "metrics.jsonl")
+    assert [m["mine"] for m in logged] == [0.25 if value == 0.25 else None] * 2
+    assert [m["skipped_in_a_row"] for m in logged] == [0, 0]
+    assert not same(before, run.m.parameters["theta"])
+
+
 def test_a_new_method_is_one_row_and_one_case_and_trains_through_export(tmp_path, monkeypatch):
     """The row is an entry of METHODS, the case a line of `updates`; memory, help, card and export read the table."""
     monkeypatch.setitem(METHODS, "sft_twice", Method("w and θ take SFT twice as much as RL", adapter=True))
