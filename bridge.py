@@ -425,7 +425,7 @@ def train(run: Run, start: int) -> None:
         seen: list[Update] = []
         skipped = 0
         for sft_weight, rl_weight in plan:
-            # Lines 2-3: the gradients of θ, w and θ̂, all at iterate k.
+            # Lines 1-3: demonstrations; the gradients of θ, w and θ̂, all at iterate k.
             demonstrations = run.demonstrations_of_update(rollouts) if sft_weight else []
             update = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, sft_weight, rl_weight, s, timer)
             keep_old_logp(update, rollouts, rollouts_hat, s)
@@ -440,7 +440,12 @@ def train(run: Run, start: int) -> None:
                 rows = rollouts.rows if rollouts is not None else []
                 run.folder.dump_skipped(f"{k + 1:06d}-{skipped}", update.stats, rows, demonstrations)
 
-        run.skipped = run.skipped + skipped if skipped else 0
+        # Of updates skipped in a row; a step without one begins again.
+        if skipped:
+            run.skipped += skipped
+        else:
+            run.skipped = 0
+
         is_last = k + 1 == total
         if (k + 1) % s.eval_every == 0 or is_last:
             with timer("evaluate"):
@@ -459,11 +464,17 @@ def train(run: Run, start: int) -> None:
 
 
 def log_step(
-    run: Run, step: int, seen: list[Update], rollouts: Rollouts | None, rollouts_hat: Rollouts | None, timer: Timer
+    run: Run,
+    step: int,
+    seen: list[Update],  # of the step
+    rollouts: Rollouts | None,
+    rollouts_hat: Rollouts | None,
+    timer: Timer,
 ) -> dict[str, float]:
     """Logs metrics, the samples of one group and the numbers of tokens; returns the metrics, of the first update."""
+    # The first of several updates wins: its ratios are those of the rollouts, and θ's gradient is at iterate k.
     metrics = {}
-    for update in reversed(seen):  # the first of several updates wins
+    for update in reversed(seen):
         metrics |= update.stats
     metrics["skipped_in_a_row"] = run.skipped
     if run.m.w:
@@ -489,6 +500,7 @@ def log_step(
 def groups_with_numbers(run: Run, rollouts: Rollouts, rollouts_hat: Rollouts, update: Update) -> list[dict]:
     """Groups of a step for report.html. On shared rollouts a row has the numbers of policy and shadow."""
     group_size = rollouts.reward.shape[1]
+    # The same groups of both
     kept = tokens.kept_rows(rollouts.advantage[rollouts.offsets[:-1]], group_size, run.folder.keep)
     if rollouts_hat is rollouts:
         sets = [("policy", rollouts, update.policy, update.shadow)]
@@ -525,7 +537,7 @@ def save(run: Run, step: int) -> None:
         settings=asdict(run.s),
         export=card_facts(run.env.task, run.env.tokenizer, run.env.sampler.stop),
     )
-    tensors = checkpoint.state_tensors(run.m.optimizers)
+    tensors = checkpoint.state_tensors(run.m.optimizers)  # parameters and the optimizers' moments
     checkpoint.save(run.folder.path / "checkpoint", step, facts | run.fingerprints, tensors)
 
 

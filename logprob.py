@@ -18,13 +18,15 @@ IDLE: Row = ([0], [0])  # fed by a rank that has no rows in a pass
 
 
 def response_logprobs(
-    model: nn.Module, rows: list[Row], temperature: float = 1.0, dtype: torch.dtype = torch.float32
+    model: nn.Module,
+    rows: list[Row],  # (prompt ids, response ids)
+    temperature: float = 1.0,  # > 0, divides the logits
+    dtype: torch.dtype = torch.float32,  # of the forward pass
 ) -> tuple[Tensor, Tensor]:
     """(log π(y_t | x, y_<t), entropy of π(· | x, y_<t)), each [R] fp32, of all response tokens, in row order.
 
-    rows: (prompt ids, response ids) pairs; temperature > 0 divides the logits; dtype: of the forward pass. The results
-    are differentiable unless gradients are off. Without rows both are empty and still depend on every parameter, since
-    all ranks of a sharded model must run the same passes. Raises ValueError for a temperature ≤ 0.
+    The results are differentiable unless gradients are off. Without rows both are empty and still depend on every
+    parameter, since all ranks of a sharded model must run the same passes. Raises ValueError for a temperature ≤ 0.
     """
 
     # One function, so that FSDP gathers the head's weight for the same pass as the layers'.
@@ -58,12 +60,16 @@ def response_hidden(model: nn.Module, rows: list[Row], dtype: torch.dtype) -> tu
     return hidden[chosen].to(dtype), model.get_output_embeddings().weight, torch.tensor(targets, device=device)
 
 
-def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+def token_logprobs(
+    hidden: Tensor,  # [N, H] of any float type
+    weight: Tensor,  # [V, H] of any float type, rounded to hidden's as in the sampler
+    targets: Tensor,  # [N] int64 in [0, V)
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor]:
     """log π(target) and entropy of π = softmax(hidden·weightᵀ / temperature), each [N] fp32.
 
-    hidden [N, H] and weight [V, H] in any float type, targets [N] int64 in [0, V). The weight is rounded to hidden's
-    dtype, as in the sampler. Logits are fp32: logits rounded to bf16 move log-probs by up to 0.1 nats, half of a 0.2
-    PPO clip. Raises ValueError for a temperature ≤ 0 or unequal N.
+    Logits are fp32: logits rounded to bf16 move log-probs by up to 0.1 nats, half of a 0.2 PPO clip. Raises ValueError
+    for a temperature ≤ 0 or unequal N.
 
     >>> token_logprobs(torch.zeros(1, 4), torch.zeros(2, 4), torch.tensor([0]))
     (tensor([-0.6931]), tensor([0.6931]))
@@ -82,7 +88,9 @@ def token_logprobs_naive(hidden: Tensor, weight: Tensor, targets: Tensor, temper
     """The definition of `token_logprobs`, with all logits in memory at once."""
     logits = hidden @ weight.T / temperature  # [N, V]
     log_pi = logits.log_softmax(-1)
-    return log_pi.gather(-1, targets[:, None])[:, 0], -(log_pi.exp() * log_pi).sum(-1)
+    logp = log_pi.gather(-1, targets[:, None])[:, 0]  # [N]
+    entropy = -(log_pi.exp() * log_pi).sum(-1)  # [N]
+    return logp, entropy
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -119,10 +127,16 @@ class _TokenLogprobs(torch.autograd.Function):
             chunk = slice(start, start + head.CHUNK)
             h = hidden[chunk]
             logits = head.project(h, W)  # [C, V]
-            d_logits = head.row_gradients(
-                logits, targets[chunk], lse[chunk], entropy[chunk], g_logp[chunk], g_entropy[chunk], ctx.temperature,
+            d_logits = head.row_gradients(  # [C, V]
+                logits,
+                targets[chunk],
+                lse[chunk],
+                entropy[chunk],
+                g_logp[chunk],
+                g_entropy[chunk],
+                ctx.temperature,
                 h.dtype,
-            )  # [C, V]  # fmt: skip
+            )
             d_hidden[chunk] = d_logits @ W
             # The sum over chunks is kept in fp32, whatever the weight's type.
             if d_weight is not None:

@@ -43,8 +43,14 @@ class LoRALinear(nn.Module):
             return torch.addmm(full_tensor(self.base.weight), self.lora_B, self.lora_A, alpha=self.scale)
 
 
-def create(model: nn.Module, targets: list[str], rank: int, seed: int, device: torch.device | None = None) -> Adapter:
-    """A fresh adapter for every nn.Linear of `model` whose last name is in `targets`; on `device`, or else the model's.
+def create(
+    model: nn.Module,
+    targets: list[str],  # last names of linear layers, such as q_proj
+    rank: int,  # r
+    seed: int,  # of A
+    device: torch.device | None = None,  # None: the model's
+) -> Adapter:
+    """A fresh adapter for every nn.Linear of `model` whose last name is in `targets`.
 
     A is uniform in ±1/√in (PEFT's Kaiming initialisation), B is zero: a fresh adapter changes nothing.
     Raises ValueError when a target matches no linear layer; the message lists the layers there are.

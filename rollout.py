@@ -85,7 +85,12 @@ class Rollouts:
 
 
 def sample_rollouts(
-    env: Environment, prompts: Stream, policy: nn.Module, shadow: nn.Module | None, step: int, timer: Timer
+    env: Environment,
+    prompts: Stream,  # the order of D_RL
+    policy: nn.Module,  # π(θ,w)
+    shadow: nn.Module | None,  # π(θ̂,w)
+    step: int,
+    timer: Timer,
 ) -> tuple[Rollouts, Rollouts]:
     """(the policy's rollouts, the shadow's): the same ones or, with shadow_rollouts own, two sets on equal prompts.
 
@@ -116,7 +121,10 @@ def sample_rollouts(
     if s.dynamic_sampling:
         kept.sort(key=lambda prompt: not signals[prompt])  # those with signal first, each kind in the order of draws
     kept = kept[: s.prompts_per_step]
-    rollouts = [make_rollouts([groups[i] for i in kept], s, statistics(groups)) for groups in sampled.values()]
+    rollouts = []  # of the policy and, if they are its own, of the shadow
+    for groups in sampled.values():
+        kept_groups = [groups[i] for i in kept]
+        rollouts.append(make_rollouts(kept_groups, s, statistics(groups)))
     return rollouts[0], rollouts[-1]
 
 
@@ -140,6 +148,7 @@ def sample_share(env: Environment, draws: list[tuple[int, int]], step: int) -> l
 
     groups = []
     for (draw, _), problem, prompt, completions in zip(draws, problems, prompts, sampled, strict=True):
+        # Methods that pair prompts with demonstrations use it in the group, in the SFT term, or in both.
         demonstration = env.demonstration_of.get(problem.question)
         # LUFFY and SRFT: the demonstration is graded like a sample, and counts in the mean of its group.
         if METHODS[s.method].joins_group:
@@ -175,8 +184,14 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
     records = []
     for group in groups:
         for c, response, earned in zip(group.completions, group.responses, group.rewards, strict=True):
-            question = dict(question=group.problem.question, answer=group.problem.answer)
-            records.append(question | dict(response=response, reward=earned, finish_reason=c.finish_reason))
+            record = dict(
+                question=group.problem.question,
+                answer=group.problem.answer,
+                response=response,
+                reward=earned,
+                finish_reason=c.finish_reason,
+            )
+            records.append(record)
 
     device = pick_device()
     is_demonstration = torch.tensor([c.finish_reason == "demonstration" for c in completions])  # [N]
