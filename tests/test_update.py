@@ -349,6 +349,23 @@ def test_the_shadow_gets_nothing_from_sft_and_the_full_weight_of_rl():
     assert all(torch.equal(a, b) for a, b in zip(g["theta_hat"], other_lam["theta_hat"], strict=True))
 
 
+def test_theta_s_gradient_is_the_weighted_sum_of_two_separate_ones():
+    """Eq. (8), each term by itself: (1−λ)∇L_SFT + λ∇L_RL(θ,w)."""
+    lam, s = 0.3, settings(lam=0.3)
+    m = fresh(s, w_trained=True)
+    rollouts = make_rollouts(m.policy)
+    g, _ = gradients(copy.deepcopy(m), s, rollouts=copy.deepcopy(rollouts))
+    separate = []
+    for backward in (
+        lambda policy: bridge.sft_pass(policy, rows(4, seed=9), 1.0, s),
+        lambda policy: bridge.rl_pass(policy, rollouts, None, None, s),
+    ):
+        copied = copy.deepcopy(m)
+        backward(copied.policy)
+        separate.append([p.grad for p in copied.parameters["theta"]])
+    assert_close(g["theta"], [(1 - lam) * sft + lam * rl for sft, rl in zip(*separate, strict=True)])
+
+
 def test_w_s_gradient_is_the_weighted_sum_of_three_separate_ones():
     """Eq. (11), each term by itself: (1−λ)∇L_SFT + λ(∇L_RL(θ,w) − ∇L_RL(θ̂,w))."""
     lam, s = 0.3, settings(lam=0.3)
