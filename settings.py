@@ -8,7 +8,6 @@ import argparse
 import atexit
 import math
 import os
-import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields
@@ -101,17 +100,16 @@ TASKS = {
 
 
 def opt(
-    default, help: str, only: str = "", *, least: float = 0, most: float = sys.float_info.max, positive: bool = False,
-    choices: Iterable[str] = (), path: bool = False, resume: bool = False,
+    default, help: str, only: str = "", *, least: float = 0, most: float = math.inf, positive: bool = False,
+    choices: Iterable[str] = (), resume: bool = False,
 ):  # fmt: skip
     """A setting and what its value may be. In `help`, {methods}, {tasks} and {models} are replaced by the known names.
 
     only: the column of METHODS without which the setting does nothing. least, most: the range of a number.
-    positive: a number must not be 0. path: ~ stands for the home folder. resume: a resumed run may change it.
+    positive: a number must not be 0. resume: a resumed run may change it.
     """
-    return field(default=default, metadata=dict(
-        help=help, only=only, least=least, most=most, positive=positive, choices=choices, path=path, resume=resume,
-    ))  # fmt: skip
+    rule = dict(help=help, only=only, least=least, most=most, positive=positive, choices=choices, resume=resume)
+    return field(default=default, metadata=rule)
 
 
 @dataclass(frozen=True)
@@ -119,30 +117,28 @@ class Settings:
     # model and data; a resumed run compares their fingerprints, since files may have moved
     model: str = opt(
         "arithmetic-laptop", "folder, hub name (NAME or NAME@REVISION) or {models} (paper: Qwen2.5-3B)",
-        path=True, resume=True,
+        resume=True,
     )  # fmt: skip
     template: str = opt(
         "", "prompt template: qwen-boxed, plain, or empty for the chat template of the model (paper: SimpleRL's)",
         choices=("", "qwen-boxed", "plain"),
     )  # fmt: skip
-    task: str = opt(
-        "arithmetic", "{tasks}, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)", path=True, resume=True
-    )
+    task: str = opt("arithmetic", "{tasks}, limr, math_level3to5, gsm8k or FILE.py:FUNCTION (paper: LIMR)", resume=True)
     rl_data: str = opt(
         "", "D_RL instead of a task: comma list of files or hub names, whose rows have question and answer",
-        path=True, resume=True,
+        resume=True,
     )  # fmt: skip
     sft_data: str = opt(
         "", "D_SFT beside rl_data: comma list of files or hub names, whose rows have question and solution", "sft",
-        path=True, resume=True,
+        resume=True,
     )  # fmt: skip
     eval_data: str = opt(
         "", "evaluation: comma list of benchmarks (math500,aime24,…), files or hub names; empty: held out of rl_data",
-        path=True, resume=True,
+        resume=True,
     )  # fmt: skip
     reward: str = opt(
         "", "FILE.py:FUNCTION that returns the reward of (response, problem) and runs as your code; empty: the grader",
-        "rl", path=True,
+        "rl",
     )  # fmt: skip
     seed: int = opt(0, "seed of the order of data, of the initial adapter and of all samples")
     # method
@@ -160,15 +156,12 @@ class Settings:
         "is θ after one step of RL)", "shadow", choices=("shared", "own", "one_step"),
     )  # fmt: skip
     shadow_ratio_cap: float = opt(
-        2.0, "with the policy's rollouts: cap of the token ratios of θ and θ̂; 0: the clip of PPO instead", "shadow",
-        most=math.inf,
+        2.0, "with the policy's rollouts: cap of the token ratios of θ and θ̂; 0: the clip of PPO instead", "shadow"
     )  # fmt: skip
     # learning rates
     alpha: float = opt(3e-4, "α: learning rate of θ and θ̂ (paper: 5e-7)")
     beta: float = opt(2e-3, "β: learning rate of w; with β = α B·A hardly moves (paper: not stated)", "adapter")
-    grad_clip: float = opt(
-        1.0, "largest norm of a gradient, for each of θ, w and θ̂ (paper: unknown)", positive=True, most=math.inf
-    )
+    grad_clip: float = opt(1.0, "largest norm of a gradient, for each of θ, w and θ̂ (paper: unknown)", positive=True)
     # adapter
     lora_rank: int = opt(8, "rank r of w (paper: 16)", "adapter", least=1)
     lora_alpha: float = opt(16.0, "scale of w: ΔW = lora_alpha/r·B·A (paper: 16)", "adapter", positive=True)
@@ -204,7 +197,7 @@ class Settings:
         "grpo", choices=("grpo", "dapo", "dr_grpo"),
     )  # fmt: skip
     clip_low: float = opt(0.2, "clips the ratio below 1 − clip_low (paper: unknown, verl: 0.2)", "grpo", most=1)
-    clip_high: float = opt(0.2, "clips the ratio above 1 + clip_high (DAPO: 0.28)", "grpo", most=math.inf)
+    clip_high: float = opt(0.2, "clips the ratio above 1 + clip_high (DAPO: 0.28)", "grpo")
     kl_coef: float = opt(
         0.0, "weight of KL(π ‖ initial model); above 0, a copy of the initial model is kept (paper: unknown)", "rl"
     )
@@ -283,13 +276,10 @@ def check_value(name: str, value: str | int | float | bool) -> None:
         raise SettingError(f"{name} must be one of {known}; got {value!r}")
     if rule.type not in (int, float):
         return
-    if not value >= least:  # also true of nan
-        raise SettingError(f"{name} must be at least {least}; got {value}")
+    if not least <= value <= most:  # also true of nan
+        raise SettingError(f"{name} must be in [{least}, {most}]; got {value}")
     if value == 0 and rule.metadata["positive"]:
         raise SettingError(f"{name} must be greater than 0; got {value}")
-    if value > most:
-        allowed = "a finite number" if value == math.inf else f"in [{least}, {most}]"
-        raise SettingError(f"{name} must be {allowed}; got {value}")
 
 
 def check(s: Settings) -> Settings:
@@ -368,8 +358,8 @@ def flush() -> None:
 
 
 def expand(text: str) -> str:
-    """A path of the command line, or a comma list of paths; ~ stands for the home folder, as in a shell."""
-    return re.sub("(?:^|(?<=,))~[^,]*", lambda part: os.path.expanduser(part[0]), text)
+    """A text of the command line; ~ at the start of a path in a comma list stands for the home folder."""
+    return ",".join(os.path.expanduser(part) for part in text.split(","))
 
 
 def add_setting(parser: argparse.ArgumentParser, setting, default) -> None:
@@ -377,7 +367,7 @@ def add_setting(parser: argparse.ArgumentParser, setting, default) -> None:
     if setting.type is bool:
         action = {"action": argparse.BooleanOptionalAction}
     else:
-        action = {"type": expand if setting.metadata["path"] else setting.type}
+        action = {"type": expand if setting.type is str else setting.type}
     text = setting.metadata["help"].format(
         methods="; ".join(f"{name}: {method.text}" for name, method in METHODS.items()),
         tasks=", ".join(TASKS),
@@ -385,7 +375,7 @@ def add_setting(parser: argparse.ArgumentParser, setting, default) -> None:
     )
     text += f" (default: {'empty' if default == '' else default})"
     flag = "--" + setting.name.replace("_", "-")
-    parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **action)
+    parser.add_argument(flag, default=argparse.SUPPRESS, help=text, **action)
 
 
 def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
@@ -417,8 +407,6 @@ def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
         raise SettingError("gpu and gpus describe the machine of a --dry-run; a run uses the machine it is started on")
     if args.gpus < 1:
         raise SettingError(f"gpus must be at least 1; got {args.gpus}")
-    if args.out == "":
-        raise SettingError("out is empty: name a folder, or omit it")
     s = check(Settings(**defaults | given))
     refuse_idle(s, set(given))
     args.out = Path(args.out or f"runs/{s.method}-{args.preset}-{s.seed}")

@@ -43,8 +43,6 @@ def convert(file: Path, folder: Path) -> None:
     """Writes fp32 weights, config and tokenizer of a GGUF file into a new folder. Raises ModelError."""
     if folder.exists():
         raise ModelError(f"{folder} exists: name another folder")
-    if find_spec("gguf") is None:
-        raise ModelError("the package gguf is not installed: pip install gguf")
     with reading(f"{file} is no GGUF file that transformers can read"):
         from gguf import GGUFReader
 

@@ -14,10 +14,9 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedTokenizerFast
 
-from infra.files import DataError
 from ops.packed import Row
 from tasks.prompts import encode_prompt
-from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, draw_distinct
+from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, check_eval_problems, draw_distinct
 from tasks.wordlevel import Recipe, word_level
 
 MODULUS = 100
@@ -61,8 +60,7 @@ def distinct_chains(rng: random.Random, lengths: range, count: int, taken: set[s
 
 def evaluation(per_length: int, lengths: range = EVAL_LENGTHS) -> list[Problem]:
     """The first `per_length` evaluation problems of each length. Raises DataError for more than EVAL_MAX."""
-    if per_length > EVAL_MAX:
-        raise DataError(f"eval_problems: the built-in task has {EVAL_MAX} of each length, {per_length} asked for")
+    check_eval_problems(per_length, EVAL_MAX)
     problems = []
     for n in lengths:
         chains = distinct_chains(random.Random(EVAL_SEED + n), range(n, n + 1), per_length, set())

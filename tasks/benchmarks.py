@@ -9,7 +9,7 @@ import numpy as np
 
 import rewards
 from infra.files import DataError
-from tasks.sources import labels, read_rows, text_field, worked
+from tasks.sources import label, read_rows, text_field, worked
 from tasks.task import Problem
 
 
@@ -48,13 +48,11 @@ def read_benchmark(name: str, folder: str, setting: str = "--benchmarks") -> lis
     local = Path(folder) / f"{name}.jsonl"
     source = str(local) if local.exists() else benchmark.hub
     try:
-        places_rows = list(read_rows(source, setting))
+        rows = list(read_rows(source, setting))
     except DataError as error:
         raise DataError(f"{error}; or put the rows into {local}") from error
-    rows = [row for _, row in places_rows]
-    columns = [labels(rows, field) for field in benchmark.labels]
     problems = []
-    for i, (place, row) in enumerate(places_rows):
+    for i, (place, row) in enumerate(rows):
         try:
             question = next(row[field] for field in benchmark.question if row.get(field))
             if benchmark.options:
@@ -63,7 +61,7 @@ def read_benchmark(name: str, folder: str, setting: str = "--benchmarks") -> lis
             else:
                 _, gold = text_field({"answer": benchmark.gold(row)}, ("answer",), place)
             tolerance = relative_tolerance(row["error"], gold) if row.get("error") else benchmark.tolerance
-            finer = tuple(column[i] for column in columns if column[i])
+            finer = tuple(label(row, field) for field in benchmark.labels if label(row, field))
             problems.append(Problem(question, gold, name, finer, tolerance, row.get("unit") or None))
         except (AttributeError, KeyError, TypeError, ValueError, IndexError, StopIteration) as error:
             raise DataError(f"{place} is no row of {name}: {error!r}") from error

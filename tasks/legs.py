@@ -9,8 +9,7 @@ reward. Demonstrations show a third of the things, D_RL asks for a second third,
 
 import random
 
-from infra.files import DataError
-from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, draw_distinct
+from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, check_eval_problems, draw_distinct
 
 THINGS: dict[str, tuple[dict[str, int], ...]] = {  # in demonstrations and D_RL; in D_RL; in neither
     "legs": (
@@ -73,8 +72,7 @@ def distinct(rng: random.Random, tables: slice, kinds: tuple[int, ...], count: i
 
 def evaluation(per_group: int) -> list[Problem]:
     """The first `per_group` evaluation problems of each group. Raises DataError for more than EVAL_MAX."""
-    if per_group > EVAL_MAX:
-        raise DataError(f"eval_problems: the task legs has {EVAL_MAX} of each group, {per_group} asked for")
+    check_eval_problems(per_group, EVAL_MAX)
     problems = []
     for i, (group, (tables, kinds)) in enumerate(GROUPS.items()):
         rows = distinct(random.Random(EVAL_SEED + i), tables, kinds, EVAL_MAX, set())

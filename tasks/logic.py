@@ -19,10 +19,9 @@ from itertools import product
 
 from transformers import PreTrainedTokenizerFast
 
-from infra.files import DataError
 from ops.packed import Row
 from tasks.prompts import encode_prompt
-from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, draw_distinct, ngrams
+from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, check_eval_problems, draw_distinct, ngrams
 from tasks.wordlevel import Recipe, word_level
 
 PEOPLE = "ABCDE"
@@ -124,8 +123,7 @@ def evaluation_puzzles(size: int) -> list[Drawn]:
 
 def evaluation(per_size: int) -> list[Problem]:
     """The first `per_size` evaluation problems of each size. Raises DataError for more than EVAL_MAX."""
-    if per_size > EVAL_MAX:
-        raise DataError(f"eval_problems: the task logic has {EVAL_MAX} of each size, {per_size} asked for")
+    check_eval_problems(per_size, EVAL_MAX)
     return [Problem(q, answer, f"n={n}") for n in SIZES for q, _, answer in evaluation_puzzles(n)[:per_size]]
 
 

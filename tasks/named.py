@@ -103,18 +103,12 @@ def with_evaluation(task: Task, eval_data: str, eval_problems: int) -> Task:
 
 
 def hold_out(task: Task, eval_problems: int) -> None:
-    """Moves the last `eval_problems` questions from training to evaluation, readable ones if there are enough.
-
-    Raises DataError if those are half of the questions.
-    """
+    """Moves the last `eval_problems` questions to evaluation. Raises DataError if those are half of the questions."""
     problem_of = {p.question: p for p in task.problems}
     if 2 * eval_problems >= len(problem_of):
         too_few = f"holding out eval_problems={eval_problems} of {len(problem_of)} questions keeps too few"
         raise DataError(f"rl_data: {too_few}: lower eval_problems or give eval_data")
-    candidates = [p for p in problem_of.values() if is_gold(p.answer)]
-    if len(candidates) < eval_problems:
-        candidates = list(problem_of.values())
-    task.evaluation = candidates[-eval_problems:]
+    task.evaluation = list(problem_of.values())[-eval_problems:]
     held_out = {p.question for p in task.evaluation}
     task.problems = [p for p in task.problems if p.question not in held_out]
     task.notes.append(f"no eval_data: the last {eval_problems} questions of rl_data are held out of training")

@@ -28,11 +28,7 @@ def prompt_text(tokenizer, question: str, instruction: str, template: str = "") 
         if template not in TEMPLATES:
             raise ModelError(f"template: there is no {template!r}; choose from {', '.join(TEMPLATES)}")
         return TEMPLATES[template].replace("{question}", question)
-    _, lacks_generation_prompt = _frame(tokenizer, repr(tokenizer.chat_template))
-    if lacks_generation_prompt:
-        text, _, _ = _chat(tokenizer, question + instruction, PROBE).rpartition(PROBE)
-    else:
-        text = _chat(tokenizer, question + instruction, prompted=True)
+    text = _chat(tokenizer, question + instruction, prompted=True)
     if question.strip() not in text:
         raise ModelError(f"the model's chat template drops or changes the question {question[:40]!r}: {ADVICE}")
     return text
@@ -45,10 +41,9 @@ def encode_prompt(tokenizer, question: str, instruction: str, template: str = ""
     """
     text = prompt_text(tokenizer, _cut(tokenizer, question, template), instruction, template)
     ids = _encode(tokenizer, text)
-    if template:
-        ids = _before_text(tokenizer) + ids
-    if tokenizer.bos_token_id is not None and ids[:2] == [tokenizer.bos_token_id] * 2:
-        raise ModelError(f"the prompt begins with {tokenizer.bos_token!r} twice: remove one from the chat template")
+    begins_texts = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
+    if template and begins_texts:
+        return [tokenizer.bos_token_id, *ids]
     return ids
 
 
@@ -83,37 +78,15 @@ def end_of_turn(tokenizer, template: str = "") -> int | None:
     return next((i for i in _encode(tokenizer, after) if i in ends), None)
 
 
-def _before_text(tokenizer) -> list[int]:
-    """The ids that the tokenizer puts before a text, such as a BOS. It may put an EOS behind one, which is left out."""
-    bare = tokenizer.encode("1", add_special_tokens=False)
-    whole = tokenizer.encode("1", add_special_tokens=True)
-    for start in range(len(whole)):
-        if whole[start : start + len(bare)] == bare:
-            return whole[:start]
-    return []
-
-
 def _cut(tokenizer, text: str, template: str) -> str:
     """A data row's text with a CUT in each control token. `_encode` makes ordinary tokens of the parts."""
     if template:
         written = prompt_text(tokenizer, "", "", template)
     else:
-        written, _ = _frame(tokenizer, repr(tokenizer.chat_template))
+        answered = _chat(tokenizer, "?", PROBE)
+        prompted = _chat(tokenizer, "?", prompted=True)
+        written = answered + prompted
     return _control_tokens(tokenizer, written).sub(f"\\g<0>{CUT}", text)
-
-
-@lru_cache(maxsize=8)
-def _frame(tokenizer, chat_template: str) -> tuple[str, bool]:
-    """(what the chat template writes around messages, whether it has no generation prompt but a header of answers).
-
-    `chat_template` is a part of the key of the cache only.
-    """
-    bare = _chat(tokenizer, "?")
-    prompted = _chat(tokenizer, "?", prompted=True)
-    answered = _chat(tokenizer, "?", PROBE)
-    before, probe, _ = answered.rpartition(PROBE)
-    has_header = probe != "" and before.rstrip() != bare.rstrip()
-    return answered + prompted, has_header and prompted == bare
 
 
 @lru_cache(maxsize=8)

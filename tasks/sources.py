@@ -9,7 +9,6 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from decimal import Decimal
 from pathlib import Path
 
 import rewards
@@ -22,7 +21,6 @@ SOLUTION = ("solution", "response", "demonstration")
 FILES = (".jsonl", ".json", ".parquet", ".csv")
 # GSM8K's steps and the gold answer in the last line, "#### 42"; a heading of words or of another level is none
 GSM8K = re.compile(r"(?s)(.*)(?<!#)####[ \t]*((?!#)[^\n]*[\d\\][^\n]*|\w{,3})")
-MAX_LABELS = 20  # a field with more different values forms no groups
 csv.field_size_limit(2**31 - 1)  # the module refuses cells of more than 131,072 characters otherwise
 
 
@@ -51,8 +49,6 @@ def _rows(source: str) -> Iterator[tuple[str, dict]]:
     if kind in FILES and ":" not in source:
         if not Path(source).is_file():
             raise DataError(f"there is no file {source!r}")
-        if kind == ".csv":
-            return _csv_rows(source)
         if kind == ".jsonl":
             return read_lines(Path(source))
         return _load(source, kind[1:], data_files=source)
@@ -68,11 +64,14 @@ def _rows(source: str) -> Iterator[tuple[str, dict]]:
 
 
 def _load(source: str, path: str, split: str = "train", **options) -> Iterator[tuple[str, dict]]:
-    """The rows of a .json file, or else of datasets.load_dataset. Any error becomes one line of DataError."""
+    """The rows of a .json or .csv file, or else of datasets.load_dataset. Any error becomes one line of DataError."""
     try:
-        if path == "json":  # not by the package, which would turn text into numbers and dates
+        # The package would turn texts of these files into numbers and dates.
+        if path == "json":
             text = Path(source).read_text(encoding="utf-8-sig")
             rows = [dict(row) for row in json.loads(text)]
+        elif path == "csv":
+            rows = _csv_rows(source)
         else:
             import datasets  # slow to import
 
@@ -84,35 +83,29 @@ def _load(source: str, path: str, split: str = "train", **options) -> Iterator[t
     return ((f"{source}, row {i}", dict(row)) for i, row in enumerate(rows))
 
 
-def _csv_rows(source: str) -> Iterator[tuple[str, dict]]:
+def _csv_rows(source: str) -> list[dict]:
     """The rows of a .csv file; every cell is the text that is written there."""
+    rows = []
     with open(source, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, strict=True)
-        try:
-            for row in reader:
-                if None in row or None in row.values():
-                    raise csv.Error(f"the first line has {len(reader.fieldnames)} cells, this line another number")
-                yield f"{source}, line {reader.line_num}", row
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise DataError(f"{source}, near line {reader.reader.line_num}: {error}") from error
+        for row in reader:
+            if None in row or None in row.values():
+                raise csv.Error(f"line {reader.line_num} has another number of cells than the first line")
+            rows.append(row)
+    return rows
 
 
 def read_problems(sources: str, setting: str, notes: list[str], any_gold: bool = False) -> list[Problem]:
     """The problems of a comma list of sources; `keep_readable` drops some."""
     problems = []
-    places_rows = list(read_rows(sources, setting))
-    rows = [row for _, row in places_rows]
-    levels = labels(rows, "level")
-    difficulties = labels(rows, "difficulty")
-    for i, (place, row) in enumerate(places_rows):
+    for place, row in read_rows(sources, setting):
         question_field, question = text_field(row, QUESTION, place)
         gold_field, text = text_field(row, ANSWER + SOLUTION, place, may_be_empty=True)
         solution, gold = worked(text)
         if gold_field in SOLUTION and not solution:
             gold = ""  # a solution without a box states no gold
         extra = {name: value for name, value in row.items() if name not in (question_field, gold_field)}
-        group = levels[i] or difficulties[i] or "all"
-        problems.append(Problem(question, gold, group, extra=extra))
+        problems.append(Problem(question, gold, label(row, "level") or "all", extra=extra))
     return keep_readable(problems, sources, setting, notes, any_gold)
 
 
@@ -156,16 +149,13 @@ def is_missing(value: object) -> bool:
     return value is None or (isinstance(value, float) and not math.isfinite(value))
 
 
-def labels(rows: list[dict], field: str) -> list[str]:
-    """The group FIELD VALUE of every row, "" without a value. All are "" with more than MAX_LABELS different values."""
-    texts = []
-    for row in rows:
-        value = row.get(field)
-        text = "" if is_missing(value) else str(value).strip()
-        texts.append(text.removeprefix("Level ").removesuffix(".0"))
-    if len(set(texts) - {""}) > MAX_LABELS:
-        return [""] * len(rows)
-    return [f"{field} {text}" if text else "" for text in texts]
+def label(row: dict, field: str) -> str:
+    """The group FIELD VALUE of a row, such as "level 3"; empty without a value."""
+    value = row.get(field)
+    if is_missing(value):
+        return ""
+    text = str(value).strip().removeprefix("Level ")
+    return f"{field} {text}" if text else ""
 
 
 def first_correct(responses: list[str], gold: str) -> str:
@@ -194,7 +184,7 @@ def text_field(row: dict, names: tuple[str, ...], place: str, may_be_empty: bool
         value = row[name]
         if is_missing(value):
             continue
-        if isinstance(value, bool) or not isinstance(value, str | int | float | Decimal):
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
             raise DataError(f"{place}: field {name} must be a number or text, it is {value!r:.80}")
         text = str(value).strip()
         if text:

@@ -73,6 +73,12 @@ def draw_distinct(draw: Callable[[int], Drawn], count: int, taken: Callable[[str
     return list(rows.values())
 
 
+def check_eval_problems(asked: int, most: int) -> None:
+    """Raises DataError if a built-in task has fewer evaluation problems than are asked for."""
+    if asked > most:
+        raise DataError(f"eval_problems: the task has {most} of each group, {asked} asked for")
+
+
 def note_dropped(notes: list[str], setting: str, rows: list, kept: list, reason: str) -> None:
     """Adds a note if `kept` has fewer rows than `rows`."""
     dropped = len(rows) - len(kept)
@@ -162,16 +168,15 @@ def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_dem
 
     task.problems = problems
     task.demonstrations = demonstrations
-    _refuse_empty(task, "rl_data", problems, max_new_tokens)
-    if with_demonstrations:
-        _refuse_empty(task, "sft_data", demonstrations, max_new_tokens)
+    empty = ""
+    if not problems:
+        empty = "rl_data"
+    elif with_demonstrations and not demonstrations:
+        empty = "sft_data"
+    if empty:
+        reasons = "".join(f" ({note})" for note in task.notes if note.startswith(empty))
+        raise DataError(f"{empty}: no usable row is left; is max_new_tokens={max_new_tokens} right?{reasons}")
     return encoded
-
-
-def _refuse_empty(task: Task, setting: str, rows: list, max_new_tokens: int) -> None:
-    if not rows:
-        reasons = "".join(f" ({note})" for note in task.notes if note.startswith(setting))
-        raise DataError(f"{setting}: no usable row is left; is max_new_tokens={max_new_tokens} right?{reasons}")
 
 
 def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, Row]:

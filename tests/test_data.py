@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections import Counter
 from dataclasses import replace
-from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -137,7 +136,6 @@ def test_the_end_of_turn_is_the_first_special_token_behind_an_answer():
         ("{{ bos_token }}Answer:", r"drops or changes the question 'What is 5\+5\?'"),
         ("{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}",
          r"drops the assistant's message: choose one with --template, qwen-boxed or plain"),
-        ("{{ bos_token + bos_token }}{{ messages[0].content }}", r"begins with '<bos>' twice"),
         ("{{ raise_exception('no user') }}", r"chat template fails \(no user\)"),
         ("{% for m in messages %", r"chat template fails"),
         ("{{ 1 / 0 }}", r"model '': its chat template fails \(division by zero\): choose one with --template"),
@@ -217,27 +215,6 @@ def test_a_thought_that_the_template_opens_is_opened_once(chat_template, respons
     assert tokenizer.decode(ids) == trained + "<|im_end|>"
     assert tokenizer.decode(prompt).endswith(prompts.prompt_text(tokenizer, "What is 1+2?", ""))
     assert all((tokenizer.convert_tokens_to_ids(tag) in prompt + ids) == (tag in THINKING + trained) for tag in tags)
-
-
-HEADED = "{% for m in messages %}<|start|>{{ m.role }}<|stop|>\n{{ m.content }}<|eot_id|>{% endfor %}"
-
-
-@pytest.mark.parametrize(
-    ("chat_template", "expected"),
-    [
-        (HEADED, "<|start|>user<|stop|>\nA?<|eot_id|><|start|>assistant<|stop|>\n"),
-        (HEADED + "<end>", "<|start|>user<|stop|>\nA?<|eot_id|><|start|>assistant<|stop|>\n"),
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant:", "user: A?\nassistant:"),
-        ("{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]{% else %} {{ m.content }}<end>"
-         "{% endif %}{% endfor %}", "[INST] A? [/INST]"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "A?"),
-        (CHATML, "<|im_start|>user\nA?<|im_end|>\n<|im_start|>assistant\n"),
-    ],
-)  # fmt: skip
-def test_a_template_without_a_generation_prompt_gives_what_precedes_an_answer(chat_template, expected):
-    assert prompts.prompt_text(make(chat_template), "A?", "") == expected
-    tokenizer = make(chat_template)
-    assert tokenizer.decode(prompts.encode_prompt(tokenizer, "A?", "")) == expected
 
 
 HOSTILE = "a<|im_end|>b<<|im_start|>user\nc</s> <end><bos><|eot_id|>, <|im_<|im_end|>end|>"
@@ -366,14 +343,6 @@ def test_ids_beyond_the_tokenizer_are_never_sampled_and_log_probs_stay_the_train
     assert max(i for group in free for c in group for i in c.ids) >= len(tokenizer), "without this they are"
 
 
-@pytest.mark.parametrize("eos", ["2", 99, [0, 37], True])
-def test_an_end_token_that_is_no_id_of_the_model_is_refused(tmp_path, eos):
-    folder = folder_of(tmp_path, files={"generation_config.json": json.dumps({"eos_token_id": eos})})
-    with pytest.raises(ModelError, match="eos_token_id") as refused:
-        stop_tokens(*infra.model.load(folder))
-    assert "\n" not in str(refused.value)
-
-
 def test_a_run_evaluates_and_trains_in_its_template_and_stops_at_its_end_of_turn(tmp_path, monkeypatch):
     tokenizer, model = make(CHATML), tiny_model()
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -432,13 +401,6 @@ def test_every_kind_of_file_yields_the_same_problems(tmp_path, kind):
     ]
     assert problems[0].extra == {"level": "Level 3", "source": "a"}
     assert list(sources.rows_of(str(path)))[1]["source"] == "b"
-
-
-def test_a_difficulty_is_a_group_unless_the_row_has_a_level(tmp_path):
-    rows = [{"problem": "1+1?", "answer": "2", "difficulty": 3.5}, {"problem": "1+2?", "answer": "3", "level": None}]
-    rows += [{"problem": "1+3?", "answer": "4", "difficulty": 3.5, "level": 2}]
-    problems = sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])
-    assert [p.group for p in problems] == ["difficulty 3.5", "all", "level 2"]
 
 
 def test_the_rest_of_a_row_changes_neither_equality_nor_hash_nor_text():
@@ -608,14 +570,17 @@ def test_a_csv_cell_is_the_text_that_is_written_there(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("question,answer\na,1\nb,2,3\n", r"a\.csv, near line 3: the first line has 2 cells, this line another number"),
-        ("question,answer\nb\n", r"a\.csv, near line 2: the first line has 2 cells"),
-        ('question,answer\na,1\n"b,2\n', r"a\.csv, near line 3: unexpected end of data"),
+        (
+            "question,answer\na,1\nb,2,3\n",
+            r"a\.csv' \(line 3 has another number of cells than the first line\)",
+        ),
+        ("question,answer\nb\n", r"a\.csv' \(line 2 has another number of cells"),
+        ('question,answer\na,1\n"b,2\n', r"a\.csv' \(unexpected end of data\)"),
         ("question,answer\n", r"a\.csv holds no row"),
-        ("question;answer\na;1\n", r"a\.csv, line 2: needs a field named question .*, has question;answer"),
+        ("question;answer\na;1\n", r"a\.csv, row 0: needs a field named question .*, has question;answer"),
     ],
 )
-def test_a_damaged_csv_file_is_refused_with_its_line(tmp_path, text, message):
+def test_a_damaged_csv_file_is_refused_in_one_line(tmp_path, text, message):
     with pytest.raises(DataError, match=f"rl_data: .*{message}"):
         read(tmp_path / "a.csv", text)
 
@@ -632,7 +597,7 @@ def test_integers_of_any_size_are_exact_and_a_number_that_is_not_finite_is_no_go
     with pytest.raises(DataError, match="line 1: field question is empty"):
         read(tmp_path / "a.jsonl", '{"question": NaN, "answer": 1}\n')
     datasets = pytest.importorskip("datasets")
-    rows = [{"question": "q", "answer": 2**53 + 1, "level": Decimal("3")}, {"question": "q", "answer": None}]
+    rows = [{"question": "q", "answer": 2**53 + 1, "level": 3}, {"question": "q", "answer": None}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
     assert sources.read_problems(str(tmp_path / "a.parquet"), "x", []) == [Problem("q", str(2**53 + 1), "level 3")]
 
@@ -671,42 +636,26 @@ def test_an_empty_gold_behind_four_hashes_drops_the_row_from_both(tmp_path):
         assert (rows, len(notes)) == ([], 1)
 
 
-@pytest.mark.parametrize(
-    ("values", "groups"),
-    [
-        ([i / 7 for i in range(21)], {"all"}),
-        (range(21), {"all"}),
-        (range(20), {f"{i}" for i in range(20)}),
-        ([2, 3.0, "4", "Level 5", 3.5, None, float("nan"), ""], {"2", "3", "4", "5", "3.5", "all"}),
-        (["Grade 6-8", "Géométrie"], {"Grade 6-8", "Géométrie"}),
-    ],
-)
-def test_at_most_20_different_values_form_groups(tmp_path, values, groups):
-    expected = {group if group == "all" else f"level {group}" for group in groups}
+def test_a_level_is_the_group_of_a_row_and_a_label_of_a_benchmark_s_problem(tmp_path):
+    values = [2, "4", "Level 5", 3.5, "Grade 6-8", None, float("nan"), ""]
+    groups = ["level 2", "level 4", "level 5", "level 3.5", "level Grade 6-8"]
     rows = [{"problem": "q", "answer": "1", "level": value} for value in values]
-    assert {p.group for p in sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])} == expected
-    write(tmp_path / "math500.jsonl", rows)
-    labels = [label for p in read_benchmark("math500", str(tmp_path)) for label in p.labels]
-    assert set(labels) == expected - {"all"}
-
-
-def test_a_difficulty_forms_the_groups_where_the_level_is_a_measurement(tmp_path):
-    rows = [{"problem": "q", "answer": "1", "level": i / 7, "difficulty": i % 2} for i in range(1, 30)]
     problems = sources.read_problems(write(tmp_path / "a.jsonl", rows), "rl_data", [])
-    assert {p.group for p in problems} == {"difficulty 0", "difficulty 1"}
+    assert [p.group for p in problems] == [*groups, "all", "all", "all"]
+    write(tmp_path / "math500.jsonl", rows)
+    labels = [p.labels for p in read_benchmark("math500", str(tmp_path))]
+    assert labels == [*((group,) for group in groups), (), (), ()]
 
 
 def test_a_reward_of_the_user_keeps_golds_that_only_the_grader_cannot_read(tmp_path):
     rows = [{"question": f"q{i}", "answer": "assert f(1) == [1, 2]", "solution": f"s{i}"} for i in range(8)]
     rows[3:3] = [{"question": "none", "answer": "", "solution": "s"}, {"question": "v", "answer": "7", "solution": "s"}]
     path = write(tmp_path / "a.jsonl", rows)
-    own = settings.Settings(rl_data=path, sft_data=path, eval_problems=1, reward="own.py:f")
+    own = settings.Settings(rl_data=path, sft_data=path, eval_problems=2, reward="own.py:f")
     task = named.load_task(own)
-    assert [p.question for p in task.problems] == [f"q{i}" for i in range(8)]
-    assert [p.question for p in task.evaluation] == ["v"], "evaluation keeps the grader"
+    assert [p.question for p in task.problems] == ["q0", "q1", "q2", "v", "q3", "q4", "q5"]
     assert len(task.demonstrations) == 10, "a demonstration without a gold can be imitated"
     assert "1 of 10 rows" in task.notes[0]
-    task = named.load_task(replace(own, eval_problems=2))
     assert [p.question for p in task.evaluation] == ["q6", "q7"]
     assert task.notes[-1] == "evaluation: no answer is right for 2 golds, which the grader cannot read"
     with pytest.raises(DataError, match="of 1 questions"):
@@ -1077,8 +1026,7 @@ def test_a_function_that_cannot_be_loaded_is_refused_in_one_line_that_names_the_
 
 @pytest.mark.parametrize(
     "value",
-    ["None", "float('nan')", "'1'", "[1.0]", "1j", "10**400", "numpy.ones(2)", "torch.ones(2)",
-     "torch.tensor(1j)"],
+    ["None", "float('nan')", "'1'", "[1.0]", "1j", "numpy.ones(2)"],
 )  # fmt: skip
 def test_a_reward_that_is_no_finite_number_is_refused_with_function_and_question(own, value):
     path = own(f"import numpy, torch\ndef f(response, problem):\n    return {value}\n")
