@@ -90,15 +90,14 @@ def load(name: str, device: torch.device | None = None):
             repository, config=config, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True,
             **options,
         )  # fmt: skip
-    missing = sorted(report["missing_keys"])  # transformers initialises them at random
-    if missing:
-        raise ModelError(f"model {name!r} lacks {len(missing)} of its weights, the first is {missing[0]}")
-    mismatched = sorted(report["mismatched_keys"])
-    if mismatched:
-        raise ModelError(f"model {name!r}: the sizes (stored, by config.json) of a weight differ: {mismatched[0]}")
-    unused = sorted(key for key in report["unexpected_keys"] if "layers." in key and "inv_freq" not in key)
-    if unused:
-        raise ModelError(f"model {name!r} has {len(unused)} weights that its config does not use: {unused[0]!r}")
+    faults = {
+        "lacks": report["missing_keys"],  # transformers initialises them at random
+        "has in config.json another size than it stores for": report["mismatched_keys"],
+        "does not use": [key for key in report["unexpected_keys"] if "layers." in key and "inv_freq" not in key],
+    }
+    for fault, weights in faults.items():
+        if weights:
+            raise ModelError(f"model {name!r} {fault} {len(weights)} of its weights, the first is {min(weights)}")
     if not digit:
         raise ModelError(f"model {name!r} has no usable tokenizer beside it: '1' encodes to nothing")
     if not (hasattr(model, "model") and hasattr(model.config, "num_key_value_heads")):

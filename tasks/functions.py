@@ -66,8 +66,8 @@ def load_reward(spec: str) -> Callable[[str, Problem], float]:
         try:
             # Text has no __float__; float("3") would accept it.
             number = float(value) if hasattr(value, "__float__") else math.nan
-        except (TypeError, ValueError):
-            number = math.nan  # an array
+        except (TypeError, ValueError, RuntimeError):
+            number = math.nan  # an array, a tensor
         if not math.isfinite(number):
             returned = f"it returned {value!r:.200} for {problem.question[:80]!r}"
             raise SettingError(f"reward: {spec} must return a finite number, {returned}")

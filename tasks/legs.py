@@ -28,10 +28,13 @@ THINGS: dict[str, tuple[dict[str, int], ...]] = {  # in demonstrations and D_RL;
         dict(heptagon=7, parallelogram=4),
     ),
 }
-SHOWN, ASKED, NEW = slice(0, 1), slice(0, 2), slice(2, 3)
+SHOWN = slice(0, 1)  # the tables whose things demonstrations show
+ASKED = slice(0, 2)  # those that D_RL asks for
+NEW = slice(2, 3)  # those that only evaluation asks for
 MOST = 9  # of one thing
 KINDS = (1, 2, 2, 2)  # of things in a question of training
-DEMONSTRATIONS, PROMPTS = 256, 512
+DEMONSTRATIONS = 256
+PROMPTS = 512
 GROUPS = {"one thing": (ASKED, (1,)), "two things": (ASKED, (2,)), "new things": (NEW, (1, 2))}  # of evaluation
 EVAL_MAX = 100  # evaluation problems of each group; training excludes all of them
 

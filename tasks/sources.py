@@ -8,7 +8,7 @@ import csv
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import rewards
@@ -45,42 +45,46 @@ def read_rows(sources: str, setting: str) -> Iterator[tuple[str, dict]]:
 
 
 def _rows(source: str) -> Iterator[tuple[str, dict]]:
+    """(place, row) of every row of one source. Any error of another library becomes one line of DataError."""
     kind = Path(source).suffix
-    if kind in FILES and ":" not in source:
-        if not Path(source).is_file():
-            raise DataError(f"there is no file {source!r}")
-        if kind == ".jsonl":
-            return read_lines(Path(source))
-        return _load(source, kind[1:], data_files=source)
-    if not re.fullmatch("[^/:]+/[^/:]+(:[^:]+){0,2}", source):
+    is_file = kind in FILES and ":" not in source
+    if is_file and not Path(source).is_file():
+        raise DataError(f"there is no file {source!r}")
+    if not is_file and not re.fullmatch("[^/:]+/[^/:]+(:[^:]+){0,2}", source):
         hub = "a data set on the hub: owner/name, owner/name:split or owner/name:config:split"
         raise DataError(f"{source!r} is neither a {', '.join(FILES)} file nor {hub}")
-    name, *parts = source.split(":")
-    if parts and Path(parts[0]).suffix in FILES:
-        return _load(source, name, data_files={"train": parts[0]})
-    if len(parts) == 2:
-        return _load(source, name, parts[1], name=parts[0])
-    return _load(source, name, parts[0] if parts else "train", name=None)
-
-
-def _load(source: str, path: str, split: str = "train", **options) -> Iterator[tuple[str, dict]]:
-    """The rows of a .json or .csv file, or else of datasets.load_dataset. Any error becomes one line of DataError."""
+    if is_file and kind == ".jsonl":
+        return read_lines(Path(source))
     try:
-        # The package would turn texts of these files into numbers and dates.
-        if path == "json":
-            text = Path(source).read_text(encoding="utf-8-sig")
-            rows = [dict(row) for row in json.loads(text)]
-        elif path == "csv":
-            rows = _csv_rows(source)
-        else:
-            import datasets  # slow to import
-
-            rows = datasets.load_dataset(path, split=split, **options)
+        rows = _file_rows(source, kind) if is_file else _hub_rows(source)
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__
         raise DataError(f"cannot read {source!r} ({reason}): save its rows as a .jsonl file and name that") from error
     return ((f"{source}, row {i}", dict(row)) for i, row in enumerate(rows))
+
+
+def _hub_rows(source: str) -> Iterable[dict]:
+    import datasets  # slow to import
+
+    name, *parts = source.split(":")
+    if parts and Path(parts[0]).suffix in FILES:
+        return datasets.load_dataset(name, split="train", data_files={"train": parts[0]})
+    config = parts[0] if len(parts) == 2 else None
+    split = parts[-1] if parts else "train"
+    return datasets.load_dataset(name, name=config, split=split)
+
+
+def _file_rows(source: str, kind: str) -> Iterable[dict]:
+    # The package datasets would turn texts of .json and .csv files into numbers and dates.
+    if kind == ".json":
+        text = Path(source).read_text(encoding="utf-8-sig")
+        return [dict(row) for row in json.loads(text)]
+    if kind == ".csv":
+        return _csv_rows(source)
+    import datasets  # slow to import
+
+    return datasets.load_dataset("parquet", split="train", data_files=source)
 
 
 def _csv_rows(source: str) -> list[dict]:

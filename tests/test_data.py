@@ -264,7 +264,7 @@ WEIGHTS = "model.safetensors"
         ({"layer_types": ["full_attention"]}, {}, r"`layer_types` \(1\)"),
         ({"hidden_size": "32"}, {}, r"Field 'hidden_size' expected int, got str"),
         ({"num_key_value_heads": 3}, {}, r"k_proj"),
-        ({"num_hidden_layers": 1}, {}, r"9 weights that its config does not use: 'model.layers.1.input_layernorm"),
+        ({"num_hidden_layers": 1}, {}, r"does not use 9 of its weights, the first is model.layers.1.inp"),
         ({"num_hidden_layers": 3}, {}, r"lacks 9 of its weights"),
         ({"vocab_size": 38}, {}, r"embed_tokens\.weight.*\[37, 32\].*\[38, 32\]"),
         ({"model_type": "gpt2"}, {}, r"lacks .* of its weights"),
@@ -680,10 +680,10 @@ def test_a_benchmark_row_without_a_gold_is_refused_with_its_line(tmp_path, answe
         read_benchmark("math500", str(tmp_path))
 
 
-def test_a_tolerance_that_is_not_finite_is_none(tmp_path):
-    rows = [{"question": "q", "final_answer": ["2"], "error": error} for error in ("1e400", "nan", "x", "0.1")]
+def test_an_absolute_tolerance_becomes_a_relative_one_and_text_becomes_none(tmp_path):
+    rows = [{"question": "q", "final_answer": ["2"], "error": error} for error in ("x", "0.1")]
     write(tmp_path / "olympiadbench.jsonl", rows)
-    assert [p.tolerance for p in read_benchmark("olympiadbench", str(tmp_path))] == [None, None, None, 0.05]
+    assert [p.tolerance for p in read_benchmark("olympiadbench", str(tmp_path))] == [None, 0.05]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1026,7 +1026,7 @@ def test_a_function_that_cannot_be_loaded_is_refused_in_one_line_that_names_the_
 
 @pytest.mark.parametrize(
     "value",
-    ["None", "float('nan')", "'1'", "[1.0]", "1j", "numpy.ones(2)"],
+    ["None", "float('nan')", "'1'", "[1.0]", "1j", "numpy.ones(2)", "torch.ones(2)"],
 )  # fmt: skip
 def test_a_reward_that_is_no_finite_number_is_refused_with_function_and_question(own, value):
     path = own(f"import numpy, torch\ndef f(response, problem):\n    return {value}\n")

@@ -553,7 +553,7 @@ def test_problems_come_from_the_data_flag_the_run_s_files_or_the_built_in_task(t
     assert questions(s) == (["eval 0", "eval 1"], "plain")
     assert questions(s, "--data", s.rl_data, "--template", "") == (["train 0", "train 1"], "")
     assert questions(Settings())[0] == [p.question for p in arithmetic.evaluation(2)]
-    with pytest.raises(DataError, match="eval_problems: the built-in task has 200 of each length"):
+    with pytest.raises(DataError, match="eval_problems: the task has 200 of each group"):
         questions(Settings(), "--problems", "201")
 
 
