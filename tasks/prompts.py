@@ -41,8 +41,7 @@ def encode_prompt(tokenizer, question: str, instruction: str, template: str = ""
     """
     text = prompt_text(tokenizer, _cut(tokenizer, question, template), instruction, template)
     ids = _encode(tokenizer, text)
-    begins_texts = tokenizer.encode("")[:1] == [tokenizer.bos_token_id]
-    if template and begins_texts:
+    if template and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
         return [tokenizer.bos_token_id, *ids]
     return ids
 
