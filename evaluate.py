@@ -14,6 +14,7 @@ import argparse
 import os
 import sys
 import zlib
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
@@ -51,10 +52,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--problems", type=int, default=0, help="only the first N of each (of a built-in task: N per group)")
     add("--template", help="prompt: qwen-boxed or plain instead of the chat template (default: the run's)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="paper: greedy, one answer; sampled: T 0.6, top-p 0.95")
-    add("--samples", type=int, default=0, help="answers per problem (default: the protocol's, by benchmark)")
+    add("--samples", type=int, help="answers per problem (default: the protocol's, by benchmark)")
     add("--temperature", type=float, help="0 is greedy (default: the protocol's)")
     add("--top-p", type=float, help="sample from the likeliest tokens that reach this mass (default: the protocol's)")
-    add("--max-new-tokens", type=int, default=0, help="tokens per answer (default: the protocol's; a run's own)")
+    add("--max-new-tokens", type=int, help="tokens per answer (default: the protocol's; a run's own)")
     add("--seed", type=int, default=0, help="seed of the sampled answers")
     add("--ask", action="append", metavar="QUESTION", help="print the answers of a run's base, policy and shadow to it")
     add("--slots", type=int, default=64, help="answers decoded at once per process; lower it if memory runs out")
@@ -73,13 +74,14 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
     if args.benchmarks and args.data:
         parser.error("--benchmarks and --data are two kinds of problems: give one")
-    if args.out is not None and not Path(args.out).name:
-        parser.error(f"--out {args.out!r} names no file")
-
-    if min(args.samples, args.problems, args.max_new_tokens, args.seed) < 0 or args.slots < 1:
-        parser.error("--samples, --problems, --max-new-tokens and --seed cannot be negative, --slots not below 1")
-    if args.temperature is not None and not (args.temperature == 0 or 1e-3 <= args.temperature < float("inf")):
-        parser.error("--temperature must be 0 or at least 0.001")
+    if args.problems < 0 or args.seed < 0:
+        parser.error("--problems and --seed cannot be negative")
+    for name in ("samples", "max_new_tokens", "slots"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.temperature is not None and args.temperature < 0:
+        parser.error("--temperature cannot be negative")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         parser.error("--top-p must be above 0 and at most 1")
 
@@ -133,19 +135,15 @@ def answer(
     share = slice(parallel.rank(), None, parallel.world_size())
     problems = problems[share]
     keys = keys[share]
-    texts = []
-    prompts = []
-    for problem in problems:
-        parts = (tokenizer, problem.question, task.instruction, task.template)
-        texts.append(prompt_text(*parts))
-        prompts.append(encode_prompt(*parts))  # uses the text, which is rendered once
+    prompts = [encode_prompt(tokenizer, p.question, task.instruction, task.template) for p in problems]
     completions = []
     if problems:  # a rank has none if there are fewer problems than ranks
         completions = sampler.generate(
             prompts, keys, sampling.samples, sampling.max_new_tokens, sampling.temperature, sampling.top_p
         )
     records = []
-    for problem, key, text, samples in zip(problems, keys, texts, completions, strict=True):
+    for problem, key, samples in zip(problems, keys, completions, strict=True):
+        text = prompt_text(tokenizer, problem.question, task.instruction, task.template)
         for i, completion in enumerate(samples):
             record = {
                 "group": problem.group,
@@ -193,11 +191,14 @@ def regrade(path: Path, out: str | None) -> str:
     header, records = results.read_results(path, finished=True)
     header["grader"] = rewards.VERSION
     regraded = [record | grade(record) for record in records]
-    changed = [old for old, new in zip(records, regraded, strict=True) if old["correct"] != new["correct"]]
+    changed = 0
+    for old, new in zip(records, regraded, strict=True):
+        if old["correct"] != new["correct"]:
+            changed += 1
     target = Path(out or path.with_name(f"{path.name.removesuffix('.jsonl')}.regraded.jsonl"))
     results.write_results(target, header, regraded)
     report = results.write_summary(target, header, regraded)
-    return f"{report}\n{len(changed)} of {len(records)} verdicts changed, written to {target}"
+    return f"{report}\n{changed} of {len(records)} verdicts changed, written to {target}"
 
 
 # What is evaluated
@@ -205,7 +206,7 @@ def regrade(path: Path, out: str | None) -> str:
 
 def load_settings(run: Path) -> Settings | None:
     """The settings of a finished run, None for another folder. Raises DataError for an unfinished or damaged run."""
-    if not any((run / name).exists() for name in ("evals.jsonl", "metrics.jsonl", "checkpoint")):
+    if not (run / "metrics.jsonl").exists():
         return None
     if not (run / "model").is_dir():
         raise DataError(f"{run} has no model/ yet: the run has not finished, --resume continues it")
@@ -257,30 +258,24 @@ def benchmark_names(text: str) -> list[str]:
 
 
 def choose_sampling(args: argparse.Namespace, s: Settings | None) -> Sampling:
-    """The protocol, with the values of the flags in its place. Raises DataError."""
+    """The protocol, with the values of the flags in its place. Raises DataError for flags that do nothing if greedy."""
     sampling = PROTOCOLS[args.protocol]
-    if not (args.benchmarks or args.data):
-        sampling = replace(sampling, max_new_tokens=s.max_new_tokens if s else BUILTIN_LIMIT)
-    if args.max_new_tokens:
-        sampling = replace(sampling, max_new_tokens=args.max_new_tokens)
-    if args.temperature is not None:
-        sampling = replace(sampling, temperature=args.temperature)
-    if args.top_p is not None:
-        sampling = replace(sampling, top_p=args.top_p)
-    if args.samples:
-        sampling = replace(sampling, samples=args.samples)
-    refuse_greedy_flags(args, sampling.temperature)
-    if sampling.temperature == 0:
-        sampling = replace(sampling, samples=1)
-    return sampling
-
-
-def refuse_greedy_flags(args: argparse.Namespace, temperature: float) -> None:
-    """Raises DataError for settings of sampling beside a greedy temperature."""
-    if temperature == 0 and args.samples > 1:
+    own_problems = not (args.benchmarks or args.data)
+    if s and own_problems:
+        sampling = replace(sampling, max_new_tokens=s.max_new_tokens)
+    elif own_problems and not args.ask:
+        sampling = replace(sampling, max_new_tokens=BUILTIN_LIMIT)
+    for name in ("max_new_tokens", "temperature", "top_p", "samples"):
+        value = getattr(args, name)
+        if value is not None:
+            sampling = replace(sampling, **{name: value})
+    if sampling.temperature > 0:
+        return sampling
+    if args.samples not in (None, 1):
         raise DataError(f"--samples {args.samples} greedy answers would be the same: set --temperature too")
-    if temperature == 0 and (args.seed or args.top_p is not None):
+    if args.seed or args.top_p is not None:
         raise DataError("--seed and --top-p do nothing at temperature 0, which is greedy: set --temperature too")
+    return replace(sampling, samples=1)
 
 
 def pick_dtype() -> torch.dtype:
@@ -291,13 +286,8 @@ def pick_dtype() -> torch.dtype:
 # Questions of one's own
 
 
-def policies(
-    source: str, s: Settings | None, template: str
-) -> Iterator[tuple[str, nn.Module | None, object, list[int]]]:
-    """(title, model, tokenizer, stop ids) of a run's base model, policy and shadow, or of one model (None).
-
-    The weights θ̂ exist in checkpoints only. The title says why there is no shadow; its model is None then.
-    """
+def policies(source: str, s: Settings | None, template: str) -> Iterator[tuple[str, nn.Module, object, list[int]]]:
+    """(title, model, tokenizer, stop ids) of a run's base model, policy and shadow, or of one model."""
     if s is None:
         yield source, *load_model(source, template)
         return
@@ -305,27 +295,24 @@ def policies(
     yield f"policy after {s.total_steps} steps of {s.method}", *load_model(f"{source}/model", template)
     folder = Path(source, "checkpoint")
     if not METHODS[s.method].shadow:
-        yield f"no shadow: the method {s.method} has none", None, None, []
-    elif not checkpoint.steps_in(folder):
-        yield f"no shadow: {folder} has no checkpoint", None, None, []
-    else:
-        saved = checkpoint.newest(folder)
-        model, tokenizer = export.merged_policy(Path(source), saved, s, "theta_hat")
-        stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, template))
-        yield f"shadow at step {saved.facts['step']}", model, tokenizer, stop
+        return
+    if not checkpoint.steps_in(folder):
+        print0(f"no shadow: {folder} has no checkpoint, and nothing else holds θ̂\n")
+        return
+    saved = checkpoint.newest(folder)
+    model, tokenizer = export.merged_policy(Path(source), saved, s, "theta_hat")
+    stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, template))
+    yield f"shadow at step {saved.facts['step']}", model, tokenizer, stop
 
 
 def ask(args: argparse.Namespace) -> None:
     """Prints the answers to the questions of --ask one under another, greedy by default. Raises DataError."""
-    refuse_greedy_flags(args, args.temperature or 0.0)
     s = load_settings(Path(args.source))
+    sampling = choose_sampling(args, s)
     task = find_task(args, s)
     answers = []  # (title, one text per question) of each model
     for title, model, tokenizer, stop in policies(args.source, s, task.template):
-        texts = [""] * len(args.ask)
-        if model is not None:
-            texts = replies(args, s, task, model, tokenizer, stop)
-        answers.append((title, texts))
+        answers.append((title, replies(task, model, tokenizer, stop, sampling, args.seed)))
     for i, question in enumerate(args.ask):
         print0(question)
         for title, texts in answers:
@@ -333,24 +320,16 @@ def ask(args: argparse.Namespace) -> None:
         print0("")
 
 
-def replies(
-    args: argparse.Namespace, s: Settings | None, task: Task, model: nn.Module, tokenizer, stop: list[int]
-) -> list[str]:
+def replies(task: Task, model: nn.Module, tokenizer, stop: list[int], sampling: Sampling, seed: int) -> list[str]:
     """One model's answer to each question. Raises DataError if a question is too long."""
     prompts = [encode_prompt(tokenizer, p.question, task.instruction, task.template) for p in task.evaluation]
     positions = model.config.max_position_embeddings
-    if args.max_new_tokens:
-        limit = args.max_new_tokens
-    elif s:
-        limit = s.max_new_tokens
-    else:
-        room = positions - max(len(prompt) for prompt in prompts)
-        limit = max(1, min(PROTOCOLS["paper"].max_new_tokens, room))
+    room = positions - max(len(prompt) for prompt in prompts)
+    limit = max(1, min(sampling.max_new_tokens, room))
     check_evaluation(task.evaluation, tokenizer, task.instruction, limit, positions, task.template)
     sampler = Sampler(model, stop, dtype=pick_dtype())
-    keys = [(args.seed, i) for i in range(len(prompts))]  # equal for all models
-    top_p = 1.0 if args.top_p is None else args.top_p
-    groups = sampler.generate(prompts, keys, 1, limit, args.temperature or 0.0, top_p)
+    keys = [(seed, i) for i in range(len(prompts))]  # equal for all models
+    groups = sampler.generate(prompts, keys, 1, limit, sampling.temperature, sampling.top_p)
     texts = []
     for (completion,) in groups:
         text = completion.text(tokenizer, stop)
@@ -377,19 +356,20 @@ def run(args: argparse.Namespace) -> None:
     sampling = choose_sampling(args, s)
     positions = model.config.max_position_embeddings
     check_evaluation(task.evaluation, tokenizer, task.instruction, sampling.max_new_tokens, positions, task.template)
-    work = group_work(task.evaluation, sampling)
+    problems, samplings = by_group(task.evaluation, sampling)
+    samples = {group: own.samples for group, own in samplings.items()}
     header = {
         "model": os.path.normpath(args.source),
         "dtype": str(pick_dtype()),
         "weights": getattr(model.config, "_commit_hash", None) or results.weights_hash(source),
         "prompt": prompt_text(tokenizer, "{question}", task.instruction, task.template),
-        "sampling": asdict(sampling) | {"samples": {group: w.sampling.samples for group, w in work.items()}},
+        "sampling": asdict(sampling) | {"samples": samples},
         "seed": args.seed,
         "options_seed": OPTIONS_SEED,
         "grader": rewards.VERSION,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "data": {group: describe(w.problems) for group, w in work.items()},
+        "data": {group: describe(own) for group, own in problems.items()},
     }
     out = result_file(args, s)
     records = results.open_results(out, header) if parallel.rank() == 0 else None
@@ -397,31 +377,23 @@ def run(args: argparse.Namespace) -> None:
 
     sampler = Sampler(model, stop, slots=args.slots, dtype=pick_dtype())
     del model  # the sampler has its own copy
-    records += answer_missing(args, sampler, tokenizer, task, work, records, out)
+    records += answer_missing(args, sampler, tokenizer, task, problems, samplings, records, out)
     if parallel.rank() == 0:
         print0(results.write_summary(out, header, records))
         print0(f"\n{header['sampling']} · seed {args.seed} · grader {header['grader']} · answers in {out}")
     parallel.end()
 
 
-@dataclass(frozen=True)
-class Work:
-    """The problems of one group, and how they are sampled."""
-
-    problems: list[Problem]
-    sampling: Sampling  # its samples are a number
-
-
-def group_work(problems: list[Problem], sampling: Sampling) -> dict[str, Work]:
-    """The work of each group; without a number of samples in `sampling`, each benchmark has its own."""
-    work: dict[str, Work] = {}
+def by_group(problems: list[Problem], sampling: Sampling) -> tuple[dict[str, list[Problem]], dict[str, Sampling]]:
+    """The problems of each group, and their sampling: if it has no number of samples, each benchmark has its own."""
+    of_group = defaultdict(list)
+    samplings = {}
     for problem in problems:
         group = problem.group
-        if group not in work:
-            usual = BENCHMARKS[group].samples if group in BENCHMARKS else SAMPLES
-            work[group] = Work([], replace(sampling, samples=sampling.samples or usual))
-        work[group].problems.append(problem)
-    return work
+        of_group[group].append(problem)
+        usual = BENCHMARKS[group].samples if group in BENCHMARKS else SAMPLES
+        samplings[group] = replace(sampling, samples=sampling.samples or usual)
+    return of_group, samplings
 
 
 def describe(problems: list[Problem]) -> dict:
@@ -441,28 +413,25 @@ def result_file(args: argparse.Namespace, s: Settings | None) -> Path:
 
 
 def answer_missing(
-    args: argparse.Namespace, sampler: Sampler, tokenizer, task: Task, work: dict[str, Work], records: list[dict],
-    out: Path,
+    args: argparse.Namespace, sampler: Sampler, tokenizer, task: Task, problems: dict[str, list[Problem]],
+    samplings: dict[str, Sampling], records: list[dict], out: Path,
 ) -> list[dict]:  # fmt: skip
     """Answers the problems without a record and appends the new records to the file `out`. Returns them."""
-    parts = unanswered(work, records, args.slots)
-    problems = 0
+    parts = unanswered(problems, samplings, records, args.slots)
     answers = 0
+    tokens = 0
     for group, ids in parts:
-        problems += len(ids)
-        answers += len(ids) * work[group].sampling.samples
-    limit = next(iter(work.values())).sampling.max_new_tokens
-    at_once = args.slots * parallel.world_size()
-    print0(
-        f"{problems} problems, {answers} answers of at most {limit} tokens, {at_once} at once: "
-        f"at most {answers * limit:,} tokens"
-    )
+        sampling = samplings[group]
+        count = len(ids) * sampling.samples
+        answers += count
+        tokens += count * sampling.max_new_tokens
+    print0(f"{answers} answers, {args.slots * parallel.world_size()} at once: at most {tokens:,} tokens")
     new = []
     with tqdm(total=answers, unit="answer", leave=False, disable=parallel.rank() > 0) as bar:
         for group, ids in parts:
-            chosen = [work[group].problems[i] for i in ids]
+            chosen = [problems[group][i] for i in ids]
             keys = [(args.seed, zlib.crc32(group.encode()), i) for i in ids]
-            graded = answer(sampler, tokenizer, task, chosen, keys, work[group].sampling)
+            graded = answer(sampler, tokenizer, task, chosen, keys, samplings[group])
             if parallel.rank() == 0:
                 for record in graded:
                     append_line(out, record)
@@ -471,7 +440,9 @@ def answer_missing(
     return new
 
 
-def unanswered(work: dict[str, Work], records: list[dict], slots: int) -> list[tuple[str, list[int]]]:
+def unanswered(
+    problems: dict[str, list[Problem]], samplings: dict[str, Sampling], records: list[dict], slots: int
+) -> list[tuple[str, list[int]]]:
     """(group, ids of problems without an answer) of each part of the work.
 
     The answers of a part are written at its end. Each rank answers about two times `slots` samples in it, so that most
@@ -479,9 +450,9 @@ def unanswered(work: dict[str, Work], records: list[dict], slots: int) -> list[t
     """
     answered = {(record["group"], record["id"]) for record in records}
     parts = []
-    for group, w in work.items():
-        ids = [i for i in range(len(w.problems)) if (group, i) not in answered]
-        size = parallel.world_size() * max(1, 2 * slots // w.sampling.samples)
+    for group in problems:
+        ids = [i for i in range(len(problems[group])) if (group, i) not in answered]
+        size = parallel.world_size() * max(1, 2 * slots // samplings[group].samples)
         for start in range(0, len(ids), size):
             parts.append((group, ids[start : start + size]))
     return parts

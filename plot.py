@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 from infra import report
-from infra.files import DataError, printable, read_log
+from infra.files import DataError, read_log
 from settings import expand, start_program
 
 
 def curve(ax, metrics: list[dict], name: str, label: str, color: str, window: int = 10) -> None:
     """One metric over steps: its values faint, the mean of the last `window` values strong."""
-    points = [(m["step"], m[name]) for m in metrics if isinstance(m.get(name), int | float)]
+    points = [(record["step"], record[name]) for record in metrics if record.get(name) is not None]
     if not points:
         return
     steps, values = zip(*points, strict=True)
@@ -25,21 +25,17 @@ def curve(ax, metrics: list[dict], name: str, label: str, color: str, window: in
 
 def accuracies(ax, evals: list[dict], policy: str, color: str, **style) -> None:
     """The mean accuracy of "policy" or "shadow" over steps, where it was evaluated."""
-    evaluated = [e for e in evals if policy in e]
+    evaluated = [record for record in evals if policy in record]
     if evaluated:
-        steps = [e["step"] for e in evaluated]
-        ax.plot(steps, [e[policy]["average"] for e in evaluated], color, **style)
+        steps = [record["step"] for record in evaluated]
+        averages = [record[policy]["average"] for record in evaluated]
+        ax.plot(steps, averages, color=color, **style)
 
 
 def draw(runs: list[Path], out: Path) -> None:
     """Six panels: accuracy over steps and by group, reward, response length, cooperative gain, seconds by phase."""
-    import matplotlib  # here, because training imports this file and draws only at its end
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # here, because training imports this file and draws only at its end
 
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in the name of a run or group is a $
-    all_metrics = [read_log(run / "metrics.jsonl") for run in runs]
-    all_evals = [read_log(run / "evals.jsonl") for run in runs]
-    names = [printable(run.resolve().name) for run in runs]
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     accuracy, by_group, reward, length, gain, seconds = figure.subplots(2, 3).flat
     accuracy.set(title="accuracy, mean over groups", xlabel="step", ylim=(0, 1))
@@ -50,30 +46,34 @@ def draw(runs: list[Path], out: Path) -> None:
     gain.axhline(0, color="0.6", lw=0.8)
     seconds.set(title="seconds per step, by phase", ylim=(len(runs) - 0.4, -0.6 - 0.3 * len(runs)))
 
-    # One color per run.
+    # One color per run; in the last panel one color per phase, whose bars follow one another.
     width = 0.8 / len(runs)
-    for i, name in enumerate(names):
+    color_of_phase = {}
+    for i, run in enumerate(runs):
+        name = run.resolve().name
         color = f"C{i}"
-        curve(reward, all_metrics[i], "reward", name, color)
-        curve(length, all_metrics[i], "response_tokens", name, color)
-        curve(gain, all_metrics[i], "cooperative_gain", name, color)
-        accuracies(accuracy, all_evals[i], "policy", color, marker="o", ms=3, label=name)
-        accuracies(accuracy, all_evals[i], "shadow", color, ls="--", lw=1, label=f"{name}: its shadow θ̂")
-        if all_evals[i]:
-            last = dict(all_evals[i][-1]["policy"])
+        metrics = read_log(run / "metrics.jsonl")
+        evals = read_log(run / "evals.jsonl")
+        curve(reward, metrics, "reward", name, color)
+        curve(length, metrics, "response_tokens", name, color)
+        curve(gain, metrics, "cooperative_gain", name, color)
+        accuracies(accuracy, evals, "policy", color, marker="o", ms=3, label=name)
+        accuracies(accuracy, evals, "shadow", color, ls="--", lw=1, label=f"{name}: its shadow θ̂")
+        if evals:
+            last = dict(evals[-1]["policy"])
             del last["average"]
             positions = range(len(last))
             by_group.bar([x + i * width for x in positions], list(last.values()), width, color=color)
             by_group.set_xticks([x + 0.4 - width / 2 for x in positions], list(last))
 
-    # One color per phase; the phases of a run form one bar.
-    phases = dict.fromkeys(phase for metrics in all_metrics for m in metrics for phase in m["seconds"])
-    left = [0.0] * len(runs)
-    for i, phase in enumerate(phases):
-        for run, metrics in enumerate(all_metrics):
-            mean = sum(m["seconds"].get(phase, 0.0) for m in metrics) / max(len(metrics), 1)
-            seconds.barh(names[run], mean, left=left[run], height=0.5, label=phase if run == 0 else None, color=f"C{i}")
-            left[run] += mean
+        left = 0.0
+        for phase in dict.fromkeys(phase for record in metrics for phase in record["seconds"]):
+            mean = sum(record["seconds"].get(phase, 0.0) for record in metrics) / len(metrics)
+            label = None if phase in color_of_phase else phase
+            color = color_of_phase.setdefault(phase, f"C{len(color_of_phase)}")
+            seconds.barh(name, mean, left=left, height=0.5, label=label, color=color)
+            left += mean
+
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0]:
@@ -84,24 +84,22 @@ def draw(runs: list[Path], out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("runs", nargs="+", type=expand, metavar="RUN", help="run folders of bridge.py")
-    parser.add_argument("--out", type=expand, help="the picture to write (default: figures.png)")
+    parser.add_argument("--out", type=expand, default="figures.png", help="the picture to write (figures.png)")
     parser.add_argument("--html", action="store_true", help="write report.html, a look inside, to each run folder")
     args = parser.parse_args()
-    if args.html and args.out is not None:
-        parser.error("--out does nothing with --html, which writes RUN/report.html: omit it")
+    runs = [Path(run) for run in args.runs]
     try:
-        runs = [Path(run) for run in args.runs]
         for run in runs:
             if not (run / "metrics.jsonl").exists():
                 raise DataError(f"{run} is no run folder: it has no metrics.jsonl")
         if args.html:
-            written = [report.write(run) for run in runs]
+            for run in runs:
+                print(report.write(run))
         else:
-            written = [Path(args.out or "figures.png")]
-            draw(runs, written[0])
-        print(*(printable(path) for path in written), sep="\n", flush=True)
+            draw(runs, Path(args.out))
+            print(args.out)
     except (OSError, ValueError) as error:  # ValueError: damaged data, or a format that matplotlib cannot write
-        sys.exit(printable(f"plot.py: {error}", kept=""))
+        sys.exit(f"plot.py: {error}")
 
 
 if __name__ == "__main__":

@@ -105,12 +105,11 @@ def interval(columns: list[np.ndarray], draws: int = 10_000) -> tuple[np.ndarray
         n = len(values)
         # Problems with equal values are drawn together: a draw only counts how many of each kind it has.
         values, times = np.unique(values, axis=0, return_counts=True)
-        block = 1 + 10**7 // len(values)  # draws at a time: their counts take at most 80 MB
         drawn = []
-        for start in range(0, draws, block):
-            counts = rng.multinomial(n, times / n, min(block, draws - start))  # [draws, kinds]
+        for _ in range(draws):
+            counts = rng.multinomial(n, times / n)  # [kinds]
             drawn.append(counts @ values / n)
-        means = means + np.concatenate(drawn)
+        means = means + np.array(drawn)
     low, high = np.percentile(means / len(columns), [2.5, 97.5], axis=0)
     return low, high
 
@@ -144,16 +143,14 @@ def per_problem(problems: list[list[dict]]) -> dict[str, np.ndarray]:
         values[f"pass@{k}"] = pass_at_k(correct, k)
     rows = []
     for problem in problems:
-        rows.append(
-            {
-                "majority": majority([r["extracted"] for r in problem], [r["correct"] for r in problem]),
-                "cut off": np.mean([r["finish_reason"] == "length" for r in problem]),
-                "no box": np.mean([r["reason"] == "no_answer" for r in problem]),
-                "tokens": np.mean([r["tokens"] for r in problem]),
-            }
-        )
-    for name in rows[0]:
-        values[name] = np.array([row[name] for row in rows])
+        vote = majority([r["extracted"] for r in problem], [r["correct"] for r in problem])
+        cut_off = np.mean([r["finish_reason"] == "length" for r in problem])
+        no_box = np.mean([r["reason"] == "no_answer" for r in problem])
+        tokens = np.mean([r["tokens"] for r in problem])
+        rows.append([vote, cut_off, no_box, tokens])
+    columns = zip(*rows, strict=True)
+    for name, column in zip(("majority", "cut off", "no box", "tokens"), columns, strict=True):
+        values[name] = np.array(column)
     return values
 
 
@@ -189,14 +186,13 @@ def summarise(records: list[dict]) -> dict:
 
 def by_label(problems: list[list[dict]], accuracy: np.ndarray) -> dict[str, dict]:
     """{label: number and accuracy of the problems that have it}."""
-    labels = set()
-    for problem in problems:
-        labels.update(problem[0]["labels"])
+    chosen = defaultdict(list)
+    for problem, value in zip(problems, accuracy, strict=True):
+        for label in problem[0]["labels"]:
+            chosen[label].append(value)
     numbers = {}
-    for label in sorted(labels):
-        has_label = [label in problem[0]["labels"] for problem in problems]
-        chosen = accuracy[has_label]
-        numbers[label] = {"problems": len(chosen), **with_intervals({"accuracy": chosen})}
+    for label, values in sorted(chosen.items()):
+        numbers[label] = {"problems": len(values), "accuracy": plain_mean([np.array(values)])}
     return numbers
 
 
@@ -272,29 +268,23 @@ def report(header: dict, summary: dict) -> str:
 
 
 def compare(results: list[tuple[str, dict, list[dict]]]) -> str:
-    """Tables of accuracies and of paired differences to the first result. Raises ValueError if the problems differ.
+    """Tables of accuracies and of paired differences to the first result.
 
-    results: (name, header, records) of each.
+    results: (name, header, records) of each, for the same problems.
     """
     first_name, first_header, first_records = results[0]
-    groups = list(by_problem(first_records))
-    columns = [[group] for group in groups]  # a column of the tables is the mean over some groups
-    columns.append(averaged(groups))
-    head = ["", *groups, f"average of {len(columns[-1])}"]
-    first_cells = cells_of(first_records, columns)
-    rows = [head]
-    differences = [head]
+    first_cells = cells_of(first_records)
+    rows = [["", *first_cells]]
+    for name, _, records in results:
+        accuracies = [percent(plain_mean(cell)) for cell in cells_of(records).values()]
+        rows.append([name, *accuracies])
+
+    differences = [["", *first_cells]]
     notes = []
-    for i, (name, header, records) in enumerate(results):
-        if header["data"] != first_header["data"]:
-            raise ValueError(f"{name} and {first_name} were evaluated on different data: {header['data']}")
-        cells = cells_of(records, columns)
-        rows.append([name, *(percent(plain_mean(cell)) for cell in cells)])
-        if i == 0:
-            continue
+    for name, header, records in results[1:]:
         row = [f"{name} − {first_name}"]
-        for first, cell in zip(first_cells, cells, strict=True):
-            row.append(difference(first, cell))
+        for title, cell in cells_of(records).items():
+            row.append(difference(first_cells[title], cell))
         differences.append(row)
         for key in ("prompt", "sampling", "seed", "grader", "dtype"):
             if header.get(key) != first_header.get(key):
@@ -305,12 +295,15 @@ def compare(results: list[tuple[str, dict, list[dict]]]) -> str:
     return "\n\n".join([*tables, *notes])
 
 
-def cells_of(records: list[dict], columns: list[list[str]]) -> list[list[np.ndarray]]:
-    """For each column of groups the accuracies [n] of their problems."""
+def cells_of(records: list[dict]) -> dict[str, list[np.ndarray]]:
+    """{column of the tables: the accuracies [n] of the problems of its groups}: each group, then their average."""
     accuracy = {}
     for group, problems in by_problem(records).items():
         accuracy[group] = verdicts(problems).mean(1)
-    return [[accuracy[group] for group in column] for column in columns]
+    cells = {group: [values] for group, values in accuracy.items()}
+    chosen = averaged(list(accuracy))
+    cells[f"average of {len(chosen)}"] = [accuracy[group] for group in chosen]
+    return cells
 
 
 def difference(first: list[np.ndarray], second: list[np.ndarray]) -> str:

@@ -84,10 +84,8 @@ def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
     """(place, object) of every line of a file of JSON lines; the place names file and line.
 
     `torn`: a kill may have cut the last line, which has no newline then and is left out. Raises DataError, naming the
-    place, for a missing file, a line that is no JSON object, and text that is not UTF-8.
+    place, for a missing file and a line that is no JSON object.
     """
-    if path.is_dir():
-        raise DataError(f"{str(path)!r} is a folder")
     if not path.is_file():
         raise DataError(f"there is no file {str(path)!r}")
     with open(path, "rb") as file:
@@ -99,15 +97,11 @@ def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
                 yield place, json_object(line, place)
 
 
-def json_object(text: str | bytes, place: str) -> dict:
-    """The JSON object in a text. Raises DataError, naming the place."""
+def json_object(text: bytes, place: str) -> dict:
+    """The JSON object in a text, with or without a byte order mark. Raises DataError, naming the place."""
     try:
-        if isinstance(text, bytes):
-            text = text.decode("utf-8-sig")  # Windows begins files with a BOM
         row = json.loads(text)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: is not UTF-8 text") from error
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or an integer of thousands of digits
+    except ValueError as error:  # no JSON, or no UTF-8
         raise DataError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: a JSON object is needed, this is a {type(row).__name__}")
@@ -139,4 +133,10 @@ def printable(text: object, kept: str = "\n\t") -> str:
     >>> printable("a\x1b[2J\u202eb")
     'a\\x1b[2J\\u202eb'
     """
-    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in str(text))
+    shown = []
+    for c in str(text):
+        if c.isprintable() or c in kept:
+            shown.append(c)
+        else:
+            shown.append(c.encode("unicode_escape").decode())
+    return "".join(shown)

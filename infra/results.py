@@ -2,10 +2,9 @@
 
 import hashlib
 import json
-from collections import Counter
 from pathlib import Path
 
-from grading.scores import compare, report, summarise
+from grading.scores import by_problem, compare, report, summarise
 from infra.files import DataError, read_lines, write_atomically, write_lines
 
 
@@ -33,13 +32,6 @@ def read_results(path: Path, finished: bool = False) -> tuple[dict, list[dict]]:
     return header, list(records.values())
 
 
-def complete(header: dict, records: list[dict]) -> list[dict]:
-    """The records of the problems that have all their samples."""
-    samples = header["sampling"]["samples"]
-    count = Counter((record["group"], record["id"]) for record in records)
-    return [record for record in records if count[record["group"], record["id"]] == samples[record["group"]]]
-
-
 def write_results(path: Path, header: dict, records: list[dict]) -> None:
     """Replaces a result file as a whole; makes its folder if there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,15 +43,18 @@ def open_results(path: Path, header: dict) -> list[dict]:
 
     Raises DataError if the file was made with another header.
     """
-    records = []
+    complete = []
     if path.exists():
         before, records = read_results(path)
         changed = [key for key in header if before.get(key) != header[key]]
         if changed:
             raise DataError(f"{path} exists and was made with another {', '.join(changed)}: choose another --out")
-    records = complete(header, records)
-    write_results(path, header, records)
-    return records
+        for group, problems in by_problem(records).items():
+            for problem in problems:
+                if len(problem) == header["sampling"]["samples"][group]:
+                    complete += problem
+    write_results(path, header, complete)
+    return complete
 
 
 def write_summary(path: Path, header: dict, records: list[dict]) -> str:
@@ -77,10 +72,9 @@ def table(paths: list[Path]) -> str:
         header, records = read_results(path, finished=True)
         title = "/".join(path.with_suffix("").parts[-2:])
         results.append((title, header, records))
-    try:
-        return compare(results)
-    except ValueError as error:
-        raise DataError(str(error)) from error
+        if header["data"] != results[0][1]["data"]:
+            raise DataError(f"{title} and {results[0][0]} were evaluated on different data: {header['data']}")
+    return compare(results)
 
 
 def weights_hash(folder: str) -> str:

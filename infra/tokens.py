@@ -11,7 +11,7 @@ from grpo import RLPass
 from ops.packed import Row
 
 DEMONSTRATIONS = 8  # that are kept of a step unless all are
-DIGITS = dict(logp=4, logp_hat=4, entropy=3, ratio_hat=5, slope=4, gain=4, nll=3)  # significant ones; 1 is no ratio
+DIGITS = 4  # significant ones of every number
 
 
 def kept_rows(advantage: Tensor, group_size: int, keep: str) -> range:
@@ -55,20 +55,22 @@ def group_records(
     """
     offsets = [0, *accumulate(len(response) for _, response in rows)]
     tokens = slice(offsets[kept.start], offsets[kept.stop])
-    numbers_of_rows = split(rows[kept.start : kept.stop], {name: x[tokens] for name, x in numbers.items()})
+    numbers_of_kept = {name: column[tokens] for name, column in numbers.items()}
+    numbers_of_rows = split(rows[kept.start : kept.stop], numbers_of_kept)
     groups = []
     for i, row_numbers in zip(kept, numbers_of_rows, strict=True):
         prompt, response = rows[i]
         sample = samples[i]
+        first_token = offsets[i]
         if i % group_size == 0:
-            question = {"question": sample["question"], "answer": sample["answer"]}
-            groups.append({"of": of} | question | {"prompt": tokenizer.decode(prompt), "rows": []})
+            group = {"of": of, "question": sample["question"], "answer": sample["answer"]}
+            groups.append(group | {"prompt": tokenizer.decode(prompt), "rows": []})
         row = {
             "reward": sample["reward"],
-            "A": round(advantage[offsets[i]].item(), 4),
+            "A": round(advantage[first_token].item(), 4),
             "finish": sample["finish_reason"],
-            "weight": round(weight[offsets[i]].item() * len(weight), 4),
-            "pieces": pieces(tokenizer, tuple(response)),
+            "weight": round(weight[first_token].item() * len(weight), 4),
+            "pieces": pieces(tokenizer, response),
         }
         groups[-1]["rows"].append(row | row_numbers)
     return groups
@@ -79,7 +81,7 @@ def demonstration_records(demonstrations: list[Row], nll: Tensor, keep: str, tok
     shown = demonstrations if keep == "all" else demonstrations[:DEMONSTRATIONS]
     records = []
     for (prompt, response), numbers in zip(shown, split(shown, {"nll": nll}), strict=True):
-        text = {"prompt": tokenizer.decode(prompt), "pieces": pieces(tokenizer, tuple(response))}
+        text = {"prompt": tokenizer.decode(prompt), "pieces": pieces(tokenizer, response)}
         records.append(text | numbers)
     return records
 
@@ -89,54 +91,47 @@ def split(rows: list[Row], columns: dict[str, Tensor]) -> list[dict[str, list | 
 
     If all of a row are equal, there is one number instead of a list.
     """
-    if not columns or not rows:
-        return [{} for _ in rows]
     lengths = [len(response) for _, response in rows]
-    x = torch.stack([column[: sum(lengths)].double() for column in columns.values()]).cpu()  # [columns, t]
+    result = [{} for _ in rows]
+    for name, column in columns.items():
+        # Rounds to significant digits: scales so that they stand before the point, rounds, scales back.
+        x = column[: sum(lengths)].double().cpu()
+        magnitude = x.abs().clamp(min=1e-12).log10().floor()
+        scale = 10 ** (DIGITS - 1 - magnitude)
+        x = (x * scale).round() / scale
 
-    # Rounds to significant digits: scales so that they stand before the point, rounds, scales back.
-    digits = torch.tensor([DIGITS[name] for name in columns])[:, None]
-    magnitude = x.abs().clamp(min=1e-12).log10().floor()
-    scale = 10 ** (digits - 1 - magnitude)
-    x = (x * scale).round() / scale
-
-    result = []
-    all_finite = bool(x.isfinite().all())
-    for of_row in x.split(lengths, dim=1):
-        lists = of_row.tolist()
-        if not all_finite:
-            lists = [[v if math.isfinite(v) else None for v in numbers] for numbers in lists]
-        row = {}
-        for name, values in zip(columns, lists, strict=True):
-            row[name] = values[0] if len(set(values)) == 1 else values
-        result.append(row)
+        for of_row, part in zip(result, x.split(lengths), strict=True):
+            values = [value if math.isfinite(value) else None for value in part.tolist()]
+            of_row[name] = values[0] if len(set(values)) == 1 else values
     return result
 
 
 @lru_cache(1 << 16)
-def _piece(tokenizer: object, token: int) -> str:
+def piece(tokenizer: object, token: int) -> str:
+    """The text of a token alone."""
     return tokenizer.decode([token])
 
 
-@lru_cache(512)  # equal completions, and demonstrations of earlier steps
-def pieces(tokenizer: object, ids: tuple[int, ...]) -> list[str]:
+def pieces(tokenizer: object, ids: list[int]) -> list[str]:
     """The text of each token; joined they are the text of all.
 
     A token that ends inside a character has no text; the token that completes the character has all of it.
     """
-    ids = list(ids)
-    parts = [_piece(tokenizer, i) for i in ids]
+    parts = [piece(tokenizer, token) for token in ids]
     if "".join(parts) == tokenizer.decode(ids):
         return parts
+
     parts = []
     start = 0  # tokens from here are decoded together
     done = 0  # tokens before this one have their text
     for end in range(1, len(ids) + 1):
         now = tokenizer.decode(ids[start:end])
-        if now.endswith("\ufffd") and end < len(ids) and end - done < 4:  # a character has at most four bytes
+        is_open = now.endswith("\ufffd") and end < len(ids)
+        if is_open and end - done < 4:  # a character has at most four bytes
             parts.append("")
-        else:
-            parts.append(now[len(tokenizer.decode(ids[start:done])) :])
-            start = done
-            done = end
+            continue
+        before = tokenizer.decode(ids[start:done])
+        parts.append(now[len(before) :])
+        start = done
+        done = end
     return parts

@@ -451,7 +451,7 @@ def test_an_error_names_the_file_its_line_and_the_field(tmp_path, lines, message
 
 def test_text_that_is_not_utf8_is_reported(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"question": "\xff"}\n')
-    with pytest.raises(DataError, match="is not UTF-8"):
+    with pytest.raises(DataError, match=r"line 1: not valid JSON \('utf-8' codec"):
         list(sources.read_rows(str(tmp_path / "a.jsonl"), "rl_data"))
 
 

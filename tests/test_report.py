@@ -162,7 +162,7 @@ def test_pieces_join_to_the_completion_and_a_broken_character_belongs_to_its_las
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
     ids = tokenizer.encode(text)
     for end in range(1, len(ids) + 1):
-        found = pieces(tokenizer, tuple(ids[:end]))
+        found = pieces(tokenizer, ids[:end])
         assert len(found) == end
         assert "".join(found) == tokenizer.decode(ids[:end])
         assert all("\ufffd" not in piece for piece in found[: end - 3])
@@ -235,6 +235,7 @@ def hostile_run(folder):
                logp_hat=-1.5, ratio_hat=[1.0, 3.0, None], entropy=0.2, slope=0.5, gain=[0.1, -0.2, 0])  # fmt: skip
     group = dict(of="policy", question=HOSTILE, answer=HOSTILE, prompt=HOSTILE, rows=[row, row | {"reward": 0.0}])
     demonstration = dict(prompt=HOSTILE, pieces=[HOSTILE, "x"], nll=[0.1, 2.0])
+    (folder / "config.json").write_text('{"settings": {"method": "bridge"}}')
     for step in (1, 2, 3):
         append_line(folder / "metrics.jsonl", {"step": step, "reward": 0.5, "seconds": {}})
         append_line(folder / "tokens.jsonl.gz", dict(step=step, groups=[group], demonstrations=[demonstration]))
@@ -254,8 +255,7 @@ def test_texts_of_a_run_stay_data_in_its_page(tmp_path):
     assert policy.startswith("default-src 'none'"), "the page loads nothing"
     piece = data["rollouts"][0]["groups"][0]["rows"][0]["pieces"][1]
     assert piece.startswith("</script><script>")
-    assert piece.endswith("\\u2028\\u2029\\x1b[2J\\u202e\\x00"), "control characters are escapes"
-    assert data["answers"]["problems"][0][1] == piece
+    assert data["answers"][0]["question"][0] == piece == HOSTILE
     source = (tmp_path / "report.html").read_text()
     assert "http://" not in source.replace("http://www.w3.org/2000/svg", "") and "innerHTML" not in source  # noqa: PT018
 
@@ -264,36 +264,33 @@ def test_a_large_run_is_thinned_evenly_and_the_page_says_so(tmp_path, monkeypatc
     numbers = [round(-0.001 * i, 3) for i in range(100)]
     row = dict(reward=1.0, A=0.5, finish="stop", weight=1.0, pieces=["abc"] * 100, logp=numbers, entropy=numbers)
     group = dict(of="policy", question="q", answer="a", prompt="p", rows=[row] * 8)
+    texts = {name: list("abcd") for name in ("group", "question", "answer", "response", "extracted")}
+    texts |= dict(correct=[True, False, True, False], finish_reason=["stop"] * 4)
+    (tmp_path / "config.json").write_text('{"settings": {}}')
     for step in range(1, 41):
         append_line(tmp_path / "metrics.jsonl", {"step": step, "seconds": {}})
         append_line(tmp_path / "tokens.jsonl.gz", dict(step=step, groups=[group], demonstrations=[]))
+    for step in (0, 5, 10):
+        append_line(tmp_path / "answers.jsonl.gz", dict(step=step, model="policy") | texts)
     data, _ = page_of(tmp_path)
-    assert (len(data["rollouts"]), data["notes"]) == (40, [])
-    whole = (tmp_path / "report.html").stat().st_size
-    for limit, count, said in ((0.8, 40, 1), (0.3, None, 2)):
-        monkeypatch.setattr(report, "LIMIT", int(limit * whole))
-        data, _ = page_of(tmp_path)
-        assert (tmp_path / "report.html").stat().st_size <= report.LIMIT
-        steps = [step["step"] for step in data["rollouts"]]
-        assert "entropy" not in data["rollouts"][0]["groups"][0]["rows"][0]
-        assert len(data["notes"]) == said
-        assert steps[-1] == 40 and len({b - a for a, b in pairwise(steps)}) == 1  # noqa: PT018
-        assert count in (None, len(steps))
-
-
-def test_answers_that_do_not_fit_are_those_of_the_first_and_last_evaluation():
-    texts = dict(
-        group=["g"] * 4, question=list("abcd"), answer=["1"] * 4, response=["x" * 100] * 4, extracted=[None] * 4
-    )
-    texts |= dict(correct=[True, False, True, False], finish_reason=["stop"] * 4)
-    records = [dict(step=step, model="policy") | texts for step in (0, 5, 10)]
-    notes = []
-    found = report.answers(records, 10_000, notes)
-    assert ([e["step"] for e in found["evaluations"]], notes) == ([0, 5, 10], [])
-    found = report.answers(records, 1100, notes)
-    assert ([e["step"] for e in found["evaluations"]], len(found["problems"]), len(notes)) == ([0, 10], 4, 1)
-    found = report.answers(records, 600, notes)
-    assert len(found["problems"]) == len(found["evaluations"][0]["answers"]) == 2
+    assert (len(data["rollouts"]), len(data["answers"][0]["question"]), data["notes"]) == (40, 4, [])
+    whole = report.size(data["rollouts"])
+    monkeypatch.setattr(report, "TOKENS", int(0.3 * whole))
+    monkeypatch.setattr(report, "ANSWERS", int(0.6 * report.size(data["answers"])))
+    monkeypatch.setattr(report, "POINTS", 15)
+    data, _ = page_of(tmp_path)
+    assert report.size(data["rollouts"]) <= report.TOKENS
+    for name, every in (("rollouts", 4), ("metrics", 3)):
+        steps = [record["step"] for record in data[name]]
+        assert steps[-1] == 40
+        assert {later - earlier for earlier, later in pairwise(steps)} == {every}
+    assert [(e["step"], e["question"], e["correct"]) for e in data["answers"]] == [
+        (step, ["a", "c"], [True, True]) for step in (0, 5, 10)
+    ]
+    assert data["notes"] == [
+        "The page shows every 4. of the 40 steps with kept rollouts, to stay small.",
+        "Answers are shown for every 2. evaluation problem, to keep this page small.",
+    ]
 
 
 def test_the_flag_html_writes_the_page_of_each_run(tmp_path, capsys, monkeypatch):
@@ -301,10 +298,6 @@ def test_the_flag_html_writes_the_page_of_each_run(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--html"])
     plot.main()
     assert capsys.readouterr().out == f"{tmp_path}/report.html\n"
-    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--html", "--out", "x.png"])
-    with pytest.raises(SystemExit):
-        plot.main()
-    assert "--out does nothing with --html" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [("--method", "bridge"), ("--method", "sft"), ("--method", "luffy")])
@@ -313,8 +306,8 @@ def test_a_finished_run_has_a_page_with_its_steps_and_answers(flags, finished_ru
     assert (folder / "report.html").stat().st_size < 200_000
     data, _ = page_of(folder)
     assert [step["step"] for step in data["rollouts"]] == [1, 2]
-    assert data["metrics"]["step"] == [1, 2]
-    assert {e["step"] for e in data["answers"]["evaluations"]} == {0, 2}
+    assert [record["step"] for record in data["metrics"]] == [1, 2]
+    assert {e["step"] for e in data["answers"]} == {0, 2}
     if flags[1] == "luffy":
         expert = data["rollouts"][0]["groups"][0]["rows"][-1]
         assert expert["finish"] == "demonstration"
@@ -357,7 +350,7 @@ def test_chromium_shows_the_page_moves_the_slider_and_runs_no_text_of_the_model(
     assert page.locator("#rollouts i.absent").count() == 2
     page.hover("#rollouts i >> nth=1")
     assert "ratio ρ̂ 3" in page.text_content("#detail")
-    assert "\\x1b[2J" in page.text_content("#rollouts")
+    assert "\\u{1b}[2J\\u{202e}" in page.text_content("#rollouts"), "control characters are escapes"
     for kind in ("became right", "became wrong"):
         page.click(f"text={kind} (1)")
         assert page.locator("#answers tr").count() == 2
