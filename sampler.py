@@ -26,7 +26,7 @@ from ops.decoder import Decoder
 from ops.graphs import graphed
 from ops.head import project
 from ops.packed import hidden_states, pack
-from ops.sample import sample_tokens, sample_tokens_torch, sample_without
+from ops.sample import sample_without
 from ops.slots import Samples, uniforms
 
 PREFILL_TOKENS = 16384  # prompt tokens of one prefill, about
@@ -81,22 +81,23 @@ class Sampler:
         check_prompts(prompts, max_new_tokens, self.model.config.max_position_embeddings)
         # S slots: a group must fit
         size = max(min(self.slots, len(prompts) * group_size), group_size)
-        cache = self.decoder.new_cache(size, max(map(len, prompts)) + max_new_tokens)
-        samples = Samples(keys, group_size, size, max_new_tokens, self.model.device)
+        lengths = [len(prompt) for prompt in prompts]
+        cache = self.decoder.new_cache(size, max(lengths) + max_new_tokens)
+        samples = Samples(keys, lengths, group_size, size, max_new_tokens, self.model.device)
 
-        def sample(rows: slice, logits: Tensor) -> None:
+        def draw(rows: slice, logits: Tensor) -> None:
             """Draws the next token of some rows.  logits [rows, V]"""
-            u = samples.u[samples.sample[rows], samples.num_generated[rows]]  # a uniform number for each
-            token, logp = sample_without(self.excluded, sample_tokens, logits, u, temperature, top_p)
+            sample = samples.sample[rows]
+            u = samples.u[sample, samples.length[sample]]  # a uniform number for each
+            token, logp = sample_without(self.excluded, logits, u, temperature, top_p)
             samples.append(rows, token, logp, self.is_stop)
 
         def decode(slots: int) -> None:
             """One more token for each row of the first slots. A graph's slots may exceed those in use."""
-            first = samples.first_row[:slots]
-            logits = self.decoder.decode(cache, samples.last_token[first], samples.position[first])  # [slots, V]
+            logits = self.decoder.decode(cache, *samples.last_tokens(slots))  # [slots, V]
             if slots < samples.rows:  # rows share slots
                 logits = logits[samples.slot[: samples.rows]]
-            sample(slice(len(logits)), logits)
+            draw(slice(len(logits)), logits)
 
         # A graph has a fixed number of rows for its slots, one each, so samples share slots without graphs only.
         share = not self.graphs
@@ -107,20 +108,16 @@ class Sampler:
             # Admit waiting prompts: each is run once, in a slot that its samples share. Else decode.
             admitted = take_prompts(waiting, prompts, (size - samples.rows) // group_size)
             if admitted:
-                texts = [prompts[p] for p in admitted]
-                rows = samples.admit(admitted, [len(text) for text in texts])
-                slots = samples.slot[rows][::group_size]
-                logits = self.decoder.prefill(cache, texts, slots)  # [admitted, V]
-                sample(rows, logits.repeat_interleave(group_size, 0))
+                rows, slots = samples.admit(admitted)
+                logits = self.decoder.prefill(cache, [prompts[p] for p in admitted], slots)  # [admitted, V]
+                draw(rows, logits.repeat_interleave(group_size, 0))
             else:
                 decode(samples.slots)
 
             # Retire the samples that have ended. Samples of a slot that drew different tokens get slots of their own.
-            some_ended = samples.some_ended()
-            if some_ended and not samples.logp_sum.isfinite():
-                raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
-            if some_ended or admitted or samples.slots < samples.rows:
-                samples.retire(cache.kv, share)
+            samples.retire(cache.kv, share)
+        if not samples.logps.isfinite().all():
+            raise FloatingPointError("the sampler's logits are not finite: the model's weights have diverged")
         return self._completions(samples)
 
     def _completions(self, samples: Samples) -> list[list[Completion]]:
@@ -172,7 +169,7 @@ def generate_naive(
     for t in range(max_new_tokens):
         hidden = hidden_states(sampler.model, pack([prompt + ids], sampler.model.device))  # [T, H]
         logits = project(hidden[-1:], sampler.decoder.lm_head)  # [1, V]
-        token, logp = sample_without(sampler.excluded, sample_tokens_torch, logits, u[t : t + 1], temperature)
+        token, logp = sample_without(sampler.excluded, logits, u[t : t + 1], temperature)
         ids.append(int(token))
         logps.append(float(logp))
         if ids[-1] in sampler.stop:

@@ -7,8 +7,6 @@ Shapes: n rows of logits, V vocabulary size.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
@@ -134,18 +132,18 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: float, top_p: float = 
 
 
 def sample_without(
-    excluded: Tensor, sample: Callable, logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0
+    excluded: Tensor, logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """sample(logits, u, …), one of the two functions above, that never draws the ids `excluded`; changes logits.
+    """`sample_tokens` that never draws the ids `excluded`; changes logits.
 
     The log-probs are still those of the whole distribution, like the trainer's.
     """
     if not len(excluded):
-        return sample(logits, u, temperature, top_p)
+        return sample_tokens(logits, u, temperature, top_p)
     temperature_or_one = temperature or 1.0
     excluded_mass = (logits[:, excluded] / temperature_or_one).logsumexp(-1)  # [n] log of it
     logits[:, excluded] = float("-inf")
-    token, logp = sample(logits, u, temperature, top_p)
+    token, logp = sample_tokens(logits, u, temperature, top_p)
     # log p is z − log Σ exp over the kept ids; here the excluded ids join the sum again.
     z = logits.gather(1, token[:, None])[:, 0] / temperature_or_one
     return token, z - torch.logaddexp(z - logp, excluded_mass)
