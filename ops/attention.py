@@ -79,9 +79,11 @@ def rope_and_store(
     T, all_heads, d = qkv.shape
     kv_heads = kv.shape[-2]
     heads = all_heads - 2 * kv_heads
+    has_norms = head_norms is not None
+    norms = head_norms if has_norms else qkv  # any tensor: the kernel does not read it
     rope_and_store_kernel[(T, all_heads)](
-        qkv, cos, sin, qkv if head_norms is None else head_norms, kv, cells, heads, kv_heads, eps,
-        D=d, BLOCK=triton.next_power_of_2(d // 2), NORM=head_norms is not None, num_warps=1,
+        qkv, cos, sin, norms, kv, cells, heads, kv_heads, eps,
+        D=d, BLOCK=triton.next_power_of_2(d // 2), NORM=has_norms, num_warps=1,
     )  # fmt: skip
     return qkv.split([heads, kv_heads, kv_heads], 1)
 
@@ -218,18 +220,20 @@ def attend(
     if not use_kernels(q):
         return attend_torch(q, keys, values, length, scale, mask)
     n, h, d = q.shape
-    _, L, kv_heads, _ = keys.shape
+    L = keys.shape[1]
+    kv_heads = keys.shape[2]
+    g = h // kv_heads
+    rows = max(16, triton.next_power_of_2(g))  # a matmul on tensor cores has at least 16
+    width = triton.next_power_of_2(d)
     if splits is None:
         splits = min(triton.cdiv(PROGRAMS, n * kv_heads), triton.cdiv(L, 256))
     # A single part is the result itself, so it has the result's dtype.
     dtype = q.dtype if splits == 1 else torch.float32
     parts = torch.empty(n, h, splits, d, device=q.device, dtype=dtype)
     lse = torch.empty(n, h, splits, device=q.device)
-    g = h // kv_heads
-    width = triton.next_power_of_2(d)
     attend_kernel[(n, kv_heads, splits)](
         q, keys, values, length, parts, lse, scale, q.stride(0), keys.stride(0), splits, KV_HEADS=kv_heads,
-        G=g, ROWS=max(16, triton.next_power_of_2(g)), D=d, WIDTH=width, UPCAST=UPCAST, num_stages=3,
+        G=g, ROWS=rows, D=d, WIDTH=width, UPCAST=UPCAST, num_stages=3,
         **BLOCKS[q.element_size()],
     )  # fmt: skip
     if splits == 1:

@@ -23,10 +23,15 @@ class RowsToRun:
 
 
 def rows_to_run(
-    rows: list[Row], advantage: Tensor, weight: Tensor, is_demonstration: Tensor, reward: Tensor, has_kl: bool,
+    rows: list[Row],
+    advantage: Tensor,  # [T], as the next two equal for all tokens of a row
+    weight: Tensor,  # [T]
+    is_demonstration: Tensor,  # [T]
+    reward: Tensor,  # [P, G], P·G = N
+    has_kl: bool,
     score_rewarded: bool,
-) -> RowsToRun:  # fmt: skip
-    """advantage, weight, is_demonstration [T], equal for all tokens of a row; reward [P, G], P·G = N.
+) -> RowsToRun:
+    """What a pass over these rows must run.
 
     A row has a gradient if it has a weight and an advantage or a KL term (`has_kl`). With `score_rewarded`, rows with
     a reward and no gradient are scored.
@@ -55,7 +60,7 @@ def rows_to_run(
     # FSDP's ranks must all run a backward pass: if no row has a gradient, row 0 is run anyway.
     if not trained:
         trained = [0]
-        scored = [i for i in scored if i != 0]
+        scored = [i for i in scored if i > 0]
 
     source = source.to(weight.device)
     merged_weight = torch.zeros_like(weight).index_add(0, source, weight)
