@@ -18,7 +18,7 @@ import lora
 from grading.scores import table
 from infra import checkpoint
 from infra.files import DataError, atomic_folder, printable, read_log
-from infra.model import MODELS, is_builtin, load, stop_tokens
+from infra.model import MODELS, is_builtin, load
 from infra.run import one_line_errors, print0, settings_of
 from settings import METHODS, Settings, expand, start_program
 
@@ -62,14 +62,18 @@ def save_checkpoint(run: Path, step: int | None) -> Path:
 
     Raises DataError, ModelError and OSError.
     """
-    saved = checkpoint.of_step(run / "checkpoint", step)
+    steps = checkpoint.steps_in(run / "checkpoint")
+    if not steps or step not in (None, *steps):
+        known = ", ".join(map(str, steps)) or "none"
+        raise DataError(f"no such checkpoint in {run}/checkpoint: its steps are {known}")
+    saved = checkpoint.newest(run / "checkpoint", step)
     s = settings_of(saved.facts, f"{saved.folder}/facts.json")
     step = saved.facts["step"]
-    facts = dict(stop=[], question="", prompt="") | saved.facts.get("export", {})
+    facts = saved.facts["export"]
     readme = card(s, run.resolve().name, facts, read_log(run / "evals.jsonl"), step)
     model, tokenizer = merged_policy(run, saved, s)
     folder = run / f"model-step-{step}"
-    save_model(folder, model, tokenizer, facts["stop"] or stop_tokens(model, tokenizer), readme)
+    save_model(folder, model, tokenizer, facts["stop"], readme)
     return folder
 
 
@@ -109,12 +113,8 @@ def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readm
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise FloatingPointError(f"{name} holds a value that is not finite: {folder} is not written")
-    bos = model.generation_config.bos_token_id
-    pad = tokenizer.pad_token_id
-    if pad is not None and pad >= model.config.vocab_size:  # it has no embedding
-        pad = None
     model.config.tie_word_embeddings = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=stop, pad_token_id=pad)
+    model.generation_config = GenerationConfig(eos_token_id=stop)
     with atomic_folder(folder) as scratch:
         model.save_pretrained(scratch)
         tokenizer.save_pretrained(scratch)
@@ -123,16 +123,15 @@ def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readm
 
 def accuracies(s: Settings, evals: list[dict], step: int) -> str:
     """A Markdown table of the accuracies in evals.jsonl before training and at `step`."""
-    at_step = [record for record in evals if record["step"] == step]
-    if not at_step:
+    by_step = {record["step"]: record for record in evals}
+    if step not in by_step:
         return f"none: step {step} was not evaluated"
-    first = evals[0]
-    last = at_step[-1]
-    columns = {f"{s.method}, step {step}": last["policy"]}
-    if first["step"] == 0 and first["policy"].keys() == last["policy"].keys():
-        columns = {"before": first["policy"]} | columns
-    if "shadow" in last:
-        columns["its shadow (θ̂, w)"] = last["shadow"]
+    columns = {}
+    if 0 in by_step:
+        columns["before"] = by_step[0]["policy"]
+    columns[f"{s.method}, step {step}"] = by_step[step]["policy"]
+    if "shadow" in by_step[step]:
+        columns["its shadow (θ̂, w)"] = by_step[step]["shadow"]
     return table(columns)
 
 

@@ -5,7 +5,6 @@ T: tokens of a micro-batch; R: response tokens among them; H: hidden size; b: by
 """
 
 import math
-import os
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -13,14 +12,15 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from infra.model import is_builtin, read_config, reading, repository_of
+from infra.model import read_config, reading, repository_of
 from settings import METHODS, SettingError, Settings
 
 GiB = 2**30
 Parts = dict[str, float]  # part -> bytes
 CHUNK, PREFILL_TOKENS = 2048, 16384  # as in ops/head.py and sampler.py
 PROMPT = 200  # assumed: tokens of every prompt
-RESERVE = {"GPU": (1.5 * GiB, 0.05), "CPU": (0.45 * GiB, 0.12)}  # libraries, fraction lost between allocations
+LIBRARIES = 1.5 * GiB
+LOST = 0.05  # fraction of the memory that is lost between allocations
 GPUS = {"a100": 79 * GiB, "h100": 79 * GiB, "h200": 139 * GiB, "l40s": 44 * GiB, "4090": 23.5 * GiB}  # usable bytes
 FIELDS = ("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
           "num_key_value_heads", "head_dim", "vocab_size", "tie_word_embeddings")  # fmt: skip
@@ -35,7 +35,6 @@ class Shapes(NamedTuple):
     """What the memory of a model depends on."""
 
     parameters: int
-    tensors: int  # parameters are in so many tensors
     root: int  # parameters outside the layers: embedding, vocabulary head, final norm
     layers: int
     hidden: int  # H
@@ -69,14 +68,12 @@ def shapes(config: PretrainedConfig) -> Shapes:
         attention = layers[0].self_attn
         parameters = sum(p.numel() for p in model.parameters())
         inside = sum(p.numel() for p in layers.parameters())
-        linears = [
-            (name.split(".")[-1], *module.weight.shape)
-            for name, module in layers.named_modules()
-            if isinstance(module, nn.Linear)
-        ]
+        linears = []
+        for name, module in layers.named_modules():
+            if isinstance(module, nn.Linear):
+                linears.append((name.split(".")[-1], *module.weight.shape))
         return Shapes(
             parameters=parameters,
-            tensors=len(list(model.parameters())),
             root=parameters - inside,
             layers=len(layers),
             hidden=config.hidden_size,
@@ -98,23 +95,20 @@ def state(s: Settings, m: Shapes, world: int) -> tuple[Parts, Parts]:
     method = METHODS[s.method]
     base = m.parameters / (world if s.shard else 1)
     sizes = {"θ": base}  # parameters of each set
-    tensors = {"θ": m.tensors}
-    gradients = {"θ gradients": 4 * base}
     if method.shadow:
         sizes["θ̂"] = base
-        tensors["θ̂"] = m.tensors
-        gradients["θ̂ gradients"] = 4 * base
     if method.adapter:
         adapted = [out + into for name, out, into in m.linears if name in s.lora_targets.split(",")]
         sizes["w"] = s.lora_rank * sum(adapted)
-        tensors["w"] = 2 * len(adapted)
-        losses = [method.sft, method.rl, method.shadow].count(True)  # w has g_sft, g_rl and g_rl_hat
-        gradients["w gradients"] = 4 * sizes["w"] * losses
 
     kept = {}
+    gradients = {}
     for name, size in sizes.items():
         kept[f"{name} weights"] = 4 * size
-        kept[f"{name} moments"] = 8 * size + 4 * tensors[name]  # AdamW's: two moments, and a step count per tensor
+        kept[f"{name} moments"] = 8 * size  # AdamW's
+        gradients[f"{name} gradients"] = 4 * size
+    if method.adapter:  # w has g_sft, g_rl and g_rl_hat
+        gradients["w gradients"] *= [method.sft, method.rl, method.shadow].count(True)
     if method.two_optimizers:
         kept["θ moments"] *= 2
     if s.kl_coef > 0:
@@ -123,24 +117,23 @@ def state(s: Settings, m: Shapes, world: int) -> tuple[Parts, Parts]:
     return kept, gradients
 
 
-def kv_cache(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> tuple[int, int]:
-    """(slots, bytes) of the keys and values of a rank's rollouts. Evaluation is assumed to need no more."""
-    samples = math.ceil(s.prompts_per_step / world) * s.group_size
-    slots = max(min(s.sampler_slots, samples), s.group_size)
-    tokens = slots * (prompt + s.max_new_tokens)
-    return slots, m.layers * 2 * tokens * m.kv * getattr(torch, s.dtype).itemsize
-
-
 def sampling(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> Parts:
-    """Bytes that the sampler allocates besides its weights."""
-    slots, kv = kv_cache(s, m, world, prompt)
+    """Bytes that a rank's sampler allocates besides its weights. Evaluation is assumed to need no more."""
+    b = getattr(torch, s.dtype).itemsize
     prompts = math.ceil(s.prompts_per_step / world)
-    samples = prompts * s.group_size * (s.max_new_tokens + 1) * (8 + 8 + 4)  # uniforms, ids, log-probs
-    logits = 4 * slots * m.vocabulary
+    samples = prompts * s.group_size
+    slots = max(min(s.sampler_slots, samples), s.group_size)
     prefilled = max(min(PREFILL_TOKENS, prompts * prompt), slots)  # tokens
+
+    cached = slots * (prompt + s.max_new_tokens)  # tokens
+    kept = samples * (s.max_new_tokens + 1) * (8 + 8 + 4)  # uniforms, ids, log-probs
+    logits = 4 * slots * m.vocabulary
     widths = 3 * m.hidden + 2 * (m.q + m.kv) + 3 * m.mlp
-    prefill = prefilled * widths * getattr(torch, s.dtype).itemsize
-    return {"KV cache": kv, "samples and logits": samples + logits, "prefill activations": prefill}
+    return {
+        "KV cache": m.layers * 2 * cached * m.kv * b,
+        "samples and logits": kept + logits,
+        "prefill activations": prefilled * widths * b,
+    }
 
 
 def saved_by_layer(m: Shapes, b: int, padded: bool) -> int:
@@ -230,31 +223,30 @@ def gathered(m: Shapes) -> float:
 
 
 def memory(s: Settings, m: Shapes, world: int, cuda: bool = True, prompt=PROMPT) -> tuple[Parts, Parts, Parts, float]:
-    """(state, sampling, training, peak): bytes of one GPU or, without `cuda`, of one process."""
+    """(state, sampling, training, peak): bytes of one GPU; without `cuda`, training is that of a process on a CPU."""
     kept, gradients = state(s, m, world)
     sampled = sampling(s, m, world, prompt)
     trained = gradients | training(s, m, world, cuda, prompt)
-    libraries, lost = RESERVE["GPU" if cuda else "CPU"]
     largest = sum(kept.values()) + max(sum(sampled.values()), sum(trained.values()))
-    return kept, sampled, trained, largest * (1 + lost) + libraries
+    return kept, sampled, trained, largest * (1 + LOST) + LIBRARIES
 
 
-def check(s: Settings, m: Shapes, world: int, limit: float, cuda: bool = True) -> None:
+def check(s: Settings, m: Shapes, world: int, limit: float) -> None:
     """Raises SettingError if a GPU needs more than `limit` bytes; the message names a change that fits, if one does."""
-    peak = memory(s, m, world, cuda)[-1]
+    peak = memory(s, m, world)[-1]
     if peak <= limit:
         return
-    trials: list[tuple[str, int, int]] = []  # (setting, value, GPUs), the cheapest change first
-    for halvings in range(1, 8):
-        trials.append(("tokens_per_micro_batch", max(s.tokens_per_micro_batch >> halvings, 1), world))
-        trials.append(("sampler_slots", max(s.sampler_slots >> halvings, s.group_size), world))
-    trials.append(("checkpoint_layers", m.layers, world))
+    changes: list[tuple[str, int, int]] = []  # (setting, value, GPUs), the cheapest change first
+    for divisor in (2, 4, 8, 16, 32):
+        for name in ("tokens_per_micro_batch", "sampler_slots"):
+            changes.append((name, max(getattr(s, name) // divisor, 1), world))
+    changes.append(("checkpoint_layers", m.layers, world))
     for factor in (1, 2, 4, 8):
-        trials.append(("shard", True, factor * world))
+        changes.append(("shard", True, factor * world))
 
     text = f"the run does not fit: it needs {peak / GiB:.1f} of {limit / GiB:.1f} GiB"
-    for name, value, gpus in trials:
-        if memory(replace(s, **{name: value}), m, gpus, cuda)[-1] <= limit:
+    for name, value, gpus in changes:
+        if memory(replace(s, **{name: value}), m, gpus)[-1] <= limit:
             raise SettingError(f"{text}; it fits with {name} {value}, gpus {gpus}")
     raise SettingError(f"{text}; choose a smaller model, shorter responses or a GPU with more memory")
 
@@ -262,40 +254,32 @@ def check(s: Settings, m: Shapes, world: int, limit: float, cuda: bool = True) -
 def dry_run(s: Settings, config: PretrainedConfig, gpu: str | None, gpus: int) -> None:
     """Prints the memory of a run by part. Raises SettingError if it does not fit.
 
-    It describes GPUs of the kind `gpu`, else those of this machine. On a machine without a GPU it describes the CPU for
-    a built-in model, and a GPU of any kind for another model.
+    It describes GPUs of the kind `gpu`, else those of this machine. Without any, it compares with no limit.
     """
-    if gpu and gpu not in GPUS:
-        raise SettingError(f"gpu must be one of {', '.join(GPUS)}; got {gpu!r}")
-    limit = None
-    cuda = True
+    place = gpu or "GPU"
+    limit = math.inf
     if gpu:
-        place = gpu
+        if gpu not in GPUS:
+            raise SettingError(f"gpu must be one of {', '.join(GPUS)}; got {gpu!r}")
         limit = GPUS[gpu]
     elif torch.cuda.is_available():
-        place = "this computer's GPU"
         limit = torch.cuda.get_device_properties(0).total_memory
-    elif is_builtin(s.model):
-        place = "this computer's CPU"
-        limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / gpus
-        cuda = False
-    else:
-        place = "GPU"
 
     m = shapes(config)
-    *groups, peak = memory(s, m, gpus, cuda)
+    *groups, peak = memory(s, m, gpus)
     print(f"{s.method}, {m.parameters:,} parameters; GiB of each of {gpus} x {place}")
     for title, parts in zip(("state", "sampling", "training"), groups, strict=True):
         print(f"  {title:<26}{sum(parts.values()) / GiB:8.2f}")
         for part, value in parts.items():
             print(f"    {part:<24}{value / GiB:8.2f}")
-    available = f" of {limit / GiB:.1f}" if limit else ""
+    available = f" of {limit / GiB:.1f}" if limit < math.inf else ""
     print(f"  {'peak, with libraries':<26}{peak / GiB:8.2f}{available}")
-    saved = sum(size for part, size in groups[0].items() if part.endswith(("weights", "moments")))
-    ranks = gpus if s.shard else 1
-    print(f"  {'a checkpoint, on disk':<26}{saved * ranks / GiB:8.2f}; the last two are kept")
-    if cuda:
-        fitting = [kind for kind, size in GPUS.items() if peak <= size]
-        print(f"  kinds with this memory: {', '.join(fitting) or 'none of ' + ', '.join(GPUS)}")
-    if limit:
-        check(s, m, gpus, limit, cuda)
+
+    saved = 0.0
+    for part, value in groups[0].items():
+        if part.endswith(("weights", "moments")):
+            saved += value
+    if s.shard:
+        saved *= gpus
+    print(f"  {'a checkpoint, on disk':<26}{saved / GiB:8.2f}; the last two are kept")
+    check(s, m, gpus, limit)

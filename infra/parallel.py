@@ -29,65 +29,49 @@ from ops.packed import Row, pads
 from settings import SettingError, Settings
 
 
-def variable(name: str, low: int, high: int, default: str = "") -> int:
-    """A number that torchrun tells its processes. Raises SettingError if it is absent or not in [low, high]."""
-    text = os.environ.get(name, default)
-    is_number = text.isdecimal() and len(text) < 10
-    if not is_number or not low <= int(text) <= high:
-        raise SettingError(f"the variable {name} must be a number in {low}..{high}, as torchrun sets; got {text!r:.40}")
-    return int(text)
-
-
 def start(timeout: timedelta = timedelta(hours=1)) -> bool:
     """Joins the ranks that torchrun started. Returns whether torchrun restarted them after a failure.
 
-    Raises SettingError if the variables of the environment describe no launch, or if the ranks do not meet.
+    Raises SettingError if the ranks do not meet.
     """
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-    world = variable("WORLD_SIZE", 1, 10**6, "1")
-    local = variable("LOCAL_RANK", 0, world - 1, "0" if world == 1 else "")
-    if world > 1 and torch.cuda.is_available():
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1 or dist.is_initialized():
+        return restarted
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", "0"))
         count = torch.cuda.device_count()
         if local >= count:
             fail(f"there is no GPU {local} on this machine, which has {count}: lower --nproc-per-node")
         torch.cuda.set_device(local)
-    variable("RANK", 0, world - 1, "0" if world == 1 else "")
-    if world == 1 or dist.is_initialized():
-        return restarted
-    port = variable("MASTER_PORT", 0, 2**16 - 1)
-    address = os.environ.get("MASTER_ADDR")
-    if not address:
-        raise SettingError("the variable MASTER_ADDR must be the address of rank 0, as torchrun sets; it is empty")
     try:
         store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
-    except dist.DistError as error:
+    except (dist.DistError, ValueError) as error:  # ValueError: a variable of torchrun is missing
         reason = str(error).splitlines()[0]
-        raise SettingError(f"no connection to MASTER_ADDR {address}, MASTER_PORT {port}: {reason}") from error
+        raise SettingError(f"the ranks that torchrun started do not meet: {reason}") from error
     attempt = agree_on_attempt(store, rank, world)
     store = dist.PrefixStore(f"attempt {attempt}", store)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world)
-    return attempt > 1 or any(all_gather([restarted]))
+    return attempt != "1" or any(all_gather([restarted]))
 
 
-def agree_on_attempt(store: dist.Store, rank: int, world: int) -> int:
+def agree_on_attempt(store: dist.Store, rank: int, world: int) -> str:
     """The number of this attempt to run, from 1: rank 0 answers a fresh token of every other rank with it."""
     # torchrun's store survives restarts, and the agent of each machine counts its own failures only
     if rank > 0:
         token = uuid4().hex
         store.set(f"rank {rank}", token)
-        attempt = int(store.get(token))  # blocks until rank 0 answers
-        store.set(f"attempt {attempt}, rank {rank}", "")
+        attempt = store.get(token).decode()  # blocks until rank 0 answers
+        store.set(f"rank {rank}", attempt)
         return attempt
-    attempt = store.add("attempts", 1)
-    absent = list(range(1, world))  # ranks that have not confirmed the number
-    while absent:
-        for other in absent:
-            if store.check([f"rank {other}"]):  # no rank reads the answer to a token of an earlier attempt
-                token = store.get(f"rank {other}").decode()
-                store.set(token, str(attempt))
-        time.sleep(0.02)
-        absent = [other for other in absent if not store.check([f"attempt {attempt}, rank {other}"])]
+    attempt = str(store.add("attempts", 1))
+    for other in range(1, world):
+        token = store.get(f"rank {other}").decode()
+        while token != attempt:
+            store.set(token, attempt)  # no rank reads the answer to a token of an earlier attempt
+            time.sleep(0.02)
+            token = store.get(f"rank {other}").decode()
     return attempt
 
 

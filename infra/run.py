@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NoReturn
@@ -51,16 +51,16 @@ class RunFolder:
     tracker: Callable[[int, dict], object] | None = None  # gets a step and its record of metrics or accuracies
 
     def refuse_existing(self, unless: bool) -> None:
-        """Raises SettingError on all ranks if the folder holds a run, unless this one resumes, or cannot be a run's."""
-        place = self.path.absolute()
-        while not os.path.lexists(place):
-            place = place.parent
-        files = {p.name for p in self.path.iterdir()} if self.path.is_dir() else set()
-        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
-            raise SettingError(f"out: {place} is no folder in which files can be made: name another with --out")
+        """Raises SettingError on all ranks if the folder holds a run, unless this one resumes.
+
+        Raises OSError if there can be no such folder, and DataError if it is not a run's.
+        """
+        files = set()
+        with suppress(FileNotFoundError):  # any other error says why there can be no such folder
+            files = {p.name for p in self.path.iterdir()}
         if parallel.broadcast(bool(files) and not unless):
             raise SettingError(f"{self.path} exists: --resume continues it, --out names another folder")
-        if files - {"config.json.tmp"} and "checkpoint" not in files:  # a run before its first checkpoint
+        if files - {"config.json.tmp"}:
             settings_of(read_object(self.path / "config.json"), f"{self.path}/config.json")
 
     def begin(self, s: Settings, argv: list[str], step: int) -> None:
@@ -70,7 +70,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         for name in LOGS:
             cut_back(self.path / name, step)
-        versions = {module.__name__: module.__version__ for module in (torch, transformers)}
+        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         config = {"settings": asdict(s), "command": ["bridge.py", *argv], "versions": versions}
         write_atomically(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
@@ -146,10 +146,6 @@ def settings_of(config: dict, place: str) -> Settings:
     """The settings in a config.json. Raises DataError, naming `place` and the setting, if they are no run's."""
     try:
         s = Settings(**config["settings"])
-        for f in fields(s):
-            types = (int, float) if f.type is float else (f.type,)
-            if type(getattr(s, f.name)) not in types:
-                raise TypeError(f"{f.name!r} must be of type {f.type.__name__}")
         check(replace(s, track=""))  # the tracker's package is not needed any more
     except (KeyError, TypeError, SettingError) as error:
         raise DataError(f"{place}: no settings of this version ({error})") from error
@@ -183,8 +179,7 @@ def tracked(folder: RunFolder, s: Settings, start: int) -> Iterator[None]:
     elif s.track == "tensorboard":
         from torch.utils.tensorboard import SummaryWriter
 
-        first = start + 1 if start else 0  # step 0 has an evaluation
-        with SummaryWriter(folder.path / "tensorboard", purge_step=first) as writer:
+        with SummaryWriter(folder.path / "tensorboard", purge_step=start + 1) as writer:
 
             def add_scalars(step: int, record: dict) -> None:
                 for name, value in numbers(record).items():
@@ -271,11 +266,16 @@ def empty_cache() -> None:
 
 def describe(s: Settings, parameters: dict[str, list[nn.Parameter]], data: dict[str, str]) -> str:
     """What the run is about to do. parameters: by set; data: titled lines about the task."""
-    changed = [f"{f.name}={getattr(s, f.name)}" for f in fields(s) if getattr(s, f.name) != f.default]
+    changed = []
+    for f in fields(s):
+        value = getattr(s, f.name)
+        if value != f.default:
+            changed.append(f"{f.name}={value}")
 
     sizes = []
     for name, tensors in parameters.items():
-        sizes.append(f"{name} {sum(p.numel() for p in tensors):,} in {len(tensors)}")
+        size = sum(p.numel() for p in tensors)
+        sizes.append(f"{name} {size:,}")
     world = parallel.world_size()
     gpus = torch.cuda.device_count()
     place = f"{pick_device()} with {torch.get_num_threads()} threads"
@@ -294,10 +294,9 @@ def describe(s: Settings, parameters: dict[str, list[nn.Parameter]], data: dict[
 
     lines = {
         "settings": f"the defaults, but {' '.join(changed)}" if changed else "the defaults",
-        "trainable": f"{', '.join(sizes)} tensors, on {place}",
+        "trainable": f"{', '.join(sizes)} parameters, on {place}",
         **data,
-        "batch": f"a step takes {' and '.join(batch)}, {s.total_steps} steps; updates on the same rollouts: "
-        f"{s.updates_per_rollout}; at most {s.tokens_per_micro_batch} tokens in memory at a time",
+        "batch": f"a step takes {' and '.join(batch)}; {s.total_steps} steps",
     }
     return "\n".join(f"{title:<10}{text}" for title, text in lines.items())
 
@@ -318,12 +317,10 @@ def one_line_errors(program: str, when_full: str = MEMORY_SETTINGS) -> Iterator[
     try:
         yield
         sys.stdout.flush()  # a full disk or a closed pipe shows here
-    except (*EXPECTED, torch.OutOfMemoryError, MemoryError) as error:
+    except (*EXPECTED, torch.OutOfMemoryError) as error:
         text = str(error)
         if isinstance(error, torch.OutOfMemoryError):
             text = f"out of GPU memory: {when_full}: {text}"
-        elif isinstance(error, MemoryError):
-            text = f"out of memory: {text}"
         notes = getattr(error, "__notes__", [])  # of Timer
         if notes:
             text += f" ({'; '.join(notes)})"

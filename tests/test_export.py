@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bridge
 import lora
-from infra import checkpoint, export
+from infra import export
 from infra.files import atomic_folder, read_log
 from infra.model import load
 from sampler import Sampler
@@ -86,7 +86,7 @@ def test_a_model_whose_flag_says_tied_while_its_heads_differ_is_exported_as_what
 def test_generation_stops_at_every_stop_token_and_inherits_no_sampling_settings(tmp_path):
     exported(tmp_path / "model", torch.float32)
     config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
-    assert set(config) <= {"eos_token_id", "pad_token_id", "bos_token_id", "transformers_version"}
+    assert set(config) <= {"eos_token_id", "transformers_version"}
     assert config["eos_token_id"] == [0, 5]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     ended = 0
@@ -96,18 +96,6 @@ def test_generation_stops_at_every_stop_token_and_inherits_no_sampling_settings(
         assert not {0, 5} & set(out[:-1])
         ended += out[-1] in (0, 5)
     assert ended > 0
-
-
-def test_a_pad_token_is_exported_only_if_the_model_has_an_embedding_for_it(tmp_path):
-    tokenizer = arithmetic.make_tokenizer()
-    for pad, expected in (("+", tokenizer.convert_tokens_to_ids("+")), ("<a new token>", 21)):
-        tokenizer.add_special_tokens({"pad_token": pad})
-        for vocabulary in (21, 37):
-            model = tiny_model()
-            model.config.vocab_size = vocabulary
-            export.save_model(tmp_path / "model", model, tokenizer, [0], "")
-            config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
-            assert config.get("pad_token_id") == (expected if expected < vocabulary else None)
 
 
 def test_weights_that_are_not_finite_are_refused_and_the_model_of_before_stays(tmp_path):
@@ -222,14 +210,14 @@ def test_what_cannot_be_exported_is_named_in_one_line(finished_run, tmp_path, mo
         assert "\n" not in str(stopped.value)
         return str(stopped.value)
 
-    assert f"no checkpoint in {tmp_path}/nowhere/checkpoint; there are none" in refused(tmp_path / "nowhere")
-    assert f"no checkpoint of step 7 in {out}/checkpoint; there are 1, 2" in refused(out, "--step", 7)
+    assert f"no such checkpoint in {tmp_path}/nowhere/checkpoint: its steps are none" in refused(tmp_path / "nowhere")
+    assert f"no such checkpoint in {out}/checkpoint: its steps are 1, 2" in refused(out, "--step", 7)
     file = out / "checkpoint" / "step-000001" / "__0_0.distcp"
     file.write_bytes(file.read_bytes()[:1000])
-    assert "step-000001 is damaged" in refused(out, "--step", 1)
+    assert f"no checkpoint in {out}/checkpoint is intact" in refused(out, "--step", 1)
     facts = out / "checkpoint" / "step-000002" / "facts.json"
     facts.write_text(facts.read_text().replace('"lora_rank": 4', '"lora_rank": 5'))
-    (facts.parent / "checksum").write_text(str(checkpoint._checksum(facts.parent)))
+    (facts.parent / "digests.json").write_text("{}")
     assert "its shapes differ from those in" in refused(out)
     assert not list(out.glob("*model-step*"))
 

@@ -99,7 +99,7 @@ def test_weights_gradients_moments_and_caches_equal_the_allocated_bytes(family, 
     for name, letter in (("theta", "θ"), ("theta_hat", "θ̂"), ("w", "w")):
         if name in policies.parameters:
             optimizers = [policies.optimizers[o] for o in (name, f"{name}_sft") if o in policies.optimizers]
-            moments = [t for o in optimizers for state in o.state.values() for t in state.values()]
+            moments = [t for o in optimizers for state in o.state.values() for t in state.values() if t.dim()]
             expected[f"{letter} weights"] = size(policies.parameters[name])
             expected[f"{letter} moments"] = size(moments)
             gradients[f"{letter} gradients"] = size(p.grad for p in policies.parameters[name])
@@ -108,8 +108,7 @@ def test_weights_gradients_moments_and_caches_equal_the_allocated_bytes(family, 
     expected["reference"] = size(policies.reference.parameters())
     expected["sampler's merged copy"] = size(generator.model.parameters())
     assert memory.state(s, m, 1) == (expected, gradients)
-    slots, kv = memory.kv_cache(s, m, 1, prompt=5)
-    assert kv == size([generator.decoder.new_cache(slots, 12).kv])
+    assert memory.sampling(s, m, 1, prompt=5)["KV cache"] == size([generator.decoder.new_cache(3 * 2, 12).kv])
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -216,11 +215,8 @@ def test_a_dry_run_prints_the_memory_by_part_and_makes_no_folder(tmp_path, capsy
     sizes = {part: size for parts in groups for part, size in parts.items()} | {"peak, with libraries": peak}
     for part, size in sizes.items():
         assert re.search(rf"^ +{re.escape(part)} +{size / memory.GiB:.2f}$", any_kind, re.MULTILINE), part
-    assert "kinds with this memory: a100, h100, h200, l40s\n" in any_kind
     bridge.main([*flags, "--gpu", "h100"])
     assert capsys.readouterr().out == any_kind.replace("4 x GPU", "4 x h100").replace("43.05", "43.05 of 79.0")
-    bridge.main(["--preset", "smoke", "--dry-run"])
-    assert "this computer's CPU" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()
 
 

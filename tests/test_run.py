@@ -204,18 +204,15 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, caps
         checkpoint.save(tmp_path, step, {"step": step, "settings": {}}, tensors)
     first, last = sorted(tmp_path.iterdir())
     rng = random.Random(0)
-    for name in ("__0_0.distcp", ".metadata", "facts.json", "checksum"):
+    for name in ("__0_0.distcp", ".metadata", "facts.json", "digests.json"):
         file = last / name
         content = bytearray(file.read_bytes())
         for position in [len(content) // 2, *(rng.randrange(len(content)) for _ in range(20))]:
             damaged = content.copy()
             damaged[position] ^= 1 << rng.randrange(8)
             file.write_bytes(damaged)
-            step, printed = checkpoint.newest(tmp_path).facts["step"], capsys.readouterr().out
-            assert (step, f"{last} is damaged" in printed) in ((3, True), (4, False))
-            assert step == 3 or name == "__0_0.distcp"
-            if step == 4:  # some bits of an archive carry nothing
-                assert all(torch.equal(t, tensors[n]) for n, t in tensors_in(tmp_path).items())
+            assert checkpoint.newest(tmp_path).facts["step"] == 3
+            assert f"{last} is damaged" in capsys.readouterr().out
         file.write_bytes(content[: len(content) // 3])
         assert checkpoint.newest(tmp_path).facts["step"] == 3
         file.unlink()
@@ -224,7 +221,7 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, caps
     assert checkpoint.newest(tmp_path).facts["step"] == 4
     for folder in (first, last):
         (folder / "facts.json").unlink()
-    with pytest.raises(OSError, match=r"every checkpoint in .* is damaged"):
+    with pytest.raises(OSError, match=r"no checkpoint in .* is intact"):
         checkpoint.newest(tmp_path)
 
 
@@ -244,7 +241,7 @@ def test_a_checkpoint_is_saved_over_what_an_earlier_attempt_left_of_the_same_ste
     checkpoint.save(tmp_path, 3, {"step": 3}, {"x": torch.ones(3)})
     assert checkpoint.newest(tmp_path).facts == {"step": 3}
     assert torch.equal(tensors_in(tmp_path)["x"], torch.ones(3))
-    assert sorted(p.name for p in old.iterdir()) == [".metadata", "__0_0.distcp", "checksum", "facts.json"]
+    assert sorted(p.name for p in old.iterdir()) == [".metadata", "__0_0.distcp", "digests.json", "facts.json"]
 
 
 def test_a_fresh_checkpoint_is_kept_though_damaged_ones_of_later_steps_exist(tmp_path):
@@ -257,12 +254,6 @@ def test_a_fresh_checkpoint_is_kept_though_damaged_ones_of_later_steps_exist(tmp
     assert not (tmp_path / "step-000008").exists()  # else the next run would cut its logs at 4 and resume at 8
     checkpoint.save(tmp_path, 1_000_000, {"step": 1_000_000}, {"x": torch.zeros(3)})
     assert checkpoint.newest(tmp_path).facts == {"step": 1_000_000}
-
-
-def test_a_checkpoint_with_facts_of_another_step_is_damaged(tmp_path):
-    checkpoint.save(tmp_path, 1, {"step": 2}, {"x": torch.ones(2)})
-    with pytest.raises(OSError, match="damaged"):
-        checkpoint.newest(tmp_path)
 
 
 def test_getattr_in_a_checkpoint_names_a_memory_format_and_nothing_else():
@@ -288,8 +279,8 @@ def test_a_checkpoint_that_would_call_something_is_not_opened(tmp_path, capsys):
     checkpoint.save(tmp_path, 1, {"step": 1}, {"x": torch.ones(2)})
     folder = tmp_path / "step-000001"
     (folder / ".metadata").write_bytes(pickle.dumps(Call()))
-    (folder / "checksum").write_text(str(checkpoint._checksum(folder)))
-    with pytest.raises(OSError, match="damaged"):
+    (folder / "digests.json").write_text("{}")
+    with pytest.raises(OSError, match=r"no checkpoint in .* is intact"):
         checkpoint.newest(tmp_path)
     assert "system has no place in a checkpoint" in capsys.readouterr().out
     assert not (tmp_path / "called").exists()
@@ -420,8 +411,8 @@ def test_a_folder_that_cannot_be_a_run_s_is_refused_before_anything_is_loaded(tm
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "config.json").write_text('{"model_type": "llama"}')
     for name, flags, message in (
-        ("file", [], r"out: .*/file is no folder"), ("file/x", [], r"out: .*/file is no folder"),
-        ("loop/x", [], r"out: .*/loop is no folder"), ("x" * 300, [], "File name too long"),
+        ("file", [], "Not a directory: .*/file'"), ("file/x", [], "Not a directory: .*/file/x'"),
+        ("loop/x", [], "Too many levels of symbolic links: .*/loop/x'"), ("x" * 300, [], "File name too long"),
         ("others", [], "exists: --resume continues it"), ("", ["--resume"], r"No such file .*/config\.json"),
         ("others", ["--resume"], r"others/config\.json: no settings of this version \('settings'\)"),
     ):  # fmt: skip

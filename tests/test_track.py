@@ -49,7 +49,7 @@ def test_a_run_sends_the_numbers_that_it_writes_to_tensorboard(tmp_path, monkeyp
     flags = ["--preset", "smoke", "--method", "sft", "--out", str(out), "--track", "tensorboard"]
     bridge.main([*flags, "--steps", "1", "--eval-problems", "1"])
     first, *numbers, last = tensorboard.received
-    assert (first, last) == ((out / "tensorboard", {"purge_step": 0}), "closed")
+    assert (first, last) == ((out / "tensorboard", {"purge_step": 1}), "closed")
     records = read_log(out / "metrics.jsonl") + read_log(out / "evals.jsonl")
     written = [(n, value, r["step"]) for r in records for n, value in run.numbers(r).items() if n != "step"]
     assert sorted(numbers) == sorted(written)
