@@ -31,8 +31,6 @@ def save_run(out: Path, s: Settings, merged: nn.Module, tokenizer, facts: dict, 
     if w:  # its base is the trained θ of a checkpoint, not model/, which contains w already
         with atomic_folder(out / "adapter") as scratch:
             save_adapter(scratch, w, s.lora_rank, s.lora_alpha, s.lora_targets.split(","))
-        if lora.delta_norm(w, 1.0) == 0:
-            print0(f"WARNING: w is zero (beta is {s.beta:g}): {out / 'adapter'} changes nothing")
     print0(f"\ngreedy accuracy, %\n{accuracies(s, evals, s.total_steps)}")
 
 

@@ -23,7 +23,7 @@ from infra import parallel
 from infra.files import DataError, append_line, cut_back, printable, read_log, read_object, write_atomically
 from infra.model import pick_device
 from ops.packed import ModelError, Row
-from settings import METHODS, SettingError, Settings, check
+from settings import SettingError, Settings, check
 
 LOGS = ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "tokens.jsonl.gz", "answers.jsonl.gz")  # lines with a "step"
 ANSWER = ("group", "question", "answer", "response", "extracted", "correct", "finish_reason")  # what is kept of it
@@ -285,18 +285,10 @@ def describe(s: Settings, parameters: dict[str, list[nn.Parameter]], data: dict[
     elif gpus > 1:
         place += f"; torchrun --standalone --nproc-per-node {gpus} would use all {gpus} GPUs"
 
-    batch = []
-    if METHODS[s.method].rl:
-        sequences = s.prompts_per_step * s.group_size
-        batch.append(f"{s.prompts_per_step} prompts x {s.group_size} samples = {sequences} sequences")
-    if METHODS[s.method].sft:
-        batch.append(f"{s.demonstrations} demonstrations")
-
     lines = {
         "settings": f"the defaults, but {' '.join(changed)}" if changed else "the defaults",
         "trainable": f"{', '.join(sizes)} parameters, on {place}",
         **data,
-        "batch": f"a step takes {' and '.join(batch)}; {s.total_steps} steps",
     }
     return "\n".join(f"{title:<10}{text}" for title, text in lines.items())
 
@@ -312,7 +304,7 @@ def one_line_errors(program: str, when_full: str = MEMORY_SETTINGS) -> Iterator[
     when_full: what to change when a GPU is out of memory.
     """
     name = program
-    if os.environ.get("WORLD_SIZE", "1") != "1" and "RANK" in os.environ:
+    if "RANK" in os.environ:
         name = f"{program}, rank {os.environ['RANK']}"
     try:
         yield

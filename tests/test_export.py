@@ -222,12 +222,11 @@ def test_what_cannot_be_exported_is_named_in_one_line(finished_run, tmp_path, mo
     assert not list(out.glob("*model-step*"))
 
 
-def test_bfloat16_exports_theta_rounded_and_an_adapter_that_never_moved_is_reported(tmp_path, capsys):
+def test_bfloat16_exports_theta_rounded_where_the_adapter_never_moved(tmp_path):
     out = tmp_path / "run"
     flags = ["--preset", "smoke", "--out", str(out), "--dtype", "bfloat16", "--method", "mix_lora", "--beta", "0"]
     for steps in ("1", "2"):  # the second replaces the first one's model
         bridge.main([*flags, "--steps", steps, "--resume", "--eval-problems", "1"])
-    assert "WARNING: w is zero (beta is 0)" in capsys.readouterr().out
     model = AutoModelForCausalLM.from_pretrained(out / "model", dtype="auto")
     assert model.dtype == torch.bfloat16
     theta = tensors_in(out / "checkpoint")
