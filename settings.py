@@ -277,7 +277,8 @@ def check_value(name: str, value: str | int | float | bool) -> None:
     if rule.type not in (int, float):
         return
     if not least <= value <= most:  # also true of nan
-        raise SettingError(f"{name} must be in [{least}, {most}]; got {value}")
+        allowed = f"at least {least}" if most == math.inf else f"in [{least}, {most}]"
+        raise SettingError(f"{name} must be {allowed}; got {value}")
     if value == 0 and rule.metadata["positive"]:
         raise SettingError(f"{name} must be greater than 0; got {value}")
 
