@@ -52,7 +52,6 @@ from ops.decoder import share_storage_copy
 from ops.packed import Row
 from rollout import Environment, Rollouts, cooperative_gain, rl_statistics, sample_rollouts, shadow_statistics
 from sampler import Sampler
-from tasks.builtin import builtin_config
 from tasks.loading import card_facts, describe_data, load_training
 from tasks.task import Stream
 
@@ -573,7 +572,7 @@ def main(argv: list[str]) -> None:
     with one_line_errors("bridge.py"):
         s, args = parse(argv)
         if args.dry_run:
-            config = builtin_config(s.model) or memory.config_of(s.model)
+            config = memory.config_of(s.model)
             memory.dry_run(s, config, args.gpu, args.gpus)
             return
         was_restarted = parallel.start()  # torchrun --max-restarts resumes by itself

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-from settings import METHODS, TASKS, Settings, expand, start_program
+from settings import METHODS, TASKS, Settings, builtin_models, expand, start_program
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,13 +111,12 @@ import rewards
 from grading.scores import PAPER, by_problem, verdicts
 from infra import checkpoint, export, parallel, results
 from infra.files import DataError, append_line, read_object
-from infra.model import is_builtin, stop_tokens
+from infra.model import repository_of, stop_tokens
 from infra.run import one_line_errors, print0, settings_of
 from sampler import Sampler
-from tasks import builtin
 from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, read_benchmark
 from tasks.loading import load_model
-from tasks.named import NAMED, load_task
+from tasks.named import NAMED, load_task, module_of, task_of
 from tasks.prompts import encode_prompt, end_of_turn, prompt_text
 from tasks.sources import read_problems
 from tasks.task import Problem, Task, check_evaluation, fingerprint
@@ -221,13 +220,13 @@ def find_task(args: argparse.Namespace, s: Settings | None) -> Task:
     """
     count = args.problems or None  # None: all
     task = Task(problems=[], demonstrations=[], evaluation=[])
-    own = s or Settings(task=builtin.task_of(args.source))
+    own = s or Settings(task=task_of(args.source))
     is_own_builtin = own.task in TASKS and not own.rl_data
     if args.ask:
         # Only the user's own function can have an instruction of its own: its problems are loaded for that alone.
         if s and not s.rl_data and s.task not in NAMED:
             task = load_task(replace(s, sft_data="", method="rl"))
-        elif is_own_builtin and (s or is_builtin(args.source)):
+        elif is_own_builtin and (s or args.source in builtin_models()):
             task.instruction = ""
         task.evaluation = [Problem(question, "") for question in args.ask]
     elif args.benchmarks:
@@ -237,7 +236,7 @@ def find_task(args: argparse.Namespace, s: Settings | None) -> Task:
         task.evaluation = read_problems(args.data, "--data", task.notes)[:count]
     elif is_own_builtin:
         task.instruction = ""
-        task.evaluation = builtin.module_of(own.task).evaluation(count or own.eval_problems)
+        task.evaluation = module_of(own.task).evaluation(count or own.eval_problems)
     else:
         task = load_task(replace(own, sft_data="", method="rl"))  # reads no demonstrations
         task.evaluation = task.evaluation[:count]
@@ -349,8 +348,8 @@ def run(args: argparse.Namespace) -> None:
     task = find_task(args, s)
     for note in task.notes:
         print0(note)
-    with parallel.rank0_first():  # rank 0 builds or downloads the model, then the other ranks read it from the disk
-        source = builtin.resolve(f"{args.source}/model" if s else args.source)
+    with parallel.rank0_first():  # rank 0 downloads the model, then the other ranks read it from the disk
+        source = f"{args.source}/model" if s else args.source
         model, tokenizer, stop = load_model(source, task.template)
 
     sampling = choose_sampling(args, s)
@@ -361,7 +360,7 @@ def run(args: argparse.Namespace) -> None:
     header = {
         "model": os.path.normpath(args.source),
         "dtype": str(pick_dtype()),
-        "weights": getattr(model.config, "_commit_hash", None) or results.weights_hash(source),
+        "weights": getattr(model.config, "_commit_hash", None) or results.weights_hash(repository_of(source)[0]),
         "prompt": prompt_text(tokenizer, "{question}", task.instruction, task.template),
         "sampling": asdict(sampling) | {"samples": samples},
         "seed": args.seed,

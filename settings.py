@@ -82,12 +82,11 @@ METHODS = {
 class BuiltinTask(NamedTuple):
     """One row of the table of built-in tasks, each a module tasks/NAME.py.
 
-    The module has task(seed, eval_problems) -> Task and evaluation(eval_problems) -> list[Problem]. A module with base
-    models of its own also has RECIPES (name -> Recipe), make_tokenizer() and documents(seed, tokenizer).
+    The module has task(seed, eval_problems) -> Task and evaluation(eval_problems) -> list[Problem].
     """
 
     preset: str  # the preset with a model that can learn it
-    models: tuple[str, ...] = ()  # the built-in models that have its words
+    models: tuple[str, ...] = ()  # the built-in models that have its words: folders tasks/base/NAME
 
 
 ARITHMETIC = ("arithmetic-laptop", "arithmetic-smoke")

@@ -38,7 +38,7 @@ from ops.graphs import STEPS
 from ops.packed import pads
 from ops.sample import sample_tokens
 from sampler import Sampler, generate_naive
-from tasks import arithmetic, builtin
+from tasks import arithmetic
 from tasks.prompts import encode_prompt
 
 PROMPTS, SHAPES = 8, [(256, 1024), (256, 4096), (64, 1024), (64, 4096)]  # prompts of a full batch; (batch, context)
@@ -232,7 +232,7 @@ def sampling_rows(table: Table, n: int, V: int, top_p: float, compiled: bool) ->
 
 def built_in_rows(table: Table, quick: bool, may_end: bool) -> None:
     prompts, group, tokens, name = (4, 4, 8, "arithmetic-smoke") if quick else (32, 8, 48, "arithmetic-laptop")
-    model, tokenizer = load(builtin.resolve(name))
+    model, tokenizer = load(name)
     sampler = Sampler(model, [tokenizer.eos_token_id if may_end else len(tokenizer)], slots=prompts * group)
     model.set_attn_implementation("sdpa")  # for generate; the sampler has its own copy
     encoded = [encode_prompt(tokenizer, p.question, "") for p in arithmetic.evaluation(prompts)[:prompts]]

@@ -54,20 +54,20 @@ from statistics import median
 from typing import ClassVar
 
 import torch
+from base_models import Recipe, arithmetic_tokenizer, config_of
 from measure import DEVICE, GPU, SIZES, Table, attempt, build, ceilings, parser, sizes_of, time_ms
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import bridge
 from infra import memory, parallel
-from infra.model import checkpoint_layers, load
+from infra.model import checkpoint_layers, load, repository_of
 from infra.run import RunFolder, Timer
 from logprob import response_logprobs, token_logprobs
 from ops.packed import Row
 from rollout import Environment, sample_rollouts
 from sampler import Sampler
 from settings import PAPER, Settings, parse
-from tasks import arithmetic, builtin
 from tasks.prompts import prompt_text
 from tasks.task import Problem, Stream, Task
 
@@ -239,7 +239,7 @@ def training_rows(table: Table, quick: bool) -> None:
         model, sizes = build(name, torch.float32), (6, 20, 60, 0.5) if quick else (16, 150, 700, 0.7)
     else:
         name, dtype = "arithmetic-smoke" if quick else "arithmetic-laptop", torch.float32
-        model, sizes = load(builtin.resolve(name))[0], (7 if quick else 256, 12, 46, 0.3)
+        model, sizes = load(name)[0], (7 if quick else 256, 12, 46, 0.3)
     rows, layers = random_rows(model.config.vocab_size, *sizes), model.config.num_hidden_layers
     for compiled in (False, True) if GPU else (False,):
         for layer in model.model.layers if compiled else ():
@@ -351,8 +351,8 @@ PANELS = {  # what varies: title, key of the rows on the x axis, its label
 
 def endless_run(s: Settings, width: int) -> bridge.Run:
     """A run of random weights whose completions never end; nearly every group has a gradient."""
-    tokenizer = arithmetic.make_tokenizer()
-    config = builtin.config(builtin.Recipe(hidden=width, mlp=3 * width), tokenizer)
+    tokenizer = arithmetic_tokenizer()
+    config = config_of(Recipe(hidden=width, mlp=3 * width), tokenizer)
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -409,7 +409,7 @@ def compare(args, flags: list[str]) -> None:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     ceilings()
     s, steps = parse(["--preset", "smoke"] * args.quick + flags)[0], 1 if args.quick else args.steps
-    policies = {"early": builtin.resolve(s.model)} | ({"late": str(args.run / "model")} if args.run else {})
+    policies = {"early": repository_of(s.model)[0]} | ({"late": str(args.run / "model")} if args.run else {})
     table = Table("peer", args.out)
     with tempfile.TemporaryDirectory() as folder:
         for policy, model in policies.items() if args.peer else ():

@@ -18,9 +18,9 @@ import lora
 from grading.scores import table
 from infra import checkpoint
 from infra.files import DataError, atomic_folder, printable, read_log
-from infra.model import MODELS, is_builtin, load
+from infra.model import load
 from infra.run import one_line_errors, print0, settings_of
-from settings import METHODS, Settings, expand, start_program
+from settings import METHODS, Settings, builtin_models, expand, start_program
 
 
 def save_run(out: Path, s: Settings, merged: nn.Module, tokenizer, facts: dict, w: lora.Adapter) -> None:
@@ -81,13 +81,8 @@ def merged_policy(run: Path, saved: checkpoint.Saved, s: Settings, base: str = "
     The weights come from the checkpoint, however many ranks wrote it. Architecture and tokenizer come from RUN/model,
     else from the model that the run began with. Raises DataError, ModelError and OSError.
     """
-    if (run / "model").is_dir():
-        source = run / "model"
-    elif is_builtin(s.model):
-        source = MODELS / s.model
-    else:
-        source = s.model
-    model, tokenizer = load(str(source), torch.device("cpu"))
+    source = str(run / "model") if (run / "model").is_dir() else s.model
+    model, tokenizer = load(source, torch.device("cpu"))
     merged = copy.deepcopy(model).to(getattr(torch, s.dtype))
     w = {}
     if METHODS[s.method].adapter:
@@ -135,7 +130,7 @@ def accuracies(s: Settings, evals: list[dict], step: int) -> str:
 
 def card(s: Settings, name: str, facts: dict, evals: list[dict], step: int) -> str:
     """README.md: model, method, how to load it, a prompt as in training, accuracies. facts: of tasks/loading.py."""
-    licence = "" if is_builtin(s.model) else f" The licence of `{s.model}` applies."
+    licence = "" if s.model in builtin_models() else f" The licence of `{s.model}` applies."
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation

@@ -51,7 +51,7 @@ class Shapes(NamedTuple):
 
 
 def config_of(model: str) -> PretrainedConfig:
-    """The config of a published model, a folder or a hub name, NAME or NAME@REVISION. Raises ModelError."""
+    """The config of a published model or of any name, see `repository_of`. Raises ModelError."""
     name = repository_of(model)[0]
     if name in PUBLISHED:
         return AutoConfig.for_model(**dict(zip(FIELDS, PUBLISHED[name], strict=True)))

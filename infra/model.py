@@ -13,8 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Pretra
 from transformers.utils import find_adapter_config_file
 
 from ops.packed import ModelError
+from settings import builtin_models
 
-MODELS = Path(__file__).parents[1] / "tasks" / "base"  # the built-in base models, see tasks/builtin.py
+MODELS = Path(__file__).parents[1] / "tasks" / "base"  # the built-in models, which bench/base_models.py trains
 
 
 @contextmanager
@@ -35,16 +36,14 @@ def reading(subject: str, advice: str = "") -> Iterator[None]:
         raise ModelError(message) from error
 
 
-def is_builtin(model: str) -> bool:
-    return (MODELS / model / "recipe.json").exists()
-
-
 def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def repository_of(name: str) -> tuple[str, str | None]:
-    """(folder or repository, revision or None) of a folder or a hub name, NAME or NAME@REVISION."""
+    """(folder or repository, revision or None) of a built-in model, a folder or a hub name, NAME or NAME@REVISION."""
+    if name in builtin_models():
+        return str(MODELS / name), None
     if Path(name).exists():
         return name, None
     repository, _, revision = name.partition("@")
@@ -52,7 +51,7 @@ def repository_of(name: str) -> tuple[str, str | None]:
 
 
 def read_config(name: str) -> PretrainedConfig:
-    """The config of a folder or a hub name. Raises ModelError for adapters and quantised weights."""
+    """The config of a model by its name, see `repository_of`. Raises ModelError for adapters and quantised weights."""
     repository, revision = repository_of(name)
     with _reading_model(name):
         if find_adapter_config_file(repository, revision=revision):
@@ -73,7 +72,7 @@ def _reading_model(name: str):
 
 
 def load(name: str, device: torch.device | None = None):
-    """(model, tokenizer) of a folder or a hub name, NAME or NAME@REVISION. No code of the model's authors is run.
+    """(model, tokenizer) of a model by its name, see `repository_of`. No code of the model's authors is run.
 
     `device`: by default a GPU if there is one. Raises ModelError when there is no such model or it is not a causal
     language model that this project can train. Its generation config suppresses the ids that are no token.

@@ -1,23 +1,17 @@
-r"""The default built-in task, chain arithmetic, and its small base models.
+r"""The default built-in task, chain arithmetic.
 
 A problem is a chain of one-digit operands with + - *, evaluated from left to right modulo 100. A demonstration
 computes one step at a time and ends with the answer in the box that the grader reads:
 
     Q:7*7+9*4=        7*7=49;49+9=58;58*4=32;\boxed{32}
 
-The base model computes single steps, prefers to answer at once, and solves almost no chain of five. So RL alone finds
-little reward, and imitation alone forgets some of its skills.
+The base models of bench/base_models.py compute single steps, prefer to answer at once, and solve almost no chain of
+five. So RL alone finds little reward, and imitation alone forgets some of their skills.
 """
 
 import random
-from collections.abc import Iterator
 
-from transformers import PreTrainedTokenizerFast
-
-from ops.packed import Row
-from tasks.prompts import encode_prompt
 from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, check_eval_problems, draw_distinct
-from tasks.wordlevel import Recipe, word_level
 
 MODULUS = 100
 TRAIN_LENGTHS = range(3, 7)
@@ -25,11 +19,6 @@ EVAL_LENGTHS = range(3, 9)
 PROMPTS = 4096
 DEMONSTRATIONS = 256
 EVAL_MAX = 200  # evaluation problems of each length; training excludes all of them
-RECIPES = {
-    "arithmetic-laptop": Recipe(),
-    "arithmetic-smoke": Recipe(hidden=32, layers=2, mlp=64, steps=200, batch=32),
-}
-CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q:' + m.content + '=' if m.role == 'user' else m.content }}{% endfor %}"
 
 
 def chain(rng: random.Random, length: int, start: int | None = None) -> Drawn:
@@ -83,31 +72,3 @@ def task(seed: int, eval_per_length: int) -> Task:
     demonstrations = worked_demonstrations(distinct_chains(rng, TRAIN_LENGTHS, DEMONSTRATIONS, taken))
     problems = asked_problems(distinct_chains(rng, TRAIN_LENGTHS, PROMPTS, taken))
     return Task(problems, demonstrations, evaluation(eval_per_length), instruction="")
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per character; `\\boxed{` and the end of a completion are one token each."""
-    return word_level([*"0123456789+-*=;}Q:"], ".", CHAT_TEMPLATE)
-
-
-def documents(seed: int, tokenizer) -> Iterator[Row]:
-    """Endless training rows: 45 % single steps, 35 % problems answered at once, 20 % worked step by step."""
-    rng = random.Random(seed)
-    held_out = {p.question for p in evaluation(EVAL_MAX)}
-    while True:
-        kind = rng.random()
-        if kind < 0.45:
-            start = rng.randrange(MODULUS)
-            _, steps, _ = chain(rng, rng.randrange(3, 8), start)
-            ids = tokenizer.encode(steps, add_special_tokens=False)
-            yield ids[:1], [*ids[1:], tokenizer.eos_token_id]
-            continue
-        at_once = kind < 0.80
-        question = None
-        while question is None or question in held_out:
-            length = rng.choice((2, 3) if at_once else (2, 3, 4))
-            question, steps, answer = chain(rng, length)
-        if at_once:
-            steps = ""
-        ids = tokenizer.encode(f"{steps}{BOX}{answer}}}", add_special_tokens=False)
-        yield encode_prompt(tokenizer, question, ""), [*ids, tokenizer.eos_token_id]

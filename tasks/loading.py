@@ -10,7 +10,6 @@ from infra import parallel
 from infra.model import load, model_fingerprint, stop_tokens
 from ops.packed import Row
 from settings import METHODS, SettingError, Settings
-from tasks import builtin
 from tasks.functions import load_reward
 from tasks.named import load_task
 from tasks.prompts import encode_prompt, end_of_turn
@@ -19,7 +18,7 @@ from tasks.task import Problem, Task, fingerprint, pair, prepare
 
 def load_model(name: str, template: str, device: torch.device | None = None) -> tuple[nn.Module, object, list[int]]:
     """(model, tokenizer, ids that end a completion) of a built-in model, a folder or a hub name. Raises ModelError."""
-    model, tokenizer = load(builtin.resolve(name), device)
+    model, tokenizer = load(name, device)
     stop = stop_tokens(model, tokenizer, end_of_turn(tokenizer, template))
     return model, tokenizer, stop
 

@@ -7,32 +7,24 @@ first that does not fit its speaker. It boxes the assignment that fits:
 
     Q: A: B knave. B: A same B.?        A1B1AB1-A1B0AB0+BA1B0-\boxed{10}
 
-The base model checks statements, enumerates for two people, and prefers to answer at once.
+The base model of bench/base_models.py checks statements, enumerates for two people, and prefers to answer at once.
 """
 
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
 
-from transformers import PreTrainedTokenizerFast
-
-from ops.packed import Row
-from tasks.prompts import encode_prompt
 from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, check_eval_problems, draw_distinct, ngrams
-from tasks.wordlevel import Recipe, word_level
 
 PEOPLE = "ABCDE"
 KINDS = ("knave", "knight")
 SIZES = (3, 4, 5)  # of training and evaluation
 PROMPTS = 128  # each with its demonstration
 EVAL_MAX = 300  # evaluation problems of each size; training excludes all of them
-RECIPES = {"logic-laptop": Recipe(hidden=64, layers=4, mlp=192, steps=2000, batch=64, kind="llama")}
 LONGEST = 72  # tokens of the worked steps; problems with more are left out
-WORD = "[A-E][01]|[A-E]| ?[A-Za-z]+|."  # a token
-CHAT_TEMPLATE = "{% for m in messages %}{{ 'Q: ' + m.content + '?' if m.role == 'user' else m.content }}{% endfor %}"
+WORD = "[A-E][01]|[A-E]| ?[A-Za-z]+|."  # a token of the base model
 
 
 def statement(rng: random.Random, speaker: int, size: int) -> str:
@@ -147,34 +139,3 @@ def task(seed: int, eval_per_size: int, demonstrations: int = PROMPTS, useless: 
         worked[i] = replace(worked[i], response=f"{BOX}{rng.choice(wrong)}}}")
     problems = [Problem(q, answer, f"n={len(answer)}") for q, _, answer in puzzles]
     return Task(problems, worked, evaluation(eval_per_size), instruction="")
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per word, with the space before it, per person with a digit, and per sign; `\\boxed{` is one token."""
-    words = [f" {word}" for word in (*PEOPLE, *KINDS, "same", "unlike")]
-    digits = [person + digit for person in PEOPLE for digit in "01"]
-    return word_level([*"01}:.?Q+-", *PEOPLE, *words, *digits], WORD, CHAT_TEMPLATE)
-
-
-def documents(seed: int, tokenizer) -> Iterator[Row]:
-    """Endless training rows: 45 % checks of assignments, 35 % answers at once, 20 % small problems worked."""
-    rng = random.Random(seed)
-    evaluated = held_out()
-    while True:
-        kind = rng.random()
-        if kind < 0.45:
-            size = rng.choice((2, 3, 4, 5))
-            statements = [statement(rng, speaker, size) for speaker in range(size)]
-            start = rng.randrange(2**size)
-            response = "".join(check(statements, digits) for digits in assignments(size)[start : start + 4])
-            prompt = tokenizer.encode(f" {ask(statements)}", add_special_tokens=False)
-        else:
-            at_once = kind < 0.80
-            size = rng.choice((2, 3) if at_once else (2, 2, 2, 3))
-            ((question, steps, answer),) = distinct_puzzles(rng, (size,), 1, evaluated)
-            prompt = encode_prompt(tokenizer, question, "")
-            if at_once:
-                steps = ""
-            response = f"{steps}{BOX}{answer}}}"
-        ids = tokenizer.encode(response, add_special_tokens=False)
-        yield prompt, [*ids, tokenizer.eos_token_id]

@@ -1,10 +1,12 @@
 """The tasks that --task and --rl-data name; docs/data.md explains how to add one."""
 
+from importlib import import_module
+from types import ModuleType
+
 from infra.files import DataError
 from rewards import is_gold
 from settings import METHODS, TASKS, SettingError, Settings
 from tasks.benchmarks import BENCHMARKS, read_benchmark
-from tasks.builtin import module_of
 from tasks.functions import load_function, user_code
 from tasks.sources import first_correct, keep_readable, read_demonstrations, read_problems, rows_of
 from tasks.task import Demonstration, Problem, Task
@@ -12,6 +14,19 @@ from tasks.task import Demonstration, Problem, Task
 MATH_LEVEL3TO5 = "hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level3to5/train.parquet"
 DEEPMATH = "zwhe99/DeepMath-103K"
 GSM8K = "openai/gsm8k:main:train"
+
+
+def module_of(task: str) -> ModuleType:
+    """tasks/NAME.py of a built-in task; see settings.BuiltinTask for what it has."""
+    return import_module(f"tasks.{task}")
+
+
+def task_of(model: str) -> str:
+    """The task that a model is evaluated on by default: the one of a built-in model, else arithmetic."""
+    for task, row in TASKS.items():
+        if model in row.models:
+            return task
+    return "arithmetic"
 
 
 def load_task(s: Settings) -> Task:

@@ -21,11 +21,12 @@ import torch
 if not torch.cuda.is_available():  # kernels that a test asks for run on the CPU; read when triton is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen3Config
 
 import bridge
 import plot
 from infra import checkpoint
+from infra.model import MODELS
 from tasks import loading
 
 torch.set_num_threads(1)  # the models are tiny: two threads only get in each other's way
@@ -50,6 +51,11 @@ def tiny_model(family: str = "qwen2", seed: int = 0, tied: bool = True):
                 p.mul_(6)
     model.set_attn_implementation("packed")
     return model
+
+
+def shipped_tokenizer(name: str = "arithmetic-laptop"):
+    """A copy of the tokenizer of a built-in model. AutoTokenizer would add a padding token to those beside Qwen2."""
+    return PreTrainedTokenizerFast.from_pretrained(MODELS / name)
 
 
 def rows(count: int, seed: int = 0, longest: int = 9):

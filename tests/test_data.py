@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import shipped_tokenizer, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -126,7 +126,7 @@ def test_the_end_of_turn_is_the_first_special_token_behind_an_answer():
     assert [SPECIAL[i] for i in ends.values()] == ["<|im_end|>", "<|eot_id|>", "<|im_end|>"]
     assert prompts.end_of_turn(make("{% for m in messages %}{{ m.content }}{% endfor %}")) is None
     assert prompts.end_of_turn(make(), "plain") is None
-    assert prompts.end_of_turn(arithmetic.make_tokenizer(), "qwen-boxed") is None, "no <|im_end|>"
+    assert prompts.end_of_turn(shipped_tokenizer(), "qwen-boxed") is None, "no <|im_end|>"
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_control_tokens_in_a_row_become_ordinary_text(chat_template, special):
 def folder_of(path, config=(), files=(), tokenizer=None, **options):
     """A folder of a tiny model in which entries of config.json and whole files are replaced."""
     tiny_model("llama", **options).save_pretrained(path)
-    (tokenizer or arithmetic.make_tokenizer()).save_pretrained(path)
+    (tokenizer or shipped_tokenizer()).save_pretrained(path)
     entries = json.loads((path / "config.json").read_text()) | dict(config)
     for name, content in {"config.json": json.dumps(entries), **dict(files)}.items():
         (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -307,7 +307,7 @@ def test_a_dry_run_refuses_an_unusable_folder_in_one_line_too(tmp_path):
 
 def with_tokens(*tokens, pad=None):
     """The built-in tokenizer of 21 tokens with more tokens."""
-    tokenizer = arithmetic.make_tokenizer()
+    tokenizer = shipped_tokenizer()
     tokenizer.add_tokens(list(tokens))
     if pad:
         tokenizer.add_special_tokens({"pad_token": pad})
@@ -717,7 +717,7 @@ def test_names_of_fields_and_of_stop_tokens_are_printed_with_escapes(tmp_path, m
 
 
 def test_a_model_card_holds_escapes_instead_of_text_that_utf8_cannot_encode(tmp_path):
-    export.save_model(tmp_path / "model", tiny_model(), arithmetic.make_tokenizer(), [0], CONTROLS)
+    export.save_model(tmp_path / "model", tiny_model(), shipped_tokenizer(), [0], CONTROLS)
     assert (tmp_path / "model" / "README.md").read_text(encoding="utf-8") == ESCAPED
 
 

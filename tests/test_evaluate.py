@@ -25,11 +25,11 @@ from grading import scores
 from grading.scores import PAPER, interval, majority, paired_test, pass_at_k, report, summarise
 from infra import checkpoint, export
 from infra.files import DataError
-from infra.model import load, stop_tokens
+from infra.model import MODELS, load, stop_tokens
 from infra.results import weights_hash, write_results
 from sampler import Sampler
 from settings import PRESETS, Settings, start_program
-from tasks import arithmetic, benchmarks, builtin, named
+from tasks import arithmetic, benchmarks, named
 from tasks.benchmarks import BENCHMARKS, read_benchmark
 from tasks.prompts import INSTRUCTION
 from tasks.task import Problem, Task, fingerprint
@@ -54,7 +54,7 @@ def call(*flags) -> None:
 
 @pytest.fixture(scope="module")
 def model():
-    return str(builtin.build_base("arithmetic-smoke"))
+    return str(MODELS / "arithmetic-smoke")
 
 
 @pytest.fixture(scope="module")
@@ -600,7 +600,7 @@ def test_a_run_answers_a_question_with_its_base_model_its_policy_and_its_shadow(
     printed = capsys.readouterr().out
     shadow = export.merged_policy(run, checkpoint.newest(run / "checkpoint"), Settings(**SMOKE), "theta_hat")
     titles = ("base model arithmetic-smoke", "policy after 2 steps of bridge", "shadow at step 2")
-    models = (load(builtin.resolve("arithmetic-smoke")), load(str(run / "model")), shadow)
+    models = (load("arithmetic-smoke"), load(str(run / "model")), shadow)
     for question in questions:
         lines_of = [question]
         for title, (network, tokenizer) in zip(titles, models, strict=True):

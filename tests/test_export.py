@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import tensors_in, tiny_model
+from conftest import shipped_tokenizer, tensors_in, tiny_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -37,7 +37,7 @@ def exported(folder, dtype, tied=True, stop=(0, 5)):
         p.data = torch.randn(p.shape, generator=generator) * 0.1
     lora.attach(base, w, 2.0)
     sampler.refresh(base)
-    export.save_model(folder, sampler.model, arithmetic.make_tokenizer(), sampler.stop, "a card\n")
+    export.save_model(folder, sampler.model, shipped_tokenizer(), sampler.stop, "a card\n")
     return base, sampler
 
 
@@ -66,11 +66,11 @@ def test_the_files_have_standard_names_and_tied_weights_once_and_name_no_attenti
     assert config["dtype"] == "bfloat16"
     assert config["tie_word_embeddings"] == tied
     assert all("packed" not in path.read_text() for path in (tmp_path / "model").glob("*.json"))
-    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == arithmetic.CHAT_TEMPLATE
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").chat_template == shipped_tokenizer().chat_template
 
 
 def test_a_model_whose_flag_says_tied_while_its_heads_differ_is_exported_as_what_it_is(tmp_path):
-    original, tokenizer = tiny_model(tied=False), arithmetic.make_tokenizer()
+    original, tokenizer = tiny_model(tied=False), shipped_tokenizer()
     original.save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
@@ -103,7 +103,7 @@ def test_weights_that_are_not_finite_are_refused_and_the_model_of_before_stays(t
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     sampler.model.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = float("nan")
     with pytest.raises(FloatingPointError, match=r"model.layers.1.mlp.up_proj.weight holds a value that is not finite"):
-        export.save_model(tmp_path / "model", sampler.model, arithmetic.make_tokenizer(), [0], "")
+        export.save_model(tmp_path / "model", sampler.model, shipped_tokenizer(), [0], "")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 

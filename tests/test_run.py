@@ -32,10 +32,10 @@ import evaluate
 import plot
 from infra import checkpoint
 from infra.files import DataError, cut_back, read_log
+from infra.model import MODELS
 from infra.run import METRICS, RunFolder, StopSignal
 from sampler import Sampler
 from settings import METHODS, SettingError, Settings, parse
-from tasks import builtin
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -616,7 +616,7 @@ def test_real_text_takes_the_same_path(tmp_path):
 
 def test_a_model_folder_that_lacks_weights_is_refused(tmp_path):
     folder = tmp_path / "model"
-    shutil.copytree(builtin.build_base("arithmetic-smoke"), folder)
+    shutil.copytree(MODELS / "arithmetic-smoke", folder)
     weights = safetensors.torch.load_file(folder / "model.safetensors")
     weights.pop("model.layers.1.mlp.up_proj.weight")
     safetensors.torch.save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})

@@ -13,8 +13,9 @@ import evaluate
 import grpo
 import settings
 import tasks
+from infra.model import MODELS
 from settings import PRESETS, TASKS, BuiltinTask, SettingError, Settings, check, readers
-from tasks import builtin, named, prompts
+from tasks import named, prompts
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("ops", "grading", "tasks", "infra")
@@ -63,7 +64,10 @@ def test_choices_of_the_settings_are_those_of_the_code():
     choices = {name: rule.metadata["choices"] for name, rule in Settings.__dataclass_fields__.items()}
     assert choices["aggregation"] == grpo.AGGREGATIONS
     assert choices["template"] == ("", *prompts.TEMPLATES)
-    assert settings.builtin_models() == list(builtin.RECIPES)
+
+
+def test_the_built_in_models_of_the_settings_are_the_folders_of_tasks_base():
+    assert set(settings.builtin_models()) == {folder.name for folder in MODELS.iterdir()}
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -1,26 +1,33 @@
 """The built-in tasks, their base models, and the checks of a task before training."""
 
+import json
 import random
-from dataclasses import replace
+import sys
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
 import pytest
+from conftest import shipped_tokenizer
+from transformers import AutoModelForCausalLM
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+from base_models import BASE_MODELS, Recipe, config_of, write
 
 import rewards
 from evaluate import evaluate
 from infra.files import DataError
-from infra.model import load
+from infra.model import MODELS, load, repository_of
 from sampler import Sampler
-from tasks import arithmetic, builtin, chains
+from tasks import arithmetic, chains, logic
 from tasks import task as tasks
-from tasks.prompts import encode_prompt
+from tasks.prompts import encode_prompt, prompt_text
 from tasks.task import Demonstration, Problem, Stream, Task
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return arithmetic.make_tokenizer()
+    return shipped_tokenizer()
 
 
 def test_chains_are_evaluated_left_to_right_modulo_100():
@@ -60,18 +67,10 @@ def test_the_harder_chains_have_the_stated_share_of_wrong_demonstrations_on_ques
     assert {p.group for p in task.problems} < {p.group for p in task.evaluation} == {f"n={n}" for n in range(3, 10)}
 
 
-def test_the_base_model_is_trained_on_no_evaluation_problem(tokenizer):
-    held_out = {p.question for p in arithmetic.evaluation(arithmetic.EVAL_MAX)}
-    rows = arithmetic.documents(0, tokenizer)
-    prompts = {tokenizer.decode(p) for p, _ in islice(rows, 2000)}
-    assert not {f"Q:{q}=" for q in held_out} & prompts
-
-
-def test_the_shipped_base_models_are_small_and_the_default_one_solves_short_chains_only(monkeypatch):
-    monkeypatch.setattr(builtin, "train_base", None)  # nothing is trained
-    folders = {name: Path(builtin.resolve(name)) for name in builtin.RECIPES}
-    assert all(sum(f.stat().st_size for f in folder.iterdir()) < 1_000_000 for folder in folders.values())
-    model, tokenizer = load(str(folders["arithmetic-laptop"]))
+def test_the_shipped_base_models_are_small_and_the_default_one_solves_short_chains_only():
+    for folder in MODELS.iterdir():
+        assert sum(file.stat().st_size for file in folder.iterdir()) < 1_000_000
+    model, tokenizer = load("arithmetic-laptop")
     sampler = Sampler(model, [tokenizer.eos_token_id])
     accuracy, _ = evaluate(sampler, tokenizer, arithmetic.task(0, 100), 80)
     assert accuracy["n=4"] > 0.9
@@ -79,38 +78,54 @@ def test_the_shipped_base_models_are_small_and_the_default_one_solves_short_chai
     assert accuracy["average"] == pytest.approx(0.243, abs=0.02), "a rounding of the kernels may turn a few answers"
 
 
-@pytest.mark.parametrize("name", builtin.RECIPES)
-def test_transformers_reads_the_tokenizer_of_a_shipped_model_as_it_was_made(name):
-    task = builtin.RECIPES[name][1]
-    made, (_, read) = task.make_tokenizer(), load(builtin.resolve(name))
-    for row in islice(task.documents(0, made), 50):
+@pytest.mark.parametrize("name", BASE_MODELS)
+def test_the_shipped_tokenizer_is_the_one_of_the_training_and_transformers_reads_it_so(name):
+    base = BASE_MODELS[name]
+    made = base.make_tokenizer()
+    shipped = json.loads((MODELS / name / "tokenizer.json").read_text())
+    assert shipped == json.loads(made.backend_tokenizer.to_str())
+    _, read = load(name)
+    assert read.chat_template == made.chat_template
+    for row in islice(base.documents(0, made), 50):
         for ids in row:
             text = made.decode(ids)
             assert read.encode(text, add_special_tokens=False) == ids
             assert read.decode(ids) == text
 
 
-def test_training_a_base_model_again_gives_the_same_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "MODELS", tmp_path)
-    monkeypatch.setitem(builtin.RECIPES, "tiny", (TINY, arithmetic))
-    first, second = ({f.name: f.read_bytes() for f in builtin.build_base("tiny", again=True).iterdir()} for _ in "12")
-    assert first == second
+@pytest.mark.parametrize("name", BASE_MODELS)
+def test_the_recipe_beside_shipped_weights_is_that_of_the_training_and_makes_weights_of_their_shapes(name):
+    base = BASE_MODELS[name]
+    recorded = json.loads((MODELS / name / "recipe.json").read_text())
+    assert recorded == asdict(base.recipe)
+    shapes = {key: tuple(p.shape) for key, p in load(name)[0].named_parameters()}
+    made = AutoModelForCausalLM.from_config(config_of(base.recipe, base.make_tokenizer()))
+    assert shapes == {key: tuple(p.shape) for key, p in made.named_parameters()}
 
 
-TINY = builtin.Recipe(hidden=16, layers=1, mlp=16, steps=1, batch=2)
+def test_a_built_in_name_stands_for_its_folder_and_another_name_for_itself():
+    assert repository_of("arithmetic-smoke") == (str(MODELS / "arithmetic-smoke"), None)
+    assert repository_of("owner/name@main") == ("owner/name", "main")
 
 
-def test_a_base_model_is_built_once_per_recipe(tmp_path, monkeypatch):
-    monkeypatch.setattr(builtin, "MODELS", tmp_path)
-    trained, train = [], builtin.train_base
-    monkeypatch.setattr(builtin, "train_base", lambda recipe, task: trained.append(recipe) or train(recipe, task))
-    for recipe in (TINY, TINY, replace(TINY, seed=1)):
-        monkeypatch.setitem(builtin.RECIPES, "tiny", (recipe, arithmetic))
-        model, _ = load(builtin.resolve("tiny"))
-    assert trained == [TINY, replace(TINY, seed=1)]
-    assert model.config.hidden_size == 16
-    assert builtin.resolve("owner/name") == "owner/name"
-    assert [path.name for path in tmp_path.iterdir()] == ["tiny"]
+@pytest.mark.parametrize(("name", "task"), [("arithmetic-laptop", arithmetic), ("logic-laptop", logic)])
+def test_a_base_model_is_trained_on_no_evaluation_problem(name, task):
+    base = BASE_MODELS[name]
+    tokenizer = base.make_tokenizer()
+    held_out = {prompt_text(tokenizer, p.question, "") for p in task.evaluation(task.EVAL_MAX)}
+    trained = [tokenizer.decode(prompt) for prompt, _ in islice(base.documents(0, tokenizer), 1000)]
+    assert held_out.isdisjoint(trained)
+    assert 0.4 < sum(not text.startswith("Q") for text in trained) / 1000 < 0.5, "prompts that are no questions"
+
+
+def test_training_a_base_model_again_gives_the_same_bytes(tmp_path):
+    recipe = Recipe(hidden=16, layers=1, mlp=16, steps=1, batch=2)
+    contents = []
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        write(BASE_MODELS["arithmetic-smoke"]._replace(recipe=recipe), folder)
+        contents.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert contents[0] == contents[1]
+    assert load(str(tmp_path / "first"))[0].config.hidden_size == 16
 
 
 def test_every_built_in_demonstration_is_correct_and_decodes_to_itself(tokenizer):
