@@ -46,7 +46,7 @@ from infra.run import (
     print0,
     stop_if_diverged,
     tracked,
-)  # fmt: skip
+)
 from logprob import response_logprobs
 from ops.decoder import share_storage_copy
 from ops.packed import Row
@@ -232,7 +232,7 @@ def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Sett
 
 
 def step_shadow_from_theta(m: Policies, s: Settings) -> None:
-    """θ̂ := θ^k + α∇_θ J_RL(θ^k,w), eq. (10) as the prose reads: θ's RL gradient from .grad, a copy of θ's moments."""
+    """θ̂ := θ^k + α∇_θ J_RL(θ^k,w), eq. (10) as printed: θ's RL gradient from .grad, and a copy of θ's moments."""
     theta_hat = m.parameters["theta_hat"]
     optimizer = m.optimizers["theta_hat"]
     moments = m.optimizers["theta"].state
