@@ -150,7 +150,7 @@ def test_runs_are_made_once_and_their_tables_and_figure_can_be_drawn(study, tmp_
 
 
 def test_a_run_that_fails_ends_the_study_with_its_message(study):
-    with pytest.raises(RuntimeError, match="alpha must be in"):
+    with pytest.raises(RuntimeError, match="alpha must be at least 0"):
         compare.make("tiny", [dict(method="sft", flags={"alpha": "-1"}, seed=0, kind="final")], workers=2)
     assert compare.records("tiny") == []
 
