@@ -237,6 +237,16 @@ def test_ranks_with_uneven_data_do_not_hang_and_decide_the_same(tmp_path, flags)
     assert all(t.isfinite().all() for t in tensors_in(tmp_path / "run" / "checkpoint").values())
 
 
+def test_all_ranks_resume_if_the_launcher_of_one_of_them_has_counted_a_failure():
+    def command():
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
+        resumes = parallel.start()
+        parallel.end()
+        sys.exit(not resumes)
+
+    assert [status for status, *_ in fork_ranks(command, 2)] == [0, 0]
+
+
 def test_an_error_on_one_rank_names_rank_phase_and_step(tmp_path):
     def fail_on_rank_1(*args):
         if parallel.rank() == 1:
