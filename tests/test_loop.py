@@ -190,6 +190,16 @@ def test_shared_rollouts_are_the_policy_s_and_own_ones_the_shadow_s(tmp_path, mo
     assert all(train_spying(run, monkeypatch, lambda run, a, b, _: a is b))
 
 
+@pytest.mark.parametrize(
+    ("changes", "scored"), [({}, True), (dict(shadow_rollouts="own"), False), (dict(method="mix_lora"), False)]
+)
+def test_rewarded_rows_without_a_gradient_are_scored_only_for_the_gain_on_shared_rollouts(tmp_path, changes, scored):
+    run = make_run(tmp_path, prompts_per_step=1, group_size=2, **changes)
+    run.env.reward = lambda response, problem: 1.0
+    rollouts = sample(run)
+    assert bool(rollouts.rows_to_run(has_kl=False).scored) == scored
+
+
 def test_the_shadow_starts_as_theta_and_is_never_set_back(tmp_path, monkeypatch):
     run = make_run(tmp_path, steps=3)
     names = ("theta", "theta_hat")
