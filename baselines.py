@@ -5,8 +5,8 @@ a token; r: reward; A: advantage; H: mean entropy of a sequence, nats; sg: witho
 
 Where this code differs from the published ones:
   1. They normalise in each micro-batch, by L_max = max_new_tokens or by tokens. Here the batch has one denominator: RL
-     is Dr.GRPO's Σ/(N·L_max) over all N sequences, SFT is a mean over tokens. Theirs sums some 64 sequences without N:
-     in SRFT and HPT --mu 0.005 gives SFT about their weight beside RL on the built-in tasks.
+     is Dr.GRPO's Σ/(N·L_max) over all N sequences, SFT is a mean over tokens. Their RL loss sums some 64 sequences
+     without dividing by N. In SRFT and HPT --mu 0.005 gives about their ratio of SFT to RL on the built-in tasks.
   2. The demonstration joins G samples. LUFFY and SRFT replace one: 7 + 1.
   3. Their entropy bonus of 0.001 is omitted.
 """
@@ -59,7 +59,7 @@ def srft_advantages(group_advantages: Tensor, reward: Tensor, entropy: Tensor) -
     """SRFT: ±REINFORCE on samples, 0.1·e^H where the reward is exactly 1, −1 elsewhere.  [P, G] each -> [P, G]
 
     The demonstration, the last of each group, keeps its advantage in the group, as in LUFFY. arXiv 2506.19767; the
-    authors' code is unpublished: Unify-Post-Training, hpt/verl/verl/mix_src/mix_core_alg.py. The rollouts know H as
+    authors' code is unpublished: Unify-Post-Training, hpt/verl/verl/mix_src/mix_core_alg.py. H is estimated as
     the mean of −log π, which is unbiased; e^H of it is a little too large.
     """
     advantages = torch.where(reward == 1, 0.1 * entropy.exp(), -1.0)

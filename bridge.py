@@ -1,8 +1,8 @@
 """BRIDGE: supervised fine-tuning and reinforcement learning as one bilevel problem (arXiv 2509.06948).
 
 Three sets of parameters: θ, the base model, trained in full; w, a LoRA adapter; θ̂, a copy of θ that takes RL steps
-only. The policy is π(·|x; θ, w). w ascends the cooperative gain J_RL(θ,w) − J_RL(θ̂,w): how much more reward joint
-training gets than RL alone. One iteration k, every gradient taken at iterate k (Algorithm 2 of the paper):
+only. The policy is π(·|x; θ, w). Beside SFT, w ascends the cooperative gain J_RL(θ,w) − J_RL(θ̂,w): how much more reward
+w earns on θ than on θ̂. One iteration k, every gradient taken at iterate k (Algorithm 2 of the paper):
 
     1   sample demonstrations from D_SFT and prompts from D_RL; rollouts from π(θ,w); rewards
     2-3 ∇J_SFT(θ,w) and ∇J_RL(θ,w), for θ and w at once; ∇J_RL(θ̂,w), for θ̂ and w at once
@@ -11,7 +11,8 @@ training gets than RL alone. One iteration k, every gradient taken at iterate k 
     6   w ← w + β[(1−λ)∇_w J_SFT + λ(∇_w J_RL(θ,w) − ∇_w J_RL(θ̂,w))]                                    (11)
 
 The code minimises L = −J. The other methods (--method) are the same loop with other weights, see `updates`. Ranks share
-the work; every rank has rollouts, gradients and statistics of the whole batch. [T]: all its response tokens, in order.
+the work; every rank has rollouts, gradients and statistics of the whole batch. [T]: all response tokens of the batch,
+in order; [t]: those of a micro-batch, which the index t selects.
 """
 
 import sys
@@ -74,7 +75,7 @@ def updates(s: Settings, k: int) -> list[tuple[float, float]]:
             return [(0.0, 1.0), (1.0, 0.0)]
         case "mix":
             return [(s.mu / (1 + s.mu), 1 / (1 + s.mu))]  # μ:1, as weights that sum to 1
-        case "mix_lora" | "no_meta" | "bridge":  # eqs. (8) and (11)
+        case "mix_lora" | "no_meta" | "bridge":  # the weights of eq. (7), in eqs. (8) and (11)
             return [(1 - s.lam, s.lam)]
     raise SettingError(f"method {s.method} has no case in bridge.py:updates")
 
@@ -215,7 +216,7 @@ def rl_pass(
 def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> Tensor:
     """Adds this rank's part of weight·∇L_SFT to .grad; returns −log π of all response tokens [T].
 
-    L_SFT of eq. (1) is the mean of −log π over the tokens of the whole batch.
+    L_SFT is −J_SFT of eq. (1), with a mean over the tokens of the whole batch instead of the sum.
     """
     lengths = [len(response) for _, response in demonstrations]
     nll = torch.zeros(sum(lengths), dtype=torch.float64, device=pick_device())
@@ -244,14 +245,15 @@ def step_shadow_from_theta(m: Policies, s: Settings) -> None:
     parallel.all_reduce_gradients(theta_hat)
     norm = parallel.total_norm(p.grad for p in theta_hat)
     torch.nn.utils.clip_grads_with_norm_(theta_hat, s.grad_clip, norm)
-    optimizer.step()
+    if norm.isfinite():  # else this update will be skipped
+        optimizer.step()
     optimizer.zero_grad()
     optimizer.state.clear()  # the next step copies θ's moments again
 
 
 @dataclass
 class Update:
-    """What the gradients of one update saw: metrics, and the passes with their numbers per token."""
+    """Metrics of one update, and its passes with their numbers per token."""
 
     stats: dict[str, float] = field(default_factory=dict)
     policy: RLPass | None = None  # over the rollouts
@@ -326,7 +328,8 @@ def bilevel_gradients(
             update.stats["sft_nll"] = update.nll.mean().item()
             g_sft = parallel.take_gradients(m.w.values())
 
-    # Eq. (11): (1−λ)∇_w L_SFT + λ(∇_w L_RL(θ,w) − ∇_w L_RL(θ̂,w)); while θ̂ = θ the difference is exactly 0.
+    # Eq. (11), of losses: (1−λ)∇_w L_SFT + λ(∇_w L_RL(θ,w) − ∇_w L_RL(θ̂,w)). g_sft has its factor 1−λ already. On
+    # shared rollouts the difference is exactly 0 while θ̂ = θ.
     for p, sft, rl, rl_hat in zip(m.w.values(), g_sft, g_rl, g_rl_hat, strict=True):
         p.grad = sft + rl_weight * (rl - rl_hat)
 
@@ -338,7 +341,7 @@ def bilevel_gradients(
 
 
 def keep_old_logp(update: Update, rollouts: Rollouts | None, rollouts_hat: Rollouts | None, s: Settings) -> None:
-    """After the first update on rollouts: π_old of the next ones is the model before it, which sampled them."""
+    """Keeps the log-probs from before the first update on rollouts, as log π_old of the later updates."""
     if update.policy is None or METHODS[s.method].loss == "reinforce":  # REINFORCE has no ratio
         return
     if rollouts.old_logp is None:
@@ -352,7 +355,7 @@ def clip_and_step(
 ) -> tuple[dict[str, float], bool]:
     """Clips the gradient of each set of parameters by its own norm, and steps all optimizers from iterate k.
 
-    Returns (the norms before, whether the optimizers stepped): a loss or a norm that is not finite steps none.
+    Returns (the norms before, whether the optimizers stepped): a norm or an SFT loss that is not finite steps none.
     """
     norms = {}
     for name, parameters in m.parameters.items():
@@ -361,11 +364,11 @@ def clip_and_step(
             norm = parallel.total_norm(p.grad for p in parameters)
             torch.nn.utils.clip_grads_with_norm_(parameters, s.grad_clip, norm)
             norms[f"grad_norm_{name}"] = norm.item()
-    # All ranks have the same numbers, so they decide alike.
+    # All ranks have the same numbers, so all take the same branch.
     losses_and_norms = [stats.get("sft_nll", 0.0), *norms.values()]
     is_finite = all(math.isfinite(x) for x in losses_and_norms)
 
-    # Algorithm 1 has two optimizers of θ, one for each loss; that of the other loss rests.
+    # Algorithm 1 has two optimizers of θ, one for each loss; that of the other loss does not step.
     resting = "theta" if rl_weight == 0 and "theta_sft" in m.optimizers else "theta_sft"
     for name, optimizer in m.optimizers.items():
         if is_finite and name != resting:
@@ -403,7 +406,7 @@ def train(run: Run, start: int) -> None:
     m = run.m
     total = s.total_steps
     stop = StopSignal()
-    # The initial model is evaluated, and the exported one, if a run is resumed at its end.
+    # Evaluates the initial model, or the final one if a run is resumed at its end.
     if start in (0, total) and not run.folder.is_evaluated(start):
         evaluate_policies(run, start)
     progress = tqdm(range(start, total), initial=start, total=total, desc=s.method, disable=parallel.rank() > 0)
@@ -413,7 +416,7 @@ def train(run: Run, start: int) -> None:
         if s.method == "sft_rl" and k == s.sft_steps:
             m.optimizers["theta"] = make_optimizer(m.parameters["theta"], s.alpha)
 
-        # Line 1: rollouts from π(θ,w). θ̂ trains on the same ones, or on its own on the same prompts.
+        # Step 1: rollouts from π(θ,w). θ̂ trains on the same ones, or on its own on the same prompts.
         plan = updates(s, k)
         rollouts = None
         rollouts_hat = None
@@ -424,13 +427,13 @@ def train(run: Run, start: int) -> None:
         seen: list[Update] = []
         skipped = 0
         for sft_weight, rl_weight in plan:
-            # Lines 1-3: demonstrations; the gradients of θ, w and θ̂, all at iterate k.
+            # Steps 1-3: demonstrations; the gradients of θ, w and θ̂, all at iterate k.
             demonstrations = run.demonstrations_of_update(rollouts) if sft_weight else []
             update = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, sft_weight, rl_weight, s, timer)
             keep_old_logp(update, rollouts, rollouts_hat, s)
             seen.append(update)
 
-            # Lines 4-6: θ, θ̂ and w step, or none of them if a gradient or a loss is not finite.
+            # Steps 4-6: θ, θ̂ and w step, or none of them if a gradient or a loss is not finite.
             with timer("optimizer"):
                 norms, stepped = clip_and_step(m, update.stats, s, rl_weight)
             update.stats |= norms
@@ -439,7 +442,7 @@ def train(run: Run, start: int) -> None:
                 rows = rollouts.rows if rollouts is not None else []
                 run.folder.dump_skipped(f"{k + 1:06d}-{skipped}", update.stats, rows, demonstrations)
 
-        # Of updates skipped in a row; a step without one begins again.
+        # Counts skipped updates; a step without one resets the count.
         if skipped:
             run.skipped += skipped
         else:
@@ -471,7 +474,7 @@ def log_step(
     timer: Timer,
 ) -> dict[str, float]:
     """Logs metrics, the samples of one group and the numbers of tokens; returns the metrics, of the first update."""
-    # The first of several updates wins: its ratios are those of the rollouts, and θ's gradient is at iterate k.
+    # The first of several updates counts: its ratios are those of the rollouts, and θ's gradient is at iterate k.
     metrics = {}
     for update in reversed(seen):
         metrics |= update.stats

@@ -87,8 +87,8 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, low: float, high: float)
 def truncated_surrogate(logp: Tensor, ratio: Tensor, advantage: Tensor, cap: float) -> tuple[Tensor, Tensor]:
     """(sg(min(ρ, cap))·A·log π per token [T], whether ρ was truncated [T] bool): truncated importance sampling.
 
-    The surrogate of policy and shadow on shared rollouts. The clip would stop the gradient of every token on which θ̂
-    has drifted from θ, and with it the difference of gradients that w ascends; truncation only bounds the variance. At
+    The surrogate of policy and shadow on shared rollouts. The clip would stop the gradient of tokens on which θ̂ has
+    drifted from θ in the direction of A, and with it the difference that w ascends; truncation bounds the variance. At
     ρ = 1 its gradient equals the clipped surrogate's. cap = inf is plain importance weighting, token by token.
     """
     truncated = ratio.detach().clamp(max=cap)
@@ -125,7 +125,8 @@ def grpo_loss(
 ) -> tuple[Tensor, LossTerms]:
     """−J_RL of eq. (2) as GRPO estimates it: Σ_t weight_t·(kl_coef·ρ_t·k3_t − surrogate_t).
 
-    The value of the scalar loss is about 0 for every on-policy batch; only its gradient is informative.
+    Only its gradient is informative. On-policy its value is about 0 with the clip and the weights "grpo", and
+    Σ −weight·A·log π with the truncated surrogate.
     """
     ratio = log_ratio(logp, old_logp, weight).exp()  # [T] ρ
     if ratio_cap is None:

@@ -1,11 +1,12 @@
 """log π and entropy of every response token: the two numbers that SFT, GRPO and the shadow's loss are made of.
 
 `response_logprobs` is the one way to them. Logits of all tokens would exhaust memory (16k tokens times 152k words in
-fp32 take 10 GB), so at most CHUNK rows of logits exist at a time. The forward pass stores three numbers per token; the
-backward pass computes each chunk's logits again. FLOPs of the head: 8NHV trained (two matmuls with the head forward and
-again backward, two for the gradients), 2NHV without gradients.
+fp32 take 10 GB), so at most head.CHUNK rows of logits exist at a time. The forward pass stores the hidden states and
+three numbers per token; the backward pass computes each chunk's logits again. FLOPs of the head: 8RHV trained (the
+logits once forward and once again backward, then two matmuls for the gradients), 2RHV without gradients.
 
-Shapes: R response tokens of all rows, H hidden size, V vocabulary size. Log-probs and entropies are in nats.
+Shapes: F tokens fed, R response tokens of all rows, H hidden size, V vocabulary size. Log-probs and entropies are in
+nats.
 """
 
 import torch
@@ -48,14 +49,14 @@ def response_hidden(model: nn.Module, rows: list[Row], dtype: torch.dtype) -> tu
     """
     device = next(model.parameters()).device
     fed = [prompt + response[:-1] for prompt, response in rows]
-    predicts_response = []  # [T] of each token that is fed
+    predicts_response = []  # [F] of each token that is fed
     targets = []
     for prompt, response in rows:
         predicts_response += [False] * (len(prompt) - 1) + [True] * len(response)
         targets += response
 
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        hidden = hidden_states(model, pack(fed, device), dtype)  # [T, H]
+        hidden = hidden_states(model, pack(fed, device), dtype)  # [F, H]
     chosen = torch.tensor(predicts_response).nonzero()[:, 0].to(device)  # [R], found on the host: no wait for the GPU
     return hidden[chosen].to(dtype), model.get_output_embeddings().weight, torch.tensor(targets, device=device)
 

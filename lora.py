@@ -2,8 +2,8 @@
 
 BRIDGE evaluates the same w on two base models (Algorithm 2): on θ, where w ascends J_RL, and on the RL-only shadow θ̂,
 where w descends it. So an adapted linear contains its base linear and points at A and B; attaching the same w to a
-second model makes the second policy. Merging writes into another model's weights: adding and subtracting in place
-would let the base drift.
+second model makes the second policy. Merging writes into another model's weights: adding s·B·A to the base in place
+and subtracting it later would leave rounding errors in the base.
 
 Shapes: in, out of the linear; r rank; s = lora_alpha / r.
 """

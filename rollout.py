@@ -1,4 +1,4 @@
-"""Line 1 of Algorithm 2: prompts from D_RL, completions from the policy, their rewards and advantages.
+"""Step 1 of bridge.py's docstring: prompts from D_RL, completions from the policy, their rewards and advantages.
 
 Shapes: P prompts, G samples of each, N = P·G completions in group order, T response tokens of all of them end to end.
 A row is a pair (token ids of a prompt, token ids of a response).
@@ -80,13 +80,14 @@ class Rollouts:
 
     def rows_to_run(self, has_kl: bool) -> RowsToRun:
         """Equal rows run once; rows whose gradient is zero run without one, or not at all."""
-        columns = self.advantage, self.weight, self.is_demonstration, self.reward
-        return rows_to_run(self.rows, *columns, has_kl, self.score_rewarded)
+        return rows_to_run(
+            self.rows, self.advantage, self.weight, self.is_demonstration, self.reward, has_kl, self.score_rewarded
+        )
 
 
 def sample_rollouts(
     env: Environment,
-    prompts: Stream,  # the order of D_RL
+    prompt_order: Stream,  # of D_RL
     policy: nn.Module,  # π(θ,w)
     shadow: nn.Module | None,  # π(θ̂,w)
     step: int,
@@ -106,7 +107,7 @@ def sample_rollouts(
 
     empty_cache()  # training's free memory goes to the sampler
     for _ in range(1 + s.dynamic_sampling):
-        draws = prompts.take(s.prompts_per_step)
+        draws = prompt_order.take(s.prompts_per_step)
         for phase, model in models.items():
             with timer(phase):
                 env.sampler.refresh(model)
@@ -231,7 +232,7 @@ def statistics(groups: list[Group]) -> dict[str, float]:
 
 
 def rl_statistics(policy: grpo.RLPass, rollouts: Rollouts) -> dict[str, float]:
-    """Over sampled tokens with a gradient; entropy over all sampled: the mean of −log π estimates it without bias."""
+    """Means over sampled tokens with a gradient; the entropy is the mean of −log π over all sampled tokens."""
     sampled = ~rollouts.is_demonstration  # [T]
     trained = sampled & (policy.trained > 0)  # [T]
     gap = (policy.logp - rollouts.sampler_logp)[trained].abs()
@@ -256,10 +257,10 @@ def shadow_statistics(shadow: grpo.RLPass) -> dict[str, float]:
 
 
 def cooperative_gain(shadow: grpo.RLPass, old_logp: Tensor, rollouts: Rollouts, rollouts_hat: Rollouts) -> float:
-    """J_RL(θ,w) − J_RL(θ̂,w), the gain of eq. (12) in units of reward.
+    """J_RL(θ,w) − J_RL(θ̂,w), the gain in eq. (12), in units of reward and without the KL term.
 
-    With own rollouts it is a difference of mean rewards. On shared ones θ̂'s reward is estimated by importance weights,
-    from below, and so the gain from above.
+    With own rollouts it is a difference of mean rewards. On shared ones importance weights, capped at 10, estimate θ̂'s
+    reward. Where no reward is negative, the cap makes that reward too low on average, and the gain too high.
     """
     reward = rollouts.reward.flatten()  # [N]
     if rollouts_hat is rollouts:

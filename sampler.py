@@ -5,7 +5,7 @@ during decoding. The cache is a pool of slots. Samples of a group share a slot w
 draws another token gets a copy (ops/slots.py). Waiting prompts take the slots of finished samples. On a GPU each sample
 has a slot of its own after the prompt, and a decoding step is a CUDA graph (ops/graphs.py).
 
-Each sample has its own random numbers: one uniform per token, from (seed, step, prompt, sample). Therefore neither its
+Each sample has its own random numbers: one uniform per token, from (seed, step, draw, sample). Therefore neither its
 batch nor the number of slots changes a sample.
 
 Shapes: P prompts, G samples each, N = P·G; S rows and slots at most, a row for each sample in progress;

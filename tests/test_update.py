@@ -260,6 +260,15 @@ def test_the_one_step_shadow_is_the_next_iterate_of_rl_alone_and_keeps_no_moment
         assert not m.optimizers["theta_hat"].state
 
 
+def test_a_gradient_that_is_not_finite_leaves_the_one_step_shadow_at_theta():
+    s = settings(shadow_rollouts="one_step")
+    m = fresh(s)
+    for p in m.parameters["theta"]:
+        p.grad = torch.full_like(p, math.nan)
+    bridge.step_shadow_from_theta(m, s)
+    assert all(torch.equal(p, q) for p, q in zip(m.parameters["theta_hat"], m.parameters["theta"], strict=True))
+
+
 def test_the_one_step_gain_s_gradient_is_taken_at_the_stepped_shadow():
     lam, s = 0.3, settings(lam=0.3, shadow_rollouts="one_step")
     m = fresh(s, w_trained=True)
