@@ -288,7 +288,9 @@ def bilevel_gradients(
     if rl_weight:
         # On shared rollouts policy and shadow have one surrogate: while θ̂ = θ, their gradients are equal.
         shared = m.shadow is not None and rollouts_hat is rollouts
-        ratio_cap = s.shadow_ratio_cap if shared and s.shadow_ratio_cap > 0 else None
+        ratio_cap = None
+        if shared and s.shadow_ratio_cap > 0:
+            ratio_cap = s.shadow_ratio_cap
 
         # ∇L_RL(θ,w): θ's stays in .grad, w's is taken out.
         with timer("rl"):
@@ -369,7 +371,9 @@ def clip_and_step(
     is_finite = all(math.isfinite(x) for x in losses_and_norms)
 
     # Algorithm 1 has two optimizers of θ, one for each loss; that of the other loss does not step.
-    resting = "theta" if rl_weight == 0 and "theta_sft" in m.optimizers else "theta_sft"
+    resting = "theta_sft"
+    if rl_weight == 0 and "theta_sft" in m.optimizers:
+        resting = "theta"
     for name, optimizer in m.optimizers.items():
         if is_finite and name != resting:
             optimizer.step()
@@ -486,16 +490,16 @@ def log_step(
         run.folder.log_samples(step, rollouts.records[: rollouts.reward.shape[1]])
     run.folder.log_metrics(step, metrics, timer.seconds)
 
-    if run.folder.keep != "none":
-        groups = []
-        demonstrations = []
-        for update in reversed(seen):
-            if update.policy is not None:
-                groups = groups_with_numbers(run, rollouts, rollouts_hat, update)
-            if update.nll is not None:
-                shown = update.demonstrations, update.nll, run.folder.keep, run.env.tokenizer
-                demonstrations = tokens.demonstration_records(*shown)
-        run.folder.log_tokens(step, {"groups": groups, "demonstrations": demonstrations})
+    if run.folder.keep != "none" and parallel.rank() == 0:
+        record: dict = {"groups": [], "demonstrations": []}
+        of_rl = [update for update in seen if update.policy is not None]
+        if of_rl:
+            record["groups"] = groups_with_numbers(run, rollouts, rollouts_hat, of_rl[0])
+        of_sft = [update for update in seen if update.nll is not None]
+        if of_sft:
+            shown = of_sft[0].demonstrations, of_sft[0].nll, run.folder.keep, run.env.tokenizer
+            record["demonstrations"] = tokens.demonstration_records(*shown)
+        run.folder.log_tokens(step, record)
     return metrics
 
 

@@ -134,15 +134,19 @@ def answer(
     share = slice(parallel.rank(), None, parallel.world_size())
     problems = problems[share]
     keys = keys[share]
-    prompts = [encode_prompt(tokenizer, p.question, task.instruction, task.template) for p in problems]
+    texts = []
+    prompts = []
+    for problem in problems:  # side by side, so that each prompt is rendered once
+        prompt = problem.question, task.instruction, task.template
+        texts.append(prompt_text(tokenizer, *prompt))
+        prompts.append(encode_prompt(tokenizer, *prompt))
     completions = []
     if problems:  # a rank has none if there are fewer problems than ranks
         completions = sampler.generate(
             prompts, keys, sampling.samples, sampling.max_new_tokens, sampling.temperature, sampling.top_p
         )
     records = []
-    for problem, key, samples in zip(problems, keys, completions, strict=True):
-        text = prompt_text(tokenizer, problem.question, task.instruction, task.template)
+    for problem, key, text, samples in zip(problems, keys, texts, completions, strict=True):
         for i, completion in enumerate(samples):
             record = {
                 "group": problem.group,

@@ -7,7 +7,6 @@ A row is a pair (token ids of a prompt, token ids of a response).
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from infra import parallel
 from infra.model import pick_device
 from infra.run import Timer, empty_cache
 from ops.distinct import RowsToRun, rows_to_run
-from ops.packed import Row
+from ops.packed import Row, response_offsets
 from sampler import Completion, Sampler
 from settings import METHODS, Settings
 from tasks.prompts import encode_prompt
@@ -76,7 +75,7 @@ class Rollouts:
 
     @property
     def offsets(self) -> list[int]:  # [N+1] start of each row's response in [0, T), and T
-        return [0, *accumulate(len(response) for _, response in self.rows)]
+        return response_offsets(self.rows)
 
     def rows_to_run(self, has_kl: bool) -> RowsToRun:
         """Equal rows run once; rows whose gradient is zero run without one, or not at all."""
@@ -104,13 +103,16 @@ def sample_rollouts(
     if shadow is not None and s.shadow_rollouts == "own":
         models["sample_shadow"] = shadow
     sampled: dict[str, list[Group]] = {phase: [] for phase in models}
+    in_sampler = None  # the model whose weights the sampler has
 
     empty_cache()  # training's free memory goes to the sampler
     for _ in range(1 + s.dynamic_sampling):
         draws = prompt_order.take(s.prompts_per_step)
         for phase, model in models.items():
             with timer(phase):
-                env.sampler.refresh(model)
+                if model is not in_sampler:
+                    env.sampler.refresh(model)
+                    in_sampler = model
                 sampled[phase] += sample_groups(env, draws, step)
         groups_of_prompts = zip(*sampled.values(), strict=True)  # one group of each model
         signals = [all(group.has_signal for group in groups) for groups in groups_of_prompts]

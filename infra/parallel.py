@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import accumulate
 from pathlib import Path
 from types import MethodType
 from typing import NoReturn
@@ -25,7 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from infra.files import printable
 from infra.model import pick_device
-from ops.packed import Row, pads
+from ops.packed import Row, pads, response_offsets
 from settings import SettingError, Settings
 
 
@@ -165,7 +164,7 @@ def batches(rows: list[Row], s: Settings, chosen: list[int] | None = None) -> It
         chosen = list(range(len(rows)))
     if not chosen:
         return
-    offsets = [0, *accumulate(len(response) for _, response in rows)]  # [N+1] start of each row's response, and T
+    offsets = response_offsets(rows)  # [N+1]
     rows = [rows[i] for i in chosen]
     sizes = [len(prompt) + len(response) for prompt, response in rows]
     share = shares(sizes, world_size())[rank()]

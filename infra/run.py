@@ -109,9 +109,8 @@ class RunFolder:
             self.log("samples", step, sample)
 
     def log_tokens(self, step: int, record: dict) -> None:
-        """Appends completions and demonstrations with numbers per token, which report.html shows."""
-        if parallel.rank() == 0:
-            append_line(self.path / "tokens.jsonl.gz", {"step": step} | record)
+        """Appends completions and demonstrations with numbers per token, which report.html shows. Rank 0 calls it."""
+        append_line(self.path / "tokens.jsonl.gz", {"step": step} | record)
 
     def dump_skipped(self, name: str, stats: dict, rollouts: list[Row], demonstrations: list[Row]) -> None:
         """Keeps the rows of a skipped update in skipped-NAME.json."""

@@ -2,13 +2,12 @@
 
 import math
 from functools import lru_cache
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from grpo import RLPass
-from ops.packed import Row
+from ops.packed import Row, response_offsets
 
 DEMONSTRATIONS = 8  # that are kept of a step unless all are
 DIGITS = 4  # significant ones of every number
@@ -53,7 +52,7 @@ def group_records(
     of: "policy" or "shadow", which sampled them; samples: their N records in samples.jsonl; advantage, weight and
     numbers: [T] of the response tokens of all N rows. A weight is logged as a multiple of an average token's, 1/T.
     """
-    offsets = [0, *accumulate(len(response) for _, response in rows)]
+    offsets = response_offsets(rows)
     tokens = slice(offsets[kept.start], offsets[kept.stop])
     numbers_of_kept = {name: column[tokens] for name, column in numbers.items()}
     numbers_of_rows = split(rows[kept.start : kept.stop], numbers_of_kept)

@@ -4,12 +4,11 @@ A row is a pair (prompt, response) of token ids; N rows, T response tokens of al
 """
 
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from ops.packed import Row
+from ops.packed import Row, response_offsets
 
 
 @dataclass
@@ -36,7 +35,7 @@ def rows_to_run(
     A row has a gradient if it has a weight and an advantage or a KL term (`has_kl`). With `score_rewarded`, rows with
     a reward and no gradient are scored.
     """
-    offsets = [0, *accumulate(len(response) for _, response in rows)]  # [N+1]
+    offsets = response_offsets(rows)  # [N+1]
     starts = offsets[:-1]
     advantages = advantage[starts].tolist()
     weights = weight[starts].tolist()

@@ -26,6 +26,11 @@ class ModelError(ValueError):
     """A model that cannot be used; the message names it and the reason."""
 
 
+def response_offsets(rows: list[Row]) -> list[int]:
+    """Where the response of each of N rows starts among all response tokens, end to end, and their number.  [N+1]"""
+    return [0, *accumulate(len(response) for _, response in rows)]
+
+
 @dataclass
 class Packed:
     """Sequences laid end to end, and the place of every token in the [B, L] rectangle."""

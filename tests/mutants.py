@@ -233,7 +233,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("infra/parallel.py", "        p.grad = None\n", "        pass\n"),
     ("bridge.py", "update.shadow = rl_pass(m.shadow,", "update.shadow = rl_pass(m.policy,"),
     ("bridge.py", "rl_pass(m.shadow, rollouts_hat, old_logp, m.reference", "rl_pass(m.shadow, rollouts_hat, old_logp, None"),
-    ("bridge.py", "s.shadow_ratio_cap if shared and", "None if shared and"),
+    ("bridge.py", "            ratio_cap = s.shadow_ratio_cap", "            pass"),
     ("bridge.py", "shared = m.shadow is not None and rollouts_hat is rollouts", "shared = m.shadow is not None"),
     ("bridge.py", "rollouts.old_logp, m.reference, s, ratio_cap)", "rollouts.old_logp, m.reference, s)"),
     ("bridge.py", "if METHODS[s.method].w_takes_rl:", "if True:"),
