@@ -1,7 +1,7 @@
 """The published baselines that join demonstrations and RL, as pure functions: CHORD, LUFFY, SRFT, HPT.
 
 Shapes: P prompts, G sequences in the group of each, T response tokens of all sequences, end to end. p: probability of
-a token; r: reward; A: advantage; H: mean entropy of a sequence, nats; sg: without a gradient.
+a token; A: advantage; H: mean entropy of a sequence, nats; sg: without a gradient.
 
 Where this code differs from the published ones:
   1. They normalise in each micro-batch, by L_max = max_new_tokens or by tokens. Here the batch has one denominator: RL
@@ -55,14 +55,14 @@ def shaped_surrogate(logp: Tensor, advantage: Tensor) -> Tensor:
     return p / (p + SHAPING) * advantage
 
 
-def srft_advantages(group_advantages: Tensor, reward: Tensor, entropy: Tensor) -> Tensor:
-    """SRFT: ±REINFORCE on samples, 0.1·e^H where the reward is exactly 1, −1 elsewhere.  [P, G] each -> [P, G]
+def srft_advantages(group_advantages: Tensor, is_right: Tensor, entropy: Tensor) -> Tensor:
+    """SRFT: ±REINFORCE on samples, 0.1·e^H where the sample is right, −1 elsewhere.  [P, G] each -> [P, G]
 
     The demonstration, the last of each group, keeps its advantage in the group, as in LUFFY. arXiv 2506.19767; the
     authors' code is unpublished: Unify-Post-Training, hpt/verl/verl/mix_src/mix_core_alg.py. H is estimated as
     the mean of −log π, which is unbiased; e^H of it is a little too large.
     """
-    advantages = torch.where(reward == 1, 0.1 * entropy.exp(), -1.0)
+    advantages = torch.where(is_right, 0.1 * entropy.exp(), -1.0)
     advantages[:, -1] = group_advantages[:, -1]
     return advantages
 
@@ -78,9 +78,9 @@ def srft_sft_weights(entropy: Tensor, lengths: list[int]) -> Tensor:
     return 0.5 * (-torch.cat(means)).exp()
 
 
-def hpt_imitates(reward: Tensor) -> Tensor:
+def hpt_imitates(is_right: Tensor) -> Tensor:
     """Whether HPT imitates the prompt's demonstration instead of RL: at most GATE samples are right.  [P, G] -> [P]
 
     arXiv 2509.04419; Unify-Post-Training, hpt/verl/verl/mix_src/mix_trainer.py.
     """
-    return (reward == 1).sum(-1) <= GATE
+    return is_right.sum(-1) <= GATE

@@ -507,16 +507,15 @@ def groups_with_numbers(run: Run, rollouts: Rollouts, rollouts_hat: Rollouts, up
     """Groups of a step for report.html. On shared rollouts a row has the numbers of policy and shadow."""
     group_size = rollouts.reward.shape[1]
     # The same groups of both
-    kept = tokens.kept_rows(rollouts.advantage[rollouts.offsets[:-1]], group_size, run.folder.keep)
+    kept = tokens.kept_rows(rollouts.reward, run.folder.keep)
     if rollouts_hat is rollouts:
         sets = [("policy", rollouts, update.policy, update.shadow)]
     else:
         sets = [("policy", rollouts, update.policy, None), ("shadow", rollouts_hat, None, update.shadow)]
     groups = []
     for of, r, policy, shadow in sets:
-        numbers = tokens.numbers_of_tokens(r.sampler_logp, policy, shadow)
-        columns = r.rows, r.records, group_size, r.advantage, r.weight
-        groups += tokens.group_records(of, *columns, numbers, kept, run.env.tokenizer)
+        numbers = tokens.numbers_of_tokens(r.advantage, r.weight, r.sampler_logp, policy, shadow)
+        groups += tokens.group_records(of, r.rows, r.records, group_size, numbers, kept, run.env.tokenizer)
     return groups
 
 
@@ -562,7 +561,7 @@ def set_up(s: Settings, folder: RunFolder) -> Run:
     """Loads task and model. Raises DataError, ModelError or SettingError."""
     loaded = load_training(s)
     sampler = Sampler(loaded.model, loaded.stop, s.sampler_slots, getattr(torch, s.dtype))
-    env = Environment(s, loaded.task, loaded.tokenizer, sampler, loaded.reward, loaded.demonstration_of)
+    env = Environment(s, loaded.task, loaded.tokenizer, sampler, loaded.reward, loaded.demonstrations_of)
     return Run(
         s,
         folder,

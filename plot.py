@@ -32,6 +32,12 @@ def accuracies(ax, evals: list[dict], policy: str, color: str, **style) -> None:
         ax.plot(steps, averages, color=color, **style)
 
 
+def labels(runs: list[Path]) -> list[str]:
+    """The last name of each folder, or its whole path where two have the same."""
+    names = [run.resolve().name for run in runs]
+    return [str(run) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
+
+
 def draw(runs: list[Path], out: Path) -> None:
     """Six panels: accuracy over steps and by group, reward, response length, cooperative gain, seconds by phase."""
     from matplotlib.figure import Figure  # here, because training imports this file and draws only at its end
@@ -40,7 +46,7 @@ def draw(runs: list[Path], out: Path) -> None:
     accuracy, by_group, reward, length, gain, seconds = figure.subplots(2, 3).flat
     accuracy.set(title="accuracy, mean over groups", xlabel="step", ylim=(0, 1))
     by_group.set(title="accuracy by group, at the end", ylim=(0, 1))
-    reward.set(title="reward of the rollouts", xlabel="step", ylim=(0, 1))
+    reward.set(title="reward of the rollouts", xlabel="step")
     length.set(title="response length, tokens", xlabel="step")
     gain.set(title="cooperative gain, reward", xlabel="step")
     gain.axhline(0, color="0.6", lw=0.8)
@@ -49,12 +55,15 @@ def draw(runs: list[Path], out: Path) -> None:
     # One color per run; in the last panel one color per phase, whose bars follow one another.
     width = 0.8 / len(runs)
     color_of_phase = {}
-    for i, run in enumerate(runs):
-        name = run.resolve().name
+    place_of_group = {}  # runs may have other groups, or the same in another order
+    rewards = [0.0, 1.0]
+    names = labels(runs)
+    for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         color = f"C{i}"
         metrics = read_log(run / "metrics.jsonl")
         evals = read_log(run / "evals.jsonl")
         curve(reward, metrics, "reward", name, color)
+        rewards += [record["reward"] for record in metrics if record.get("reward") is not None]
         curve(length, metrics, "response_tokens", name, color)
         curve(gain, metrics, "cooperative_gain", name, color)
         accuracies(accuracy, evals, "policy", color, marker="o", ms=3, label=name)
@@ -62,18 +71,21 @@ def draw(runs: list[Path], out: Path) -> None:
         if evals:
             last = dict(evals[-1]["policy"])
             del last["average"]
-            positions = range(len(last))
-            by_group.bar([x + i * width for x in positions], list(last.values()), width, color=color)
-            by_group.set_xticks([x + 0.4 - width / 2 for x in positions], list(last))
+            places = [place_of_group.setdefault(group, len(place_of_group)) for group in last]
+            by_group.bar([place + i * width for place in places], list(last.values()), width, color=color)
 
         left = 0.0
         for phase in dict.fromkeys(phase for record in metrics for phase in record["seconds"]):
             mean = sum(record["seconds"].get(phase, 0.0) for record in metrics) / len(metrics)
             label = None if phase in color_of_phase else phase
             color = color_of_phase.setdefault(phase, f"C{len(color_of_phase)}")
-            seconds.barh(name, mean, left=left, height=0.5, label=label, color=color)
+            seconds.barh(i, mean, left=left, height=0.5, label=label, color=color)
             left += mean
 
+    by_group.set_xticks([place + 0.4 - width / 2 for place in place_of_group.values()], place_of_group)
+    seconds.set_yticks(range(len(runs)), names)
+    if min(rewards) == 0 and max(rewards) == 1:  # none is beyond; others have a scale of their own
+        reward.set_ylim(0, 1)
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
         if ax.get_legend_handles_labels()[0]:

@@ -56,6 +56,9 @@ def built_in_reward(response: str, problem) -> float:
     return float(verdict.correct)
 
 
+built_in_reward.right_from = 1.0  # a reward of at least this much is that of a right response
+
+
 def extract(response: str) -> str | None:
     r"""The content of the last \boxed{…} after the thought; boxes with only a comma, "and" or "or" between form a list.
 

@@ -33,10 +33,23 @@ class Environment:
     tokenizer: object
     sampler: Sampler
     reward: Callable[[str, Problem], float]
-    demonstration_of: dict[str, Row] = field(default_factory=dict)  # by question, for methods that pair them
+    demonstrations_of: dict[str, list[Row]] = field(default_factory=dict)  # by question, for methods that pair them
 
     def encode(self, question: str) -> list[int]:
         return encode_prompt(self.tokenizer, question, self.task.instruction, self.task.template)
+
+    def is_right(self, reward: float) -> bool | None:
+        """Whether this is the reward of a right response; None if the reward function does not state right_from."""
+        right_from = getattr(self.reward, "right_from", None)
+        return None if right_from is None else reward >= right_from
+
+    def demonstration(self, draw: int, i: int) -> Row | None:
+        """The demonstration of problem i in one of its draws: each pass over D_RL takes the next of its question."""
+        known = self.demonstrations_of.get(self.task.problems[i].question)
+        if not known:
+            return None
+        epoch = draw // len(self.task.problems)
+        return known[(epoch + i) % len(known)]
 
 
 @dataclass
@@ -49,6 +62,7 @@ class Group:
     completions: list[Completion]  # G
     responses: list[str]  # G, the completions as text
     rewards: list[float]  # G
+    right: list[bool | None]  # G, None where the reward does not state what is right
     demonstration: Row | None = None  # of the prompt, for methods that pair them
 
     @property
@@ -150,16 +164,17 @@ def sample_share(env: Environment, draws: list[tuple[int, int]], step: int) -> l
     sampled = env.sampler.generate(prompts, keys, s.group_size, s.max_new_tokens, s.temperature)
 
     groups = []
-    for (draw, _), problem, prompt, completions in zip(draws, problems, prompts, sampled, strict=True):
+    for (draw, i), problem, prompt, completions in zip(draws, problems, prompts, sampled, strict=True):
         # Methods that pair prompts with demonstrations use it in the group, in the SFT term, or in both.
-        demonstration = env.demonstration_of.get(problem.question)
+        demonstration = env.demonstration(draw, i)
         # LUFFY and SRFT: the demonstration is graded like a sample, and counts in the mean of its group.
         if METHODS[s.method].joins_group:
             ids = demonstration[1]
             completions = [*completions, Completion(ids, [math.nan] * len(ids), "demonstration")]
         responses = [c.text(env.tokenizer, env.sampler.stop) for c in completions]
         rewards = [env.reward(response, problem) for response in responses]
-        groups.append(Group(draw, problem, prompt, completions, responses, rewards, demonstration))
+        right = [env.is_right(reward) for reward in rewards]
+        groups.append(Group(draw, problem, prompt, completions, responses, rewards, right, demonstration))
     return groups
 
 
@@ -173,25 +188,29 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
     advantage = grpo.group_advantages(reward, divide_by_std=s.aggregation_of_method != "dr_grpo")  # [P, G]
     if s.method == "srft":
         entropy = torch.tensor([-sum(c.logps) / len(c.logps) for c in completions])  # [N] estimated
-        advantage = baselines.srft_advantages(advantage, reward, entropy.view_as(reward))
+        is_right = torch.tensor([group.right for group in groups])  # [P, G]
+        advantage = baselines.srft_advantages(advantage, is_right, entropy.view_as(reward))
 
     # Sequences of weight 0 have no RL loss and no KL term.
     keep = torch.tensor([c.finish_reason != "length" or not s.overlong_mask for c in completions])  # [N]
     demonstrations = [group.demonstration for group in groups if method.paired]
     if s.method == "hpt":
-        imitates = baselines.hpt_imitates(reward)  # [P]
+        is_right = torch.tensor([group.right for group in groups])  # [P, G]
+        imitates = baselines.hpt_imitates(is_right)  # [P]
         keep &= ~imitates.repeat_interleave(reward.shape[1])
         demonstrations = [row for row, chosen in zip(demonstrations, imitates, strict=True) if chosen]
     weight = grpo.token_weights(lengths, s.aggregation_of_method, s.max_new_tokens, keep)  # [T]
 
     records = []
     for group in groups:
-        for c, response, earned in zip(group.completions, group.responses, group.rewards, strict=True):
+        columns = group.completions, group.responses, group.rewards, group.right
+        for c, response, earned, right in zip(*columns, strict=True):
             record = dict(
                 question=group.problem.question,
                 answer=group.problem.answer,
                 response=response,
                 reward=earned,
+                right=right,
                 finish_reason=c.finish_reason,
             )
             records.append(record)
@@ -215,17 +234,20 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
 def statistics(groups: list[Group]) -> dict[str, float]:
     """Means over all samples, and the fraction of groups without signal."""
     rewards = []
+    right = []
     samples = []
     for group in groups:
-        for completion, reward in zip(group.completions, group.rewards, strict=True):
+        for completion, reward, is_right in zip(group.completions, group.rewards, group.right, strict=True):
             if completion.finish_reason != "demonstration":
                 samples.append(completion)
                 rewards.append(reward)
+                right.append(math.nan if is_right is None else is_right)
     tokens = sum(len(c.ids) for c in samples)
     truncated = [c for c in samples if c.finish_reason == "length"]
     without_signal = [group for group in groups if not group.has_signal]
     return dict(
         reward=sum(rewards) / len(samples),
+        right_frac=sum(right) / len(samples),  # nan where the reward does not state what is right
         response_tokens=tokens / len(samples),
         truncated_frac=len(truncated) / len(samples),
         zero_std_groups=len(without_signal) / len(groups),

@@ -28,6 +28,7 @@ class Method(NamedTuple):
     two_optimizers: bool = False  # of θ: one for updates by RL, one for updates by SFT
     paired: bool = False  # needs the demonstrations of its prompts
     joins_group: bool = False  # the demonstration of a prompt is one more member of the prompt's group
+    asks_right: bool = False  # treats right responses differently, whatever their rewards
     loss: str = ""  # of RL: empty (by aggregation and clip), dr_grpo (no clip) or reinforce (no clip, no ratio)
     own_settings: tuple[str, ...] = ()  # settings used only by the methods that list them
 
@@ -58,11 +59,11 @@ METHODS = {
     ),
     "srft": Method(
         "SRFT: ±REINFORCE on LUFFY's groups + mu·SFT, both weighted by entropy",
-        paired=True, joins_group=True, loss="reinforce", own_settings=("mu",),
+        paired=True, joins_group=True, asks_right=True, loss="reinforce", own_settings=("mu",),
     ),
     "hpt": Method(
         "HPT: mu·SFT on the demonstrations of prompts without a right sample + RL on the others",
-        paired=True, loss="dr_grpo", own_settings=("mu",),
+        paired=True, asks_right=True, loss="dr_grpo", own_settings=("mu",),
     ),
     "mix_lora": Method(
         "(1−λ)·SFT + λ·GRPO on θ and on w: BRIDGE without the shadow",

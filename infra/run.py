@@ -28,10 +28,10 @@ from settings import SettingError, Settings, check
 LOGS = ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "tokens.jsonl.gz", "answers.jsonl.gz")  # lines with a "step"
 ANSWER = ("group", "question", "answer", "response", "extracted", "correct", "finish_reason")  # what is kept of it
 METRICS = (
-    "reward", "response_tokens", "truncated_frac", "zero_std_groups", "entropy", "kl", "clip_frac", "sft_nll",
-    "cooperative_gain", "gain_grad_norm", "grad_norm_theta", "grad_norm_w", "grad_norm_theta_hat", "ratio_hat_mean",
-    "ratio_hat_max", "ratio_hat_limited", "logp_gap_mean", "logp_gap_max", "lora_norm", "sampled_tokens",
-    "tokens_per_second", "skipped_in_a_row",
+    "reward", "right_frac", "response_tokens", "truncated_frac", "zero_std_groups", "entropy", "kl", "clip_frac",
+    "sft_nll", "cooperative_gain", "gain_grad_norm", "grad_norm_theta", "grad_norm_w", "grad_norm_theta_hat",
+    "ratio_hat_mean", "ratio_hat_max", "ratio_hat_limited", "logp_gap_mean", "logp_gap_max", "lora_norm",
+    "sampled_tokens", "tokens_per_second", "skipped_in_a_row",
 )  # fmt: skip
 
 MAX_SKIPPED = 5  # updates with a loss or gradient that is not finite, without a clean step between, end the run

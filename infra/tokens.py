@@ -13,21 +13,25 @@ DEMONSTRATIONS = 8  # that are kept of a step unless all are
 DIGITS = 4  # significant ones of every number
 
 
-def kept_rows(advantage: Tensor, group_size: int, keep: str) -> range:
-    """All rows, or with keep "first" those of the first group with an advantage.  advantage [N], in group order"""
+def kept_rows(reward: Tensor, keep: str) -> range:
+    """All rows, or with keep "first" those of the first group with unequal rewards.  reward [P, G]"""
     if keep == "all":
-        return range(len(advantage))
-    has_advantage = (advantage.view(-1, group_size) != 0).any(1)  # [P]
-    first = int(has_advantage.int().argmax())
+        return range(reward.numel())
+    group_size = reward.shape[1]
+    is_unequal = (reward != reward[:, :1]).any(1)  # [P]
+    first = int(is_unequal.int().argmax())
     return range(first * group_size, (first + 1) * group_size)
 
 
-def numbers_of_tokens(sampler_logp: Tensor, policy: RLPass | None, shadow: RLPass | None) -> dict[str, Tensor]:
+def numbers_of_tokens(
+    advantage: Tensor, weight: Tensor, sampler_logp: Tensor, policy: RLPass | None, shadow: RLPass | None
+) -> dict[str, Tensor]:
     """What report.html shows of every response token, [T] each; nan where no pass ran the token's row.
 
-    gain is the token's part in the gradient of the cooperative gain: the policy's slope minus the shadow's.
+    The weight is a multiple of an average token's, 1/T. gain is the token's part in the gradient of the cooperative
+    gain: the policy's slope minus the shadow's.
     """
-    numbers = {}
+    numbers = {"A": advantage, "weight": weight * len(weight)}
     slope = torch.zeros_like(sampler_logp)
     if policy is not None:
         was_run = policy.ratio > 0
@@ -44,13 +48,13 @@ def numbers_of_tokens(sampler_logp: Tensor, policy: RLPass | None, shadow: RLPas
 
 
 def group_records(
-    of: str, rows: list[Row], samples: list[dict], group_size: int, advantage: Tensor, weight: Tensor,
-    numbers: dict[str, Tensor], kept: range, tokenizer: object,
+    of: str, rows: list[Row], samples: list[dict], group_size: int, numbers: dict[str, Tensor], kept: range,
+    tokenizer: object,
 ) -> list[dict]:  # fmt: skip
     """The kept rows, whole groups of completions, as plain JSON.
 
-    of: "policy" or "shadow", which sampled them; samples: their N records in samples.jsonl; advantage, weight and
-    numbers: [T] of the response tokens of all N rows. A weight is logged as a multiple of an average token's, 1/T.
+    of: "policy" or "shadow", which sampled them; samples: their N records in samples.jsonl; numbers: [T] of the
+    response tokens of all N rows.
     """
     offsets = response_offsets(rows)
     tokens = slice(offsets[kept.start], offsets[kept.stop])
@@ -60,15 +64,13 @@ def group_records(
     for i, row_numbers in zip(kept, numbers_of_rows, strict=True):
         prompt, response = rows[i]
         sample = samples[i]
-        first_token = offsets[i]
         if i % group_size == 0:
             group = {"of": of, "question": sample["question"], "answer": sample["answer"]}
             groups.append(group | {"prompt": tokenizer.decode(prompt), "rows": []})
         row = {
             "reward": sample["reward"],
-            "A": round(advantage[first_token].item(), 4),
+            "right": sample["right"],
             "finish": sample["finish_reason"],
-            "weight": round(weight[first_token].item() * len(weight), 4),
             "pieces": pieces(tokenizer, response),
         }
         groups[-1]["rows"].append(row | row_numbers)

@@ -23,23 +23,24 @@ class RowsToRun:
 
 def rows_to_run(
     rows: list[Row],
-    advantage: Tensor,  # [T], as the next two equal for all tokens of a row
+    advantage: Tensor,  # [T]
     weight: Tensor,  # [T]
-    is_demonstration: Tensor,  # [T]
+    is_demonstration: Tensor,  # [T] equal for all tokens of a row
     reward: Tensor,  # [P, G], P·G = N
     has_kl: bool,
     score_rewarded: bool,
 ) -> RowsToRun:
     """What a pass over these rows must run.
 
-    A row has a gradient if it has a weight and an advantage or a KL term (`has_kl`). With `score_rewarded`, rows with
-    a reward and no gradient are scored.
+    A row has a gradient if a token of it has a weight and an advantage or a KL term (`has_kl`). With `score_rewarded`,
+    rows with a reward and no gradient are scored.
     """
     offsets = response_offsets(rows)  # [N+1]
-    starts = offsets[:-1]
-    advantages = advantage[starts].tolist()
-    weights = weight[starts].tolist()
-    kinds = is_demonstration[starts].tolist()
+    numbers = torch.stack([advantage, weight]).cpu()  # [2, T]
+    has_gradient = numbers[1] != 0  # [T]
+    if not has_kl:
+        has_gradient &= numbers[0] != 0
+    kinds = is_demonstration[offsets[:-1]].tolist()
     rewards = reward.flatten().tolist()
 
     source = torch.arange(offsets[-1])
@@ -47,11 +48,12 @@ def rows_to_run(
     trained = []
     scored = []
     for i, (prompt, response) in enumerate(rows):
-        content = (*prompt, -1, *response, -1, advantages[i], weights[i], rewards[i], kinds[i])
+        t = slice(offsets[i], offsets[i + 1])
+        content = (*prompt, -1, *response, -1, numbers[:, t].numpy().tobytes(), rewards[i], kinds[i])
         first = first_with.setdefault(content, i)
         if first != i:
-            source[offsets[i] : offsets[i + 1]] = torch.arange(offsets[first], offsets[first + 1])
-        elif weights[i] and (advantages[i] or has_kl):
+            source[t] = torch.arange(offsets[first], offsets[first + 1])
+        elif has_gradient[t].any():
             trained.append(i)
         elif score_rewarded and rewards[i]:
             scored.append(i)

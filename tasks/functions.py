@@ -54,23 +54,33 @@ def load_function(setting: str, spec: str) -> Callable:
 def load_reward(spec: str) -> Callable[[str, Problem], float]:
     """The reward r(response, problem) of the function FILE.py:FUNCTION, or the built-in one if `spec` is empty.
 
-    The reward raises SettingError if the function returns no finite number.
+    Its attribute right_from is the function's: the least reward of a right response, None if the function has none.
+    Raises SettingError if this is no finite number; so does the reward if the function returns none.
     """
     if not spec:
         return built_in_reward
     function = load_function("reward", spec)
+    right_from = getattr(function, "right_from", None)
+    if right_from is not None and not is_finite_number(right_from):
+        raise SettingError(f"reward: {spec}.right_from must be a finite number, it is {right_from!r:.200}")
 
     def reward(response: str, problem: Problem) -> float:
         with user_code("reward", spec):
             value = function(response, problem)
-        try:
-            # Text has no __float__; float("3") would accept it.
-            number = float(value) if hasattr(value, "__float__") else math.nan
-        except (TypeError, ValueError, RuntimeError):
-            number = math.nan  # an array, a tensor
-        if not math.isfinite(number):
+        if not is_finite_number(value):
             returned = f"it returned {value!r:.200} for {problem.question[:80]!r}"
             raise SettingError(f"reward: {spec} must return a finite number, {returned}")
-        return number
+        return float(value)
 
+    reward.right_from = right_from
     return reward
+
+
+def is_finite_number(value: object) -> bool:
+    """Whether float(value) is a finite number and `value` is no text; an array of one element counts."""
+    if not hasattr(value, "__float__"):  # text: float("3") would accept it
+        return False
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError, RuntimeError):
+        return False  # a longer array or tensor

@@ -33,7 +33,7 @@ class Loaded:
     stop: list[int]  # ids that end a completion
     reward: Callable[[str, Problem], float]
     demonstrations: list[Row]  # D_SFT as token ids
-    demonstration_of: dict[str, Row]  # question -> its demonstration, for methods that pair prompts with them
+    demonstrations_of: dict[str, list[Row]]  # by question, for methods that pair prompts with them
     fingerprints: dict[str, str]  # of the data, and of the initial weights and the tokenizer
 
 
@@ -46,6 +46,12 @@ def load_training(s: Settings) -> Loaded:
             "raise it, or start fewer ranks"
         )
     reward = load_reward(s.reward)
+    if METHODS[s.method].asks_right and reward.right_from is None:
+        function = s.reward.rpartition(":")[2]
+        raise SettingError(
+            f"method {s.method} asks which responses are right: state in the file of reward {s.reward} from which "
+            f"reward on they are, such as {function}.right_from = 1"
+        )
     # Rank 0 downloads files, then the other ranks read them from the disk.
     with parallel.rank0_first():
         task = load_task(s)
@@ -54,9 +60,9 @@ def load_training(s: Settings) -> Loaded:
         model, tokenizer, stop = load_model(s.model, task.template, device)
     positions = model.config.max_position_embeddings
     demonstrations = prepare(task, tokenizer, s.max_new_tokens, positions, METHODS[s.method].sft)
-    demonstration_of = pair(task, demonstrations, s.method) if METHODS[s.method].paired else {}
+    demonstrations_of = pair(task, demonstrations, s.method) if METHODS[s.method].paired else {}
     fingerprints = dict(data=fingerprint(task), model=model_fingerprint(model, tokenizer))
-    return Loaded(task, model, tokenizer, stop, reward, demonstrations, demonstration_of, fingerprints)
+    return Loaded(task, model, tokenizer, stop, reward, demonstrations, demonstrations_of, fingerprints)
 
 
 def describe_data(task: Task, tokenizer, stop: list[int], demonstrations: list[Row]) -> dict[str, str]:

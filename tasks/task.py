@@ -179,19 +179,19 @@ def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_dem
     return encoded
 
 
-def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, Row]:
-    """Drops problems without a demonstration of their question; returns the demonstration of each question.
+def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, list[Row]]:
+    """Drops problems without a demonstration of their question; returns the demonstrations of each question.
 
     If none is left, the problems are made of the demonstrations, whose `answer` is the gold. `demonstrations` are the
     task's, encoded. Adds a note. Raises DataError if no demonstration has an answer.
     """
-    demonstration_of = {}
+    demonstrations_of: dict[str, list[Row]] = {}
     problem_of = {}  # made of the demonstration of a question
     for d, row in zip(task.demonstrations, demonstrations, strict=True):
-        demonstration_of[d.question] = row
+        demonstrations_of.setdefault(d.question, []).append(row)
         if d.answer is not None:
             problem_of[d.question] = Problem(d.question, d.answer)
-    paired = [p for p in task.problems if p.question in demonstration_of]
+    paired = [p for p in task.problems if p.question in demonstrations_of]
     if paired:
         task.notes.append(f"method {method}: {len(paired)} of {len(task.problems)} prompts have a demonstration: kept")
     elif problem_of:
@@ -201,7 +201,7 @@ def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, Row]:
     else:
         raise DataError(f"method {method} needs demonstrations of its prompts: no question of rl_data is in sft_data")
     task.problems = paired
-    return demonstration_of
+    return demonstrations_of
 
 
 class Stream:

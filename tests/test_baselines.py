@@ -14,7 +14,8 @@ import bridge
 import grpo
 from logprob import response_logprobs
 from rollout import Rollouts
-from settings import Settings
+from settings import SettingError, Settings
+from tasks.functions import load_reward
 from tasks.task import DataError, Demonstration, Problem, Task, pair
 
 PAIRED = ("luffy", "srft", "hpt")
@@ -33,7 +34,7 @@ def published_batch(method):
     lengths = torch.tensor(LENGTHS)
     A = grpo.group_advantages(reward, divide_by_std=False)
     if method == "srft":
-        A = baselines.srft_advantages(A, reward, entropy)
+        A = baselines.srft_advantages(A, reward == 1, entropy)
     rollouts = Rollouts(
         rows=[([1], list(range(10 * i, 10 * i + n))) for i, n in enumerate(LENGTHS)], reward=reward,
         advantage=A.flatten().repeat_interleave(lengths),
@@ -114,9 +115,9 @@ def test_srft_weighs_each_demonstration_by_its_own_entropy():
     assert baselines.srft_sft_weights(entropy[:0], []).shape == (0,)
 
 
-def test_srft_s_right_is_a_reward_of_exactly_one():
-    reward = torch.tensor([[1.0, 0.5, 2.0, -1.0, 1.0]])
-    advantage = baselines.srft_advantages(torch.full((1, 5), 0.7), reward, torch.zeros(1, 5))
+def test_srft_s_advantage_is_positive_exactly_for_right_samples():
+    is_right = torch.tensor([[True, False, False, False, True]])
+    advantage = baselines.srft_advantages(torch.full((1, 5), 0.7), is_right, torch.zeros(1, 5))
     assert advantage.tolist() == [pytest.approx([0.1, -1, -1, -1, 0.7])], "the last is the demonstration"
 
 
@@ -143,6 +144,7 @@ def sampled(tmp_path, method, reward=odd, **changes):
     """(a run of 4 prompts and 4 samples, its first rollouts)."""
     run = make_run(tmp_path, **(dict(method=method, prompts_per_step=4, group_size=4, grad_clip=1e9) | changes))
     run.env.reward = reward
+    reward.right_from = 1.0
     return run, sample(run)
 
 
@@ -178,13 +180,50 @@ def test_hpt_with_imitation_everywhere_is_sft_on_the_prompts_of_the_step(tmp_pat
 
 
 def test_hpt_imitates_where_no_sample_is_right():
-    reward = torch.tensor([[0.5, 0.0, 0.9], [1.0, 0.0, 0.0], [1.0, 1.0, 1.0]])
-    assert baselines.hpt_imitates(reward).tolist() == [True, False, False]
+    right = torch.tensor([[0, 0, 0], [1, 0, 0], [1, 1, 1]]).bool()
+    assert baselines.hpt_imitates(right).tolist() == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    "scale", [(10, 0, 10), (0.9, 0, 0.9), (1, -1, 0.5), (-2, -5, -2), (0.3, 0.1, 0.2), (2, 1, 1.5)]
+)
+@pytest.mark.parametrize("method", ["srft", "hpt"])
+def test_rewards_of_another_scale_leave_what_is_right_to_srft_and_hpt(tmp_path, method, scale):
+    best, worst, right_from = scale
+
+    def scaled(response, problem):
+        return best if is_odd(response, problem) else worst
+
+    # One whole group is wrong, so that hpt imitates.
+    def is_odd(response, problem):
+        return problem.question != first and odd(response, problem) == 1
+
+    def binary(response, problem):
+        return float(is_odd(response, problem))
+
+    first = ""
+    run, _ = sampled(tmp_path, method, reward=binary)
+    first = run.env.task.problems[run.prompt_order.take(1)[0][1]].question
+    run.prompt_order.position = 4
+    expected = sample(run)
+    run.prompt_order.position = 4
+    run.env.reward = scaled
+    scaled.right_from = right_from
+    found = sample(run)
+    assert found.demonstrations == expected.demonstrations
+    assert bool(found.demonstrations)
+    assert found.weight.tolist() == expected.weight.tolist()
+    samples = ~found.is_demonstration
+    if method == "srft":
+        assert found.advantage[samples].tolist() == expected.advantage[samples].tolist()
+        assert {-1.0} < set(found.advantage[samples].tolist())
+    assert found.stats["right_frac"] == expected.stats["reward"] == expected.stats["right_frac"]
+    assert [r["right"] for r in found.records] == [r["reward"] == 1 for r in expected.records]
 
 
 def test_hpt_has_rl_only_where_it_does_not_imitate(tmp_path):
     _, rollouts = sampled(tmp_path, "hpt", reward=lambda response, problem: odd(problem.question, problem))
-    imitates = baselines.hpt_imitates(rollouts.reward)
+    imitates = (rollouts.reward < 1).all(1)
     assert imitates.any()
     assert not imitates.all()
     weight = rollouts.weight[rollouts.offsets[:-1]].view(4, 4)
@@ -224,8 +263,8 @@ def test_the_expert_is_graded_like_a_sample_and_stands_last_in_its_group(tmp_pat
     assert rollouts.reward.shape == (4, 5)
     assert not rollouts.reward.any(), "an expert that is graded wrong has no reward"
     run = make_run(tmp_path, method="luffy", prompts_per_step=4, group_size=4)  # the built-in reward
-    for question, (prompt, _) in list(run.env.demonstration_of.items())[::2]:
-        run.env.demonstration_of[question] = prompt, boxed(run, "x", 0).ids
+    for question, [(prompt, _)] in list(run.env.demonstrations_of.items())[::2]:
+        run.env.demonstrations_of[question] = [(prompt, boxed(run, "x", 0).ids)]
     rollouts = sample(run)
     wrong = [rollouts.rows[5 * i + 4][1] == boxed(run, "x", 0).ids for i in range(4)]
     assert any(wrong) != all(wrong), "the case must have both"
@@ -296,7 +335,7 @@ def test_prompts_are_those_with_a_demonstration_and_else_the_demonstrations_own(
     shown = [demonstration("a", "1"), demonstration("b", "2"), demonstration("b", "2")]
     rows = [([0], [i]) for i in range(3)]
     task = Task([Problem("b", "2"), Problem("c", "3")], shown, [])
-    assert pair(task, rows, "hpt") == {"a": rows[0], "b": rows[2]}
+    assert pair(task, rows, "hpt") == {"a": [rows[0]], "b": [rows[1], rows[2]]}
     assert task.problems == [Problem("b", "2")]
     assert task.notes == ["method hpt: 1 of 2 prompts have a demonstration: kept"]
     task = Task([Problem("c", "3")], shown, [])
@@ -315,7 +354,57 @@ def test_every_prompt_of_the_built_in_task_has_its_demonstration_even_if_long_on
     assert {tuple(env.encode(p.question)) for p in env.task.problems} == {
         tuple(prompt) for prompt, _ in run.demonstrations
     }
-    assert all(env.demonstration_of[p.question][0] == env.encode(p.question) for p in env.task.problems)
+    for p in env.task.problems:
+        [(prompt, _)] = env.demonstrations_of[p.question]
+        assert prompt == env.encode(p.question)
+
+
+@pytest.mark.parametrize("method", PAIRED)
+def test_several_demonstrations_of_a_question_are_drawn_in_turn(tmp_path, method):
+    run = make_run(tmp_path, method=method, prompts_per_step=4, group_size=2)
+    run.env.task.problems = run.env.task.problems[:4]
+    run.prompt_order.count = 4  # a step is a pass over D_RL
+    run.env.reward = lambda response, problem: 0.0
+    run.env.reward.right_from = 1.0
+    counts = [1, 2, 3, 3]
+    for p, count in zip(run.env.task.problems, counts, strict=True):
+        run.env.demonstrations_of[p.question] = [
+            (run.env.encode(p.question), boxed(run, str(i), 0).ids) for i in range(count)
+        ]
+    drawn = {tuple(run.env.encode(p.question)): [] for p in run.env.task.problems}
+    for _ in range(6):
+        for prompt, response in sample(run).demonstrations:
+            drawn[tuple(prompt)].append(tuple(response))
+    for seen, count in zip(drawn.values(), counts, strict=True):
+        assert len(seen) == 6
+        assert [seen.count(response) for response in set(seen)] == [6 // count] * count
+    firsts = [seen[0] for seen in drawn.values()]
+    assert len(set(firsts)) > 1, "one pass takes the first demonstration of some questions and later ones of others"
+
+
+@pytest.mark.parametrize("stated", ["'1'", "float('nan')", "[1, 2]", "1j"])
+def test_what_is_right_must_be_stated_as_a_number(tmp_path, stated):
+    file = tmp_path / f"stated_{len(stated)}.py"  # a module is imported once per process
+    file.write_text(f"def f(response, problem):\n    return 1\n\n\nf.right_from = {stated}\n")
+    with pytest.raises(SettingError, match=r"py:f\.right_from must be a finite number, it is"):
+        load_reward(f"{file}:f")
+
+
+@pytest.mark.parametrize("method", ["rl", "bridge", *PAIRED])
+def test_a_reward_without_a_statement_of_what_is_right_is_refused_by_the_methods_that_ask(tmp_path, method):
+    file = tmp_path / "scale.py"
+    file.write_text("def f(response, problem):\n    return 10 * len(response)\n")
+    flags = ["--preset", "smoke", "--method", method, "--steps", "1", "--out", tmp_path / "run", "--eval-problems", "1"]
+    flags += ["--reward", f"{file}:f"]
+    if method in ("srft", "hpt"):
+        text = refused(*flags)
+        assert f"method {method} asks which responses are right: state in the file of reward {file}:f" in text
+        assert "f.right_from = 1" in text
+    else:
+        bridge.main([str(flag) for flag in flags])
+        (metrics,) = lines(tmp_path / "run" / "metrics.jsonl")
+        assert metrics["right_frac"] is None
+        assert all(sample["right"] is None for sample in lines(tmp_path / "run" / "samples.jsonl"))
 
 
 @pytest.mark.parametrize("method", ["chord", *PAIRED])

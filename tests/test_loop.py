@@ -86,7 +86,9 @@ def test_rewards_advantages_and_weights_belong_to_the_tokens_of_their_own_sequen
 def test_aggregation_and_mask_reach_the_weights_and_dr_grpo_omits_the_std(tmp_path, aggregation):
     run = make_run(tmp_path, aggregation=aggregation, overlong_mask=True)
     completions = [boxed(run, "1", n, "length" if n == 1 else "stop") for n in range(3)]
-    group = rollout.Group(0, run.env.task.problems[0], [1, 2], completions, ["a", "b", "c"], [0.9, 0.1, 0.2])
+    group = rollout.Group(
+        0, run.env.task.problems[0], [1, 2], completions, ["a", "b", "c"], [0.9, 0.1, 0.2], [None] * 3
+    )
     rollouts = rollout.make_rollouts([group], run.s, {})
     lengths, keep = torch.tensor([len(c.ids) for c in completions]), torch.tensor([True, False, True])
     expected = grpo.token_weights(lengths, aggregation, run.s.max_new_tokens, keep)
@@ -98,7 +100,7 @@ def test_aggregation_and_mask_reach_the_weights_and_dr_grpo_omits_the_std(tmp_pa
 @pytest.mark.parametrize("rewards", [[0.3] * 6, [1000.1] * 6, [1000.1] * 5 + [1000.1 + 1e-9], [0.1 + 0.2, 0.3] * 3])
 def test_a_group_has_a_signal_exactly_if_it_has_an_advantage(tmp_path, rewards):
     run = make_run(tmp_path)
-    group = rollout.Group(0, run.env.task.problems[0], [1], [boxed(run, "1", 0)] * 6, ["a"] * 6, rewards)
+    group = rollout.Group(0, run.env.task.problems[0], [1], [boxed(run, "1", 0)] * 6, ["a"] * 6, rewards, [None] * 6)
     assert group.has_signal == bool(rollout.make_rollouts([group], run.s, {}).advantage.any())
 
 
@@ -167,7 +169,10 @@ def test_with_dynamic_sampling_policy_and_own_shadow_keep_the_prompts_with_a_sig
     def sample_groups(env, draws, step):
         signal, completions = draws_with_signal[next(models)], [boxed(run, "1", 0)] * 2
         rewards = {draw: [float(draw in signal), 0.0] for draw, _ in draws}
-        return [rollout.Group(d, env.task.problems[i], [1], completions, ["a"] * 2, rewards[d]) for d, i in draws]
+        return [
+            rollout.Group(d, env.task.problems[i], [1], completions, ["a"] * 2, rewards[d], [None] * 2)
+            for d, i in draws
+        ]
 
     monkeypatch.setattr(rollout, "sample_groups", sample_groups)
     both = rollout.sample_rollouts(run.env, run.prompt_order, run.m.policy, run.m.shadow, 0, Timer(1))

@@ -1,4 +1,4 @@
-"""A look inside a run: what a step keeps of its tokens, the compressed logs, and the page that shows them."""
+"""A look inside a run: what a step keeps of its tokens, the compressed logs, the page that shows them, and figures."""
 
 import html.parser
 import json
@@ -7,8 +7,10 @@ import shutil
 import sys
 from contextlib import nullcontext
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
+import matplotlib.figure
 import pytest
 import torch
 from conftest import lines
@@ -40,7 +42,7 @@ def record_of(s, m, rollouts, keep, rollouts_hat=None, demonstrations=()):
     """What an update leaves in tokens.jsonl.gz."""
     rollouts_hat = rollouts_hat or rollouts
     for r in (rollouts, rollouts_hat):
-        facts = dict(question="q", answer="a", response="", finish_reason="stop")
+        facts = dict(question="q", answer="a", response="", finish_reason="stop", right=None)
         r.records = [facts | {"reward": reward} for reward in r.reward.flatten().tolist()]
     timer = lambda phase: nullcontext()  # noqa: E731
     weights = bridge.updates(s, 0)[0]
@@ -64,8 +66,7 @@ def column(record, name, count):
 
 def weights(record, count):
     """weight of every kept token in the loss; the record has multiples of an average token's."""
-    kept = [row for group in record["groups"] for row in group["rows"]]
-    return torch.tensor([row["weight"] / count for row in kept for _ in row["pieces"]], dtype=torch.float64)
+    return column(record, "weight", count) / count
 
 
 @pytest.mark.parametrize("changes", [dict(), dict(kl_coef=0.1), dict(shadow_ratio_cap=0.0)])
@@ -129,7 +130,19 @@ def test_own_rollouts_of_the_shadow_are_kept_beside_the_policy_s():
     assert row["gain"] == pytest.approx(-row["A"], rel=1e-2), "the shadow's tokens count with minus their weight"
 
 
-def test_the_group_that_is_kept_is_the_first_with_an_advantage():
+def test_a_number_that_differs_between_the_tokens_of_a_row_is_kept_for_each():
+    s = settings(method="rl")
+    m = fresh(s)
+    rollouts = make_rollouts(m.policy)
+    T = len(rollouts.weight)
+    rollouts.advantage = torch.linspace(-1, 1, T)
+    rollouts.weight = torch.linspace(1, 2, T) / T
+    record = record_of(s, m, rollouts, "all")
+    torch.testing.assert_close(column(record, "A", T), rollouts.advantage.double(), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(weights(record, T), rollouts.weight.double(), rtol=1e-3, atol=0)
+
+
+def test_the_group_that_is_kept_is_the_first_with_unequal_rewards():
     s = settings()
     m = fresh(s)
     rollouts = repetitive_rollouts(m.policy)
@@ -357,6 +370,33 @@ def test_chromium_shows_the_page_moves_the_slider_and_runs_no_text_of_the_model(
     assert errors == []
 
 
+def test_chromium_marks_what_is_right_by_its_statement_and_shows_rewards_of_any_scale(tmp_path, chromium):
+    hostile_run(tmp_path)
+    numbers = dict(finish="stop", logp=-1.0, entropy=0.2, slope=0.5)
+    marks = {"r1": (True, 9.0, "✓ reward 9"), "r2": (False, 0.1, "✗ reward 0.1"), "r3": (None, 3.0, "reward 3")}
+    rows = []
+    for text, (right, reward, _) in marks.items():
+        row = dict(reward=reward, right=right, pieces=[text, "a"], A=[0.5, -0.5], weight=[1.0, 2.0])
+        rows.append(row | numbers)
+    group = dict(of="policy", question="q", answer="a", prompt="p", rows=rows)
+    (tmp_path / "tokens.jsonl.gz").unlink()
+    append_line(tmp_path / "tokens.jsonl.gz", {"step": 1, "groups": [group], "demonstrations": []})
+    (tmp_path / "metrics.jsonl").unlink()
+    for step, reward in ((1, -4.0), (2, 9.0)):
+        append_line(tmp_path / "metrics.jsonl", {"step": step, "reward": reward, "seconds": {}})
+    page, errors = opened(chromium, tmp_path)
+    heads = page.locator("#rollouts .row > div:first-child span")
+    assert heads.all_text_contents() == [mark for _, _, mark in marks.values()]
+    assert [head.get_attribute("class") for head in heads.all()] == ["right", "wrong", None]
+    assert "A by token" in page.text_content("#rollouts")
+    page.hover("#rollouts i >> nth=1")
+    assert "RL weight +1" in page.text_content("#detail"), "the weight of the second token"
+    curve = page.locator("#curves figure", has_text="reward of the rollouts").locator("path").last
+    ys = [float(point.split(" ")[1]) for point in curve.get_attribute("d")[1:].split("L")]
+    assert all(0 <= y <= 170 for y in ys)
+    assert errors == []
+
+
 @pytest.mark.parametrize("method", ["bridge", "sft", "luffy"])
 def test_chromium_shows_runs_of_all_kinds_without_an_error(method, finished_run, chromium, tmp_path):
     shutil.copytree(finished_run("--method", method, "--steps", "2"), tmp_path / "run")
@@ -366,3 +406,63 @@ def test_chromium_shows_runs_of_all_kinds_without_an_error(method, finished_run,
     for k in range(7):
         page.keyboard.press(str(k + 1))
     assert errors == []
+
+
+def fake_run(folder, rewards=(0.5,), evals=()):
+    """A run folder with the logs that figures are drawn of."""
+    folder.mkdir(parents=True)
+    for step, reward in enumerate(rewards, 1):
+        record = {"step": step, "reward": reward, "response_tokens": 5.0, "seconds": {"sample": 1.0, "rl": 0.5}}
+        append_line(folder / "metrics.jsonl", record)
+    for policy in evals:
+        append_line(folder / "evals.jsonl", {"step": 1, "policy": policy | {"average": 0.5}})
+    return folder
+
+
+def drawn(monkeypatch, *runs):
+    """The axes of plot.py's figure by title."""
+    figures = []
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", lambda self, *a, **k: figures.append(self))
+    plot.draw(list(runs), Path("unused.png"))
+    return {ax.get_title(): ax for ax in figures[0].axes}
+
+
+@pytest.mark.parametrize(
+    "rewards", [[(3.0, 10.0)], [(-1.0, 1.0)], [(-5.0, -4.0)], [(0.2, 0.4), (6.0, 8.0)], [(-2.0, -2.0)], [(0.25, 0.75)]]
+)
+def test_the_figure_shows_rewards_of_any_scale(tmp_path, monkeypatch, rewards):
+    runs = [fake_run(tmp_path / str(i), values) for i, values in enumerate(rewards)]
+    low, high = drawn(monkeypatch, *runs)["reward of the rollouts"].get_ylim()
+    values = [reward for of_run in rewards for reward in of_run]
+    assert low < min(values)
+    assert max(values) < high
+    if min(values) >= 0 and max(values) <= 1:
+        assert (low, high) == (0, 1), "runs with rewards in [0, 1] have one scale"
+
+
+def test_runs_with_equal_last_names_have_their_paths_as_labels(tmp_path, monkeypatch):
+    runs = [fake_run(tmp_path / name) for name in ("a/run", "b/run", "c/other")]
+    axes = drawn(monkeypatch, *runs)
+    names = [str(runs[0]), str(runs[1]), "other"]
+    assert [text.get_text() for text in axes["response length, tokens"].get_legend().get_texts()] == names
+    seconds = axes["seconds per step, by phase"]
+    assert [text.get_text() for text in seconds.get_yticklabels()] == names
+    assert len({bar.get_y() for bar in seconds.patches}) == 3, "each run has a row of its own"
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [(("n=3", "n=4", "n=5"), ("all",)), (("level 1", "level 2"), ("level 2", "level 3")), (("a", "b"), ("b", "a")),
+     (("a",), ())],
+)  # fmt: skip
+def test_the_bars_of_a_group_stand_above_its_name_whatever_groups_other_runs_have(tmp_path, monkeypatch, first, second):
+    value = {group: 0.1 * i for i, group in enumerate(dict.fromkeys((*first, *second)), 1)}
+    of_runs = [{group: value[group] for group in groups} for groups in (first, second)]
+    runs = [fake_run(tmp_path / str(i), evals=[of_run] if of_run else []) for i, of_run in enumerate(of_runs)]
+    ax = drawn(monkeypatch, *runs)["accuracy by group, at the end"]
+    names = [text.get_text() for text in ax.get_xticklabels()]
+    assert names == list(value)
+    assert len(ax.patches) == len(first) + len(second)
+    for bar in ax.patches:
+        nearest = round(bar.get_x() + bar.get_width() / 2 - 0.2)
+        assert bar.get_height() == pytest.approx(value[names[nearest]])

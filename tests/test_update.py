@@ -435,6 +435,24 @@ def test_the_split_into_micro_batches_changes_no_gradient(tokens):
         assert_close(results[1][name], results[0][name])
 
 
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+@pytest.mark.parametrize("varies", ["advantage", "weight"])
+def test_advantages_and_weights_may_differ_between_the_tokens_of_a_row(varies, kl_coef):
+    s = settings(method="rl", kl_coef=kl_coef)
+    m = fresh(s)
+    rollouts = repetitive_rollouts(m.policy)
+    T = len(rollouts.weight)
+    numbers = getattr(rollouts, varies)
+    for i in range(4):  # one group: rows 0 and 2 have equal tokens
+        tokens = slice(rollouts.offsets[i], rollouts.offsets[i + 1])
+        numbers[tokens] = torch.linspace(0, 1 + i, tokens.stop - tokens.start)  # that of the first token is 0
+    g, _ = gradients(m, s, rollouts=rollouts)
+    logp, _ = response_logprobs(m.policy, rollouts.rows)
+    loss = -(rollouts.weight * rollouts.advantage * (logp - logp.detach()).exp()).sum()  # KL is 0 at the reference
+    assert_close(g["theta"], torch.autograd.grad(loss, m.parameters["theta"]))
+    assert len(logp) == T
+
+
 def test_the_order_of_rows_changes_no_gradient():
     s = settings()
     m = fresh(s, w_trained=True)
