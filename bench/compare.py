@@ -45,7 +45,10 @@ TUNING_SEEDS = (1000, 1001, 1002)
 SEEDS = tuple(range(10))
 ON = ""  # the value of a flag that takes none
 BLOCK = 5  # steps whose metrics are stored as one mean
-METRICS = ("reward", "response_tokens", "entropy", "sft_nll", "cooperative_gain", "gain_grad_norm", "lora_norm")
+METRICS = (
+    "reward", "response_tokens", "entropy", "sft_nll", "cooperative_gain", "gain_grad_norm", "lora_norm",
+    "w_norm_policy", "w_norm_shadow", "w_cosine",
+)  # fmt: skip
 
 
 class Preset(NamedTuple):
@@ -209,6 +212,32 @@ def selection_cells(preset: str) -> list[Cell]:
     ]
 
 
+def inner_cells(preset: str) -> list[Cell]:
+    """θ̂ with more steps of RL per iteration, and with rewards that carry no information for w."""
+    against = "mix_lora"
+    own = partial(cell, preset, row=HALF, against=against, shadow_rollouts="own")
+    return [
+        Cell(against, "mix_lora", rates(preset), against),
+        own("θ̂: 1 step", kind="inner_1"),
+        own("θ̂: 4 steps", kind="inner_4"),
+        own("θ̂: 8 steps", kind="inner_8"),
+        own("θ̂: 1 step, its rewards shuffled for w", kind="inner_shuffled"),
+    ]
+
+
+def disjoint_cells(preset: str) -> list[Cell]:
+    """w has the four projections of attention, θ all else: θ cannot undo w."""
+    against = "mix_lora"
+    equal = rates(preset) | {"lora-targets": "q_proj,k_proj,v_proj,o_proj"}
+    own = equal | {"shadow-rollouts": "own"}
+    return [
+        Cell(against, "mix_lora", equal, against, "disjoint"),
+        Cell("bridge, shared rollouts", "bridge", equal, against, "disjoint"),
+        Cell("bridge, own rollouts", "bridge", own, against, "disjoint"),
+        Cell("no_meta", "no_meta", equal, against, "disjoint"),
+    ]
+
+
 def sweep_cells(preset: str, flag: str, values: tuple[str, ...], default: str) -> list[Cell]:
     """bridge with values of one flag. The row of `default` has the runs that bridge has in the other tables."""
     against = f"bridge, {flag} {default}"
@@ -337,6 +366,19 @@ def sampled_reward(run: dict, preset: str, base: str, adapter: str) -> float:
     return 100 * run["probes"][-1][f"{base},{adapter}"]
 
 
+def shadow_s_share(run: dict, preset: str) -> float | None:
+    """‖∇_w J_RL(θ̂,w)‖ / ‖∇_w J_RL(θ,w)‖ of the means over the last two thirds of the steps."""
+    last = slice(len(curve(run, "w_norm_policy")) // 3, None)
+    policy = mean_of("w_norm_policy", last, run, preset)
+    return mean_of("w_norm_shadow", last, run, preset) / policy if policy else None
+
+
+def cosine(run: dict, preset: str) -> float | None:
+    """The cosine between w's gradient of eq. (11) and mix_lora's, over the last two thirds of the steps."""
+    last = slice(len(curve(run, "w_cosine")) // 3, None)
+    return mean_of("w_cosine", last, run, preset)
+
+
 ACCURACY = {"trained": trained, "out of distribution": out_of_distribution}
 COST = {
     "seconds per step": lambda run, preset: run["step_seconds"],
@@ -367,6 +409,12 @@ EFFECT = {
     "J(θ,0)": partial(sampled_reward, base="theta", adapter="none"),
     "J(θ̂,w)": partial(sampled_reward, base="theta_hat", adapter="w"),
     "J(θ̂,0)": partial(sampled_reward, base="theta_hat", adapter="none"),
+}
+INNER = {
+    "trained": trained,
+    "the shadow": shadow_end,
+    "‖∇_w J(θ̂,w)‖ / ‖∇_w J(θ,w)‖": shadow_s_share,
+    "cosine to mix_lora's gradient": cosine,
 }
 SELECTION = {
     "trained": trained,
@@ -419,6 +467,15 @@ TABLES = {
         selection_cells,
         SELECTION,
         5,
+    ),
+    "inner": Table(
+        "θ̂ takes more steps of RL per iteration, on rollouts of its own; λ = 0.5. The two last columns are means over "
+        "the last two thirds of the steps.",
+        inner_cells,
+        INNER,
+    ),
+    "disjoint": Table(
+        "w adapts the projections of attention, θ and θ̂ have all other weights; λ = 0.5.", disjoint_cells, GAIN
     ),
     "beta": Table("The learning rate β of w, at λ = 0.5.", beta_cells, GAIN, 5),
     "lambda": Table("λ, and `mix` with the same update of θ.", lambda_cells, ACCURACY, 5),
@@ -521,7 +578,7 @@ def record_of(job: dict, folder: str, peak_kib: int, source: str) -> dict:
     seconds = []  # of each step
     for m in metrics:
         seconds.append(sum(v for phase, v in m["seconds"].items() if phase not in ("evaluate", "save")))
-    curves = {name: blocks([m[name] for m in metrics]) for name in METRICS if metrics[-1][name] is not None}
+    curves = {name: blocks([m[name] for m in metrics]) for name in METRICS if metrics[-1].get(name) is not None}
     curves["seconds"] = blocks(seconds)
     mean_tokens = sum(m["response_tokens"] or 0 for m in metrics)
     return job | dict(

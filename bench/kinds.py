@@ -12,12 +12,14 @@ from measure import ROOT  # noqa: F401  puts the project's modules on the path
 from torch import Tensor, nn
 
 import bridge
+import grpo
+import rollout
 from evaluate import Sampling, answer
 from grading.scores import by_problem, verdicts
 from logprob import response_logprobs
 from ops.packed import Row
 from rewards import is_correct
-from tasks.task import Problem
+from tasks.task import Problem, Stream
 
 SHIFT = 0.05  # length of the small step of w
 KINDS_OF_ROWS = {"useful": True, "useless": False}
@@ -189,6 +191,108 @@ def selected(direction, visits: bool = False) -> None:
     probe(selection.shares)
 
 
+def gradients_of_w(shadow_steps: int = 1, shuffled: bool = False) -> None:
+    """Measures w's gradients, and gives θ̂ more steps of RL, or w a θ̂ whose rewards carry no information.
+
+    shadow_steps: RL steps of θ̂ per iteration, each on rollouts of its own. shuffled: w's term of θ̂ has the rewards of
+    each group in another order; θ̂ itself has the true ones.
+    """
+    policies: dict[str, bridge.Policies] = {}
+    seen: dict[str, list[Tensor]] = {}
+    make_policies = bridge.make_policies
+    sample_rollouts = bridge.sample_rollouts
+    rl_pass = bridge.rl_pass
+    bilevel_gradients = bridge.bilevel_gradients
+    order = torch.Generator().manual_seed(0)
+
+    def remember(model: nn.Module, s: bridge.Settings) -> bridge.Policies:
+        policies["m"] = make_policies(model, s)
+        return policies["m"]
+
+    def w_gradients() -> list[Tensor]:
+        return [p.grad.clone() for p in policies["m"].w.values()]
+
+    def more_steps(env, prompt_order, policy, shadow, k, timer):
+        """θ̂'s steps before its last one of the iteration, on prompts from an order of their own."""
+        m = policies["m"]
+        count = len(env.task.problems)
+        extra = Stream(count, (env.s.seed, 2))
+        extra.position = k * (shadow_steps - 1) * env.s.prompts_per_step
+        for _ in range(shadow_steps - 1):
+            env.sampler.refresh(shadow)
+            draws = extra.take(env.s.prompts_per_step)
+            groups = rollout.sample_groups(env, draws, k + 1_000_000)  # other random numbers than the policy's
+            own = rollout.make_rollouts(groups, env.s, rollout.statistics(groups))
+            for optimizer in m.optimizers.values():
+                optimizer.zero_grad()
+            rl_pass(shadow, own, None, None, env.s)
+            theta_hat = m.parameters["theta_hat"]
+            torch.nn.utils.clip_grad_norm_(theta_hat, env.s.grad_clip)
+            m.optimizers["theta_hat"].step()
+        return sample_rollouts(env, prompt_order, policy, shadow, k, timer)
+
+    def pass_and_gradients(model: nn.Module, rollouts, *rest) -> bridge.RLPass:
+        m = policies["m"]
+        if model is not m.shadow:
+            results = rl_pass(model, rollouts, *rest)
+            seen["policy"] = w_gradients()
+            return results
+        of_w = None
+        if shuffled:
+            rl_pass(model, with_shuffled_rewards(rollouts, order), *rest)
+            of_w = w_gradients()
+            for p in [*m.parameters["theta_hat"], *m.w.values()]:
+                p.grad = None
+        results = rl_pass(model, rollouts, *rest)
+        if of_w is not None:
+            for p, gradient in zip(m.w.values(), of_w, strict=True):
+                p.grad = gradient
+        seen["shadow"] = w_gradients()
+        return results
+
+    def with_numbers(m: bridge.Policies, rollouts, rollouts_hat, demonstrations, sft_weight, rl_weight, *rest):
+        update = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, sft_weight, rl_weight, *rest)
+        norm = torch.nn.utils.get_total_norm
+        ours = [p.grad for p in m.w.values()]  # eq. (11)
+        without = [p + rl_weight * hat for p, hat in zip(ours, seen["shadow"], strict=True)]  # mix_lora's
+        inner = sum((a * b).sum() for a, b in zip(ours, without, strict=True))
+        update.stats["w_norm_policy"] = norm(seen["policy"]).item()
+        update.stats["w_norm_shadow"] = norm(seen["shadow"]).item()
+        update.stats["w_cosine"] = (inner / (norm(ours) * norm(without))).item()
+        return update
+
+    bridge.make_policies = remember
+    bridge.sample_rollouts = more_steps
+    bridge.rl_pass = pass_and_gradients
+    bridge.bilevel_gradients = with_numbers
+    probe(right_of_many)
+
+
+def with_shuffled_rewards(rollouts: rollout.Rollouts, order: torch.Generator) -> rollout.Rollouts:
+    """The rollouts with the rewards of each group in a random order, and the advantages of these rewards."""
+    places = torch.rand(rollouts.reward.shape, generator=order).argsort(1)  # [P, G]
+    reward = rollouts.reward.gather(1, places)
+    lengths = torch.tensor([len(response) for _, response in rollouts.rows])
+    advantage = grpo.group_advantages(reward).flatten().repeat_interleave(lengths)
+    return replace(rollouts, reward=reward, advantage=advantage.to(rollouts.advantage))
+
+
+def disjoint() -> None:
+    """θ and θ̂ lack the matrices that w adapts, so θ cannot undo w."""
+    base_parameters = bridge.lora.base_parameters
+
+    def not_adapted(model: nn.Module) -> dict[str, nn.Parameter]:
+        adapted = set()
+        for name, module in model.named_modules():
+            if isinstance(module, bridge.lora.LoRALinear):
+                module.base.weight.requires_grad_(False)
+                adapted.add(f"{name}.weight")
+        return {name: p for name, p in base_parameters(model).items() if name not in adapted}
+
+    bridge.lora.base_parameters = not_adapted
+    probe(right_of_many)
+
+
 def gain(g_rl: list[Tensor], g_rl_hat: list[Tensor]) -> list[Tensor]:
     """The gradient of −(J_RL(θ,w) − J_RL(θ̂,w))."""
     return [a - b for a, b in zip(g_rl, g_rl_hat, strict=True)]
@@ -204,4 +308,9 @@ KINDS: dict[str, Callable[[], None] | None] = {
     "by_gain_over_visits": lambda: selected(gain, visits=True),
     "by_reward": lambda: selected(lambda g_rl, _: g_rl),
     "by_truth": lambda: selected(None),
+    "inner_1": gradients_of_w,
+    "inner_4": lambda: gradients_of_w(shadow_steps=4),
+    "inner_8": lambda: gradients_of_w(shadow_steps=8),
+    "inner_shuffled": lambda: gradients_of_w(shuffled=True),
+    "disjoint": disjoint,
 }

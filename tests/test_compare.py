@@ -4,11 +4,12 @@ import gzip
 import json
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import lines
+from conftest import lines, rows, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import compare
@@ -17,8 +18,11 @@ import variants
 from measure import ROOT
 
 import bridge
+import grpo
+import lora
 import rewards
-from settings import METHODS, parse
+import rollout
+from settings import METHODS, Settings, parse
 from tasks import loading
 from tasks.task import Problem
 
@@ -173,8 +177,10 @@ def plain(tmp_path_factory):
 @pytest.fixture
 def unchanged(plain, monkeypatch):
     """Undoes what a kind of run changes in bridge.py."""
-    for name in ("evaluate_policies", "bilevel_gradients", "clip_and_step", "rl_pass", "sft_pass"):
+    changed = ("evaluate_policies", "bilevel_gradients", "clip_and_step", "rl_pass", "sft_pass", "make_policies")
+    for name in (*changed, "sample_rollouts"):
         monkeypatch.setattr(bridge, name, getattr(bridge, name))
+    monkeypatch.setattr(lora, "base_parameters", lora.base_parameters)
 
 
 def test_measuring_the_effect_of_w_changes_no_training(plain, tmp_path, unchanged):
@@ -215,6 +221,82 @@ def test_a_choice_by_the_gain_takes_what_a_step_of_w_along_its_gradient_makes_mo
     smoke(tmp_path, "--task=chains", "--keep-rollouts=none")
     last = lines(tmp_path / "run/probe.jsonl")[-1]
     assert 0 < last["useful taken"] + last["useless taken"] < 2, "some are taken, some are not"
+
+
+OWN = "--shadow-rollouts=own"
+OF_W = ("w_norm_policy", "w_norm_shadow", "w_cosine")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    return smoke(tmp_path_factory.mktemp("own"), OWN)
+
+
+def test_measuring_w_s_gradients_changes_no_training(own, tmp_path, unchanged):
+    kinds.KINDS["inner_1"]()
+    measured = smoke(tmp_path, OWN)
+    numbers = [[m.pop(name) for name in OF_W] for m in measured]
+    assert measured == own
+    for policy, shadow, cosine in numbers:
+        assert policy > 0
+        assert shadow > 0
+        assert -1 <= cosine < 1
+    policy, shadow, _ = numbers[0]
+    assert policy == shadow, "at the first step θ̂ = θ, and equal prompts have equal samples"
+
+
+def test_a_shadow_with_more_steps_has_them_on_prompts_of_its_own(own, tmp_path, unchanged):
+    kinds.KINDS["inner_4"]()
+    steps = []
+    clip_and_step = bridge.clip_and_step
+
+    def count(m, *rest):
+        result = clip_and_step(m, *rest)
+        optimizers = (m.optimizers[name] for name in ("theta", "theta_hat"))
+        steps.append([int(optimizer.state_dict()["state"][0]["step"]) for optimizer in optimizers])
+        return result
+
+    bridge.clip_and_step = count
+    measured = smoke(tmp_path, OWN)
+    assert steps == [[1, 4], [2, 8]]
+    assert measured[0]["grad_norm_theta"] == own[0]["grad_norm_theta"], "the policy's prompts are the same"
+    assert measured[0]["grad_norm_theta_hat"] != own[0]["grad_norm_theta_hat"]
+
+
+def test_shuffled_rewards_reach_w_s_term_alone(own, tmp_path, unchanged):
+    kinds.KINDS["inner_shuffled"]()
+    measured = smoke(tmp_path, OWN)
+    for name in ("grad_norm_theta", "grad_norm_theta_hat", "cooperative_gain"):
+        assert measured[0][name] == own[0][name]
+    assert measured[0]["grad_norm_w"] != own[0]["grad_norm_w"]
+
+
+def test_shuffled_rewards_are_those_of_the_group():
+    reward = torch.tensor([[1.0, 2, 3, 4], [0, 0, 0, 1]])
+    responses = [[1] * (1 + i % 3) for i in range(8)]
+    A = grpo.group_advantages(reward).flatten().repeat_interleave(torch.tensor([len(r) for r in responses]))
+    given = rollout.Rollouts(
+        [([1], r) for r in responses], reward, A, torch.ones_like(A), A, torch.zeros_like(A).bool(), {}, []
+    )
+    shuffled = kinds.with_shuffled_rewards(given, torch.Generator().manual_seed(1))
+    assert not torch.equal(shuffled.reward, reward)
+    assert torch.equal(shuffled.reward.sort(1).values, reward.sort(1).values)
+    expected = grpo.group_advantages(shuffled.reward).flatten()
+    assert torch.equal(shuffled.advantage[given.offsets[:-1]], expected)
+
+
+def test_disjoint_matrices_are_trained_by_w_alone_and_all_others_by_theta_alone(unchanged):
+    kinds.disjoint()
+    s = Settings(method="mix_lora", lora_targets="q_proj,v_proj", alpha=0.01, beta=0.02)
+    m = bridge.make_policies(tiny_model(), s)
+    before = {name: p.clone() for name, p in m.policy.named_parameters()}
+    demonstrations = rows(4)
+    for _ in range(2):  # B is 0 at first, so A has a gradient at the second step only
+        update = bridge.bilevel_gradients(m, None, None, demonstrations, 1.0, 0.0, s, lambda phase: nullcontext())
+        bridge.clip_and_step(m, update.stats, s)
+    for name, p in m.policy.named_parameters():
+        is_adapted = "_proj.base.weight" in name
+        assert torch.equal(p, before[name]) == is_adapted, name
 
 
 @pytest.mark.parametrize(("reward", "p"), [(variants.noise_10, 0.1), (variants.noise_20, 0.2)])
