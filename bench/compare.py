@@ -10,7 +10,7 @@ Two runs are made at a time, with one thread each. A finished run is one JSON li
 same command continues after a kill. Every method has the settings that won its trials on the tuning seeds (1000 to
 1002), or the defaults if it has no trials. The tables use other seeds. Accuracies are greedy, in percent. ± is the 95 %
 interval of the mean over seeds (Student's t). Differences are paired by seed: the two runs of a pair have equal data,
-prompts and evaluation problems.
+prompts and evaluation problems. The endpoint, "trained", is the mean of a run's last three evaluations.
 """
 
 import argparse
@@ -33,7 +33,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # before torch i
 import mpmath
 import numpy as np
 from kinds import KINDS
-from measure import ROOT, commit
+from measure import ROOT, sources
 
 import bridge
 from grading.scores import pass_at_k
@@ -44,6 +44,8 @@ from settings import METHODS
 TUNING_SEEDS = (1000, 1001, 1002)
 SEEDS = tuple(range(10))
 ON = ""  # the value of a flag that takes none
+FEWEST = 5  # runs of a row; a table shows no row with fewer, unless the preset has fewer seeds
+LAST = 3  # evaluations whose mean is a run's accuracy
 BLOCK = 5  # steps whose metrics are stored as one mean
 METRICS = (
     "reward", "response_tokens", "entropy", "sft_nll", "cooperative_gain", "gain_grad_norm", "lora_norm",
@@ -299,7 +301,13 @@ def percent(accuracies: dict[str, float], preset: str) -> float:
     return 100 * sum(accuracies[g] for g in groups) / len(groups)
 
 
-def trained(run: dict, preset: str, at: float = 1.0) -> float:
+def trained(run: dict, preset: str) -> float:
+    """The endpoint: the policy's accuracy in percent on the groups that training has, mean of the last evaluations."""
+    evaluations = [e for e in run["evals"] if e["step"] > 0][-LAST:]
+    return sum(percent(e["policy"], preset) for e in evaluations) / len(evaluations)
+
+
+def trained_at(run: dict, preset: str, at: float) -> float:
     """The policy's accuracy in percent on the groups that training has, at a fraction of the steps."""
     step = at * run["evals"][-1]["step"]
     nearest = min(run["evals"], key=lambda evaluation: abs(evaluation["step"] - step))
@@ -379,15 +387,15 @@ def cosine(run: dict, preset: str) -> float | None:
     return mean_of("w_cosine", last, run, preset)
 
 
-ACCURACY = {"trained": trained, "out of distribution": out_of_distribution}
+ACCURACY = {"trained": trained, "pass@1": partial(passed, k=1), "out of distribution": out_of_distribution}
 COST = {
     "seconds per step": lambda run, preset: run["step_seconds"],
     "peak MiB": lambda run, preset: run["peak_mib"],
 }
 EPOCHS = {
-    "after 1/6 of the steps": partial(trained, at=1 / 6),
-    "after 1/2 of the steps": partial(trained, at=1 / 2),
-    "after 1 of the steps": trained,
+    "after 1/6 of the steps": partial(trained_at, at=1 / 6),
+    "after 1/2 of the steps": partial(trained_at, at=1 / 2),
+    "after 1 of the steps": partial(trained_at, at=1),
 }
 DYNAMICS = {
     "trained": trained,
@@ -441,7 +449,7 @@ class Table(NamedTuple):
 TABLES = {
     "main": Table("The final accuracy, each method at its own tuned settings.", main_cells, ACCURACY),
     "epochs": Table("The accuracy on trained groups in the course of training.", main_cells, EPOCHS),
-    "cost": Table("Time and memory of 50 steps, one run at a time, nothing else running.", cost_cells, COST, 2, 1),
+    "cost": Table("Time and memory of 50 steps, one run at a time, nothing else running.", cost_cells, COST, 5, 1),
     "dynamics": Table(
         "How far the sampled reward falls below its first value (points), response length, entropy in nats.",
         main_cells,
@@ -589,7 +597,7 @@ def record_of(job: dict, folder: str, peak_kib: int, source: str) -> dict:
         step_seconds=round(sum(seconds) / len(seconds), 4),
         sampled_tokens=round(s.prompts_per_step * s.group_size * mean_tokens),
         peak_mib=peak_kib // 1024,
-        commit=source,
+        sources=source,
     )
 
 
@@ -601,7 +609,7 @@ def make(preset: str, jobs: list[dict], workers: int) -> None:
     count = len(todo)
     made = 0
     running = {}  # process id: job, folder
-    source = commit()  # the commit that was imported; a later commit in the folder changes no run
+    source = sources()  # of the code that was imported; a later change in the folder changes no run
     with tempfile.TemporaryDirectory() as scratch:
         while todo or running:
             while todo and len(running) < workers:
@@ -677,15 +685,16 @@ def with_interval(values: list[float], sign: str = "") -> str:
 def table(preset: str, name: str) -> str:
     """Markdown: a row for each cell with runs, means with intervals, and the paired difference of the first column.
 
-    A row has every finished run of its cell, also those that were made for another table. A difference is of the
-    seeds that both rows have.
+    A row has every finished run of its cell, also those that were made for another table, and is left out if it has
+    too few. A difference is of the seeds that both rows have.
     """
     spec = TABLES[name]
     cells = spec.cells(preset)
+    fewest = min(FEWEST, len(PRESETS[preset].seeds))
     runs = {c.label: runs_of(preset, c, PRESETS[preset].seeds) for c in cells}
     lines = [f"| | {' | '.join(spec.columns)} | difference | to | seeds |", "|---" * (len(spec.columns) + 4) + "|"]
     for c in cells:
-        if runs[c.label]:
+        if len(runs[c.label]) >= fewest:
             other = {} if c.against == c.label else runs[c.against]
             lines.append(row_of(preset, spec, c, runs[c.label], other))
     return "\n".join(lines)
@@ -713,18 +722,19 @@ PAGE = """# Tables of the study
 
 `python bench/compare.py --tables > bench/results/tables.md` writes this page, of finished runs only.
 [docs/results.md](../../docs/results.md) says what the numbers mean. A number is a mean over seeds with its 95 %
-interval (Student's t). A row of two seeds has both values instead. The column "difference" is the first column minus
-that of the row named under "to", paired by the seeds that both rows have. Accuracies are greedy, in percent. Each
-method has the settings that won its trials. The row `bridge, λ 0.5` and the tables that change one setting of `bridge`
-have the paper's λ."""
+interval (Student's t). The column "difference" is the first column minus that of the row named under "to", paired by
+the seeds that both rows have. "trained", in percent, is the mean of the last three greedy evaluations on problems like
+those of training; "pass@1" is of 16 samples at temperature 1 at the end. Each method has the settings that won its
+trials. The row `bridge, λ 0.5` and the tables that change one setting of `bridge` have the paper's λ."""
 
 
 def page() -> str:
-    """Markdown: every table of which each row has a finished run, with the command that makes and prints it."""
+    """Markdown: every table of which each row has enough finished runs, with the command that makes and prints it."""
     parts = [PAGE]
     for preset in PRESETS:
         for name, spec in TABLES.items():
-            if all(runs_of(preset, c, PRESETS[preset].seeds) for c in spec.cells(preset)):
+            counts = [len(runs_of(preset, c, PRESETS[preset].seeds)) for c in spec.cells(preset)]
+            if min(counts) >= FEWEST:
                 command = f"python bench/compare.py --preset {preset} --table {name}"
                 parts.append(f"## {preset}: {name}\n\n{spec.caption}\n\n```bash\n{command} --no-runs\n```")
                 parts.append(table(preset, name))

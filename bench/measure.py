@@ -5,6 +5,7 @@ Competing implementations run in turn: a slow moment of the machine then slows a
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
@@ -121,6 +122,15 @@ def commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except OSError:  # git is not installed
         return ""
+
+
+def sources() -> str:
+    """A hash of the code that a run executes: every Python file but those of tests/."""
+    digest = hashlib.sha256()
+    for folder in ("", "bench", "grading", "infra", "ops", "tasks"):
+        for path in sorted((ROOT / folder).glob("*.py")):
+            digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:12]
 
 
 @cache

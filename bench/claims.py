@@ -1,0 +1,310 @@
+"""The paper's claims against the finished runs: every number of docs/results.md that bench/compare.py does not print.
+
+python bench/claims.py                                   # the tables of docs/results.md
+python bench/claims.py --figure docs/both_tasks.png      # both tasks in one figure
+
+Declared before the runs were read this way: the endpoint (compare.py:trained), the three primary contrasts, Holm's
+correction over both tasks, and the margin. Differences are paired by seed.
+"""
+
+import argparse
+from functools import cache, partial
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+import compare
+import mpmath
+import numpy as np
+from compare import HALF, SEEDS, passed, runs_of, student, trained
+
+TASKS = ("chains", "logic")
+PRIMARY = ("mix_lora", "sft_rl", "rl")  # bridge minus each of them; all other contrasts are secondary
+MARGIN = 2.0  # points on chains: two methods whose interval lies within it are equivalent
+LEADS = {  # BRIDGE minus the other, points, averages of five benchmarks, single runs; docs/paper.md has the models
+    "rl": (3.8, 2.9, 7.0),
+    "sft": (8.1, 6.4, 12.3),
+    "sft_rl": (3.8, 5.8, 4.4),
+    "alternating": (2.6, 3.8, 3.0),
+    "mix": (6.6,),
+    "chord": (3.5, 4.0),
+    "luffy": (2.8,),
+}
+DRAWS = 10_000  # of a bootstrap
+
+
+class Claim(NamedTuple):
+    """A statement of the paper as a contrast of two rows of a table of compare.py."""
+
+    text: str
+    preset: str
+    row: str
+    other: str
+    table: str = "main"
+    leads: tuple[float, ...] = ()  # the paper's
+    differs: bool = True  # claims that row is above other; False: that they make little difference
+    column: str = "trained"
+
+
+def versus(text: str, other: str, presets: tuple[str, ...] = TASKS, row: str = "bridge") -> list[Claim]:
+    return [Claim(text, preset, row, other, leads=LEADS.get(other, ())) for preset in presets]
+
+
+LITTLE = partial(Claim, preset="chains", differs=False)
+CLAIMS = [
+    *versus("beats RL", "rl"),
+    Claim("beats RL", "chains", "bridge", "rl", column="pass@1"),
+    Claim("beats RL", "chains", "bridge, demonstrations_16", "rl", "supervision"),
+    *versus("beats SFT", "sft"),
+    *versus("beats SFT→RL", "sft_rl"),
+    *versus("beats SFT + RL in one objective", "mix"),
+    *versus("beats naive alternation", "alternating"),
+    *versus("beats naive alternation", "alternating", row=HALF),
+    *versus("beats CHORD", "chord"),
+    *versus("beats CHORD", "chord, φ"),
+    *versus("beats LUFFY", "luffy"),
+    *versus("beats SRFT", "srft"),
+    *versus("beats HPT (ours)", "hpt"),
+    *versus("the gain helps: w on SFT alone is worse", "no_meta"),
+    *versus("the gain helps: w without θ̂ is worse", "mix_lora"),
+    *(
+        Claim("the same at λ = 0.5 and equal rates", preset, "bridge", "w on SFT + RL (mix_lora)", "shadow")
+        for preset in TASKS
+    ),
+    Claim("more answers within reach: pass@16 above RL", "chains", "bridge", "rl", column="pass@16"),
+    Claim("more answers within reach, owed to θ̂", "chains", "bridge", "mix_lora", column="pass@16"),
+    Claim("harmful supervision: SFT + RL below RL", "chains", "rl", "mix"),
+    Claim("harmful supervision: SFT + RL below RL", "chains", "rl", "mix, demonstrations_16", "supervision"),
+    LITTLE("λ from 0.3 to 0.7", row="bridge, lam 0.7", other="bridge, lam 0.3", table="lambda"),
+    LITTLE("rank", row="bridge, rank 2, alpha 4", other="bridge, rank 8, alpha 16", table="lora"),
+    LITTLE("rank", row="bridge, rank 32, alpha 64", other="bridge, rank 8, alpha 16", table="lora"),
+    LITTLE("alpha", row="bridge, rank 8, alpha 4", other="bridge, rank 8, alpha 16", table="lora"),
+    LITTLE("alpha", row="bridge, rank 8, alpha 64", other="bridge, rank 8, alpha 16", table="lora"),
+]
+COLUMNS = {"trained": trained, "pass@1": partial(passed, k=1), "pass@16": partial(passed, k=16)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Statistics of paired differences
+
+
+def values_of(preset: str, table: str, row: str, column: str = "trained") -> dict[int, float]:
+    """{seed: number} of a row of one of compare.py's tables."""
+    cell = next(c for c in compare.TABLES[table].cells(preset) if c.label == row)
+    return {seed: COLUMNS[column](run, preset) for seed, run in runs_of(preset, cell, SEEDS).items()}
+
+
+def paired(a: dict[int, float], b: dict[int, float]) -> list[float]:
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+def interval(differences: list[float]) -> tuple[float, float]:
+    half = compare.half_width(differences)
+    return mean(differences) - half, mean(differences) + half
+
+
+def sign_flip(differences: list[float]) -> float:
+    """The exact two-sided p of the mean, if each difference is as likely as its negative: all 2^n signs.
+
+    >>> sign_flip([1.0, 2.0, 3.0])
+    0.25
+    """
+    signs = np.array(list(product((1, -1), repeat=len(differences))))
+    means = np.abs(signs @ np.array(differences))
+    return float((means >= abs(sum(differences)) - 1e-9).mean())
+
+
+def holm(ps: list[float]) -> list[float]:
+    """Holm's corrected p of each of a family of tests.
+
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
+    """
+    corrected = [0.0] * len(ps)
+    largest = 0.0
+    for rank, i in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[i]))
+        corrected[i] = largest
+    return corrected
+
+
+def detectable(differences: list[float]) -> float:
+    """The true difference that a test at 5 % finds in 80 % of studies like this one, approximately."""
+    n = len(differences)
+    return (student(n - 1) + upper_fifth(n - 1)) * stdev(differences) / n**0.5
+
+
+@cache
+def upper_fifth(freedom: int) -> float:
+    """The 80 % quantile of Student's t."""
+    tail = lambda t: mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.4  # noqa: E731
+    return float(mpmath.findroot(tail, (0.5, 2), solver="anderson"))
+
+
+def verdict(differences: list[float], differs: bool) -> str:
+    """supported, contradicted or undecided, by the 95 % interval."""
+    low, high = interval(differences)
+    if differs:
+        if low > 0:
+            return "supported"
+        return "contradicted" if high < 0 else "undecided"
+    if low > -MARGIN and high < MARGIN:
+        return "supported"
+    return "contradicted" if low > MARGIN or high < -MARGIN else "undecided"
+
+
+def compared(differences: list[float]) -> str:
+    """Equivalent, worse, better or undecided, by the margin: worse and better need an interval without 0."""
+    low, high = interval(differences)
+    if low > -MARGIN and high < MARGIN:
+        return "equivalent"
+    if high < 0:
+        return "worse"
+    return "better" if low > 0 else "undecided"
+
+
+def excluded(differences: list[float], leads: tuple[float, ...]) -> str:
+    """The paper's leads, each with whether the interval excludes it."""
+    _, high = interval(differences)
+    return ", ".join(f"{lead:.1f} {'yes' if lead > high else 'no'}" for lead in leads) or "–"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Both tasks together: definitions of arXiv 2108.13264 ("rliable")
+
+
+def normalised(row: str) -> np.ndarray:
+    """Scores [tasks, seeds]: 0 is the base model's accuracy, 1 is 100 %."""
+    scores = []
+    for preset in TASKS:
+        cell = next(c for c in compare.TABLES["main"].cells(preset) if c.label == row)
+        runs = runs_of(preset, cell, SEEDS)
+        base = compare.percent(runs[0]["evals"][0]["policy"], preset)
+        scores.append([(trained(runs[seed], preset) - base) / (100 - base) for seed in SEEDS])
+    return np.array(scores)
+
+
+def iqm(scores: np.ndarray) -> np.ndarray:
+    """The mean of the middle half of all scores; leading dimensions are draws.  [..., tasks, seeds] -> [...]"""
+    flat = np.sort(scores.reshape(*scores.shape[:-2], -1), axis=-1)
+    quarter = flat.shape[-1] // 4
+    return flat[..., quarter : flat.shape[-1] - quarter].mean(-1)
+
+
+def improvement(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """P(a run of a beats one of b), ties half, mean over tasks.  [..., tasks, seeds] each -> [...]"""
+    above = (a[..., :, None] > b[..., None, :]) + 0.5 * (a[..., :, None] == b[..., None, :])
+    return above.mean((-1, -2, -3))
+
+
+def resampled(scores: np.ndarray, seed: int) -> np.ndarray:
+    """DRAWS bootstrap draws of the runs within each task.  [tasks, seeds] -> [DRAWS, tasks, seeds]"""
+    places = np.random.default_rng(seed).integers(scores.shape[1], size=(DRAWS, *scores.shape))
+    return np.take_along_axis(scores[None], places, axis=2)
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.percentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+
+def primary_table() -> str:
+    contrasts = [(preset, other) for preset in TASKS for other in PRIMARY]
+    differences = [paired(values_of(p, "main", "bridge"), values_of(p, "main", other)) for p, other in contrasts]
+    corrected = holm([sign_flip(d) for d in differences])
+    lines = [
+        "| task | bridge minus | difference | p, sign flips | p, Holm | seen with 80 % | by the margin |",
+        "|---" * 7 + "|",
+    ]
+    for (preset, other), d, p in zip(contrasts, differences, corrected, strict=True):
+        by_margin = compared(d) if preset == "chains" else "–"
+        cells = [preset, f"`{other}`", compare.with_interval(d, "+"), f"{sign_flip(d):.3f}", f"{p:.3f}"]
+        lines.append(f"| {' | '.join(cells)} | {detectable(d):.1f} | {by_margin} |")
+    return "\n".join(lines)
+
+
+def claims_table() -> str:
+    lines = ["| claim | task | contrast | difference | the paper's lead: excluded? | verdict |", "|---" * 6 + "|"]
+    for c in CLAIMS:
+        d = paired(values_of(c.preset, c.table, c.row, c.column), values_of(c.preset, c.table, c.other, c.column))
+        what = f"{c.row} − {c.other}" + ("" if c.column == "trained" else f", {c.column}")
+        cells = [c.text, c.preset, what, compare.with_interval(d, "+"), excluded(d, c.leads), verdict(d, c.differs)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines + noise_rows())
+
+
+def noise_rows() -> list[str]:
+    """How bridge's lead over RL changes with a noisy reward: differences of differences."""
+    leads = {}
+    for name in compare.NOISE:
+        of = [values_of("chains", "noise", f"{method}, {name}") for method in ("bridge", "rl")]
+        leads[name] = {seed: of[0][seed] - of[1][seed] for seed in of[0].keys() & of[1].keys()}
+    rows = []
+    for name, p in (("noise_10", "0.1"), ("noise_20", "0.2")):
+        d = paired(leads[name], leads["clean"])
+        cells = ["keeps its lead over RL", "chains", f"lead with p = {p} − lead without noise"]
+        rows.append(f"| {' | '.join(cells)} | {compare.with_interval(d, '+')} | – | {verdict(d, False)} |")
+    return rows
+
+
+def both_table() -> str:
+    """IQM of normalised scores, and the probability that bridge improves on each row."""
+    ours = normalised("bridge")
+    lines = ["| | IQM | P(bridge is better) |", "|---" * 3 + "|"]
+    for row in compare.TRIALS:
+        scores = normalised(row)
+        low, high = bootstrap(iqm(resampled(scores, 0)))
+        cells = [row, f"{iqm(scores):.2f} ({low:.2f} to {high:.2f})"]
+        if row != "bridge":
+            low, high = bootstrap(improvement(resampled(ours, 1), resampled(scores, 0)))
+            cells.append(f"{improvement(ours, scores):.2f} ({low:.2f} to {high:.2f})")
+        else:
+            cells.append("–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(out: Path) -> None:
+    """IQM of every row, and the probability that bridge improves on it, with 95 % bootstrap intervals."""
+    from matplotlib.figure import Figure
+
+    rows = sorted(compare.TRIALS, key=lambda row: iqm(normalised(row)))
+    ours = normalised("bridge")
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for y, row in enumerate(rows):
+        scores = normalised(row)
+        color = "tab:red" if row == "bridge" else "tab:blue"
+        low, high = bootstrap(iqm(resampled(scores, 0)))
+        left.plot([low, high], [y, y], color=color)
+        left.plot(iqm(scores), y, "o", color=color)
+        if row != "bridge":
+            low, high = bootstrap(improvement(resampled(ours, 1), resampled(scores, 0)))
+            right.plot([low, high], [y, y], color=color)
+            right.plot(improvement(ours, scores), y, "o", color=color)
+    left.set(title="IQM of both tasks: 0 is the base model, 1 is all right", xlabel="normalised score")
+    right.set(title="probability that a run of bridge is better", xlim=(-0.02, 1.02))
+    right.axvline(0.5, color="0.6", lw=0.8)
+    for ax in (left, right):
+        ax.set_yticks(range(len(rows)), rows)
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--figure", type=Path, help="draw both tasks together")
+    args = parser.parse_args()
+    if args.figure:
+        draw(args.figure)
+    else:
+        print("\n\n".join([primary_table(), claims_table(), both_table()]))
+
+
+if __name__ == "__main__":
+    main()
