@@ -68,10 +68,7 @@ CLAIMS = [
     *versus("beats HPT (ours)", "hpt"),
     *versus("the gain helps: w on SFT alone is worse", "no_meta"),
     *versus("the gain helps: w without θ̂ is worse", "mix_lora"),
-    *(
-        Claim("the same at λ = 0.5 and equal rates", preset, "bridge", "w on SFT + RL (mix_lora)", "shadow")
-        for preset in TASKS
-    ),
+    *(Claim("the same at equal rates", preset, HALF, "w on SFT + RL (mix_lora)", "shadow") for preset in TASKS),
     Claim("more answers within reach: pass@16 above RL", "chains", "bridge", "rl", column="pass@16"),
     Claim("more answers within reach, owed to θ̂", "chains", "bridge", "mix_lora", column="pass@16"),
     Claim("harmful supervision: SFT + RL below RL", "chains", "rl", "mix"),

@@ -178,14 +178,15 @@ def rates(preset: str) -> dict[str, str]:
 
 def shadow_cells(preset: str) -> list[Cell]:
     equal = rates(preset)
+    changed = partial(cell, preset, row=HALF, against=HALF)
     return [
-        cell(preset, "bridge", HALF),
-        Cell("w on SFT (no_meta)", "no_meta", equal),
-        Cell("w on SFT + RL (mix_lora)", "mix_lora", equal),
-        Cell("no w (mix)", "mix", dict(alpha=equal["alpha"], mu="1")),
-        cell(preset, "bridge, own rollouts", HALF, shadow_rollouts="own"),
-        cell(preset, "bridge, θ̂ = θ + one step", HALF, shadow_rollouts="one_step"),
-        cell(preset, "bridge, shared, PPO's clip", HALF, shadow_ratio_cap="0"),
+        changed(HALF),
+        Cell("w on SFT (no_meta)", "no_meta", equal, HALF),
+        Cell("w on SFT + RL (mix_lora)", "mix_lora", equal, HALF),
+        Cell("no w (mix)", "mix", dict(alpha=equal["alpha"], mu="1"), HALF),
+        changed("bridge, own rollouts", shadow_rollouts="own"),
+        changed("bridge, θ̂ = θ + one step", shadow_rollouts="one_step"),
+        changed("bridge, shared, PPO's clip", shadow_ratio_cap="0"),
     ]
 
 
@@ -198,7 +199,7 @@ def effect_cells(preset: str) -> list[Cell]:
 
 
 def order_cells(preset: str) -> list[Cell]:
-    return [cell(preset, "bridge", HALF), cell(preset, "Gauss-Seidel", HALF, kind="gauss_seidel")]
+    return [cell(preset, HALF, HALF, HALF), cell(preset, "Gauss-Seidel", HALF, HALF, kind="gauss_seidel")]
 
 
 def selection_cells(preset: str) -> list[Cell]:
@@ -363,6 +364,21 @@ def change_by_w(run: dict, preset: str, base: str) -> float:
     return 100 * sum(p[f"{base},w"] - p[f"{base},w_before"] for p in run["probes"])
 
 
+def gain_by_w(run: dict, preset: str) -> float:
+    """What w's updates did to the measured gain J_RL(θ,w) − J_RL(θ̂,w), summed over the run: points."""
+    return change_by_w(run, preset, "theta") - change_by_w(run, preset, "theta_hat")
+
+
+def measured_gain(run: dict, preset: str) -> float:
+    """J_RL(θ,w) − J_RL(θ̂,w) at the end, each on samples of its own: points."""
+    return sampled_reward(run, preset, "theta", "w") - sampled_reward(run, preset, "theta_hat", "w")
+
+
+def logged_gain(run: dict, preset: str) -> float:
+    """The metric cooperative_gain over the last steps: points."""
+    return 100 * mean_of("cooperative_gain", slice(-2, None), run, preset)
+
+
 def share_taken(run: dict, preset: str, name: str) -> float | None:
     """Percent of the demonstrations of one kind that SFT took, over the whole run."""
     shares = [p[name] for p in run["probes"] if name in p]
@@ -413,6 +429,9 @@ PASS = {f"pass@{k}": partial(passed, k=k) for k in (1, 4, 16)}
 EFFECT = {
     "J(θ,w) by w": partial(change_by_w, base="theta"),
     "J(θ̂,w) by w": partial(change_by_w, base="theta_hat"),
+    "gain by w": gain_by_w,
+    "gain": measured_gain,
+    "logged gain, last steps": logged_gain,
     "J(θ,w)": partial(sampled_reward, base="theta", adapter="w"),
     "J(θ,0)": partial(sampled_reward, base="theta", adapter="none"),
     "J(θ̂,w)": partial(sampled_reward, base="theta_hat", adapter="w"),

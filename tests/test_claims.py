@@ -1,0 +1,203 @@
+"""docs/results.md: its tables are those that are printed, and a second computation from the raw rows agrees."""
+
+import gzip
+import json
+import re
+import sys
+from functools import cache
+from itertools import product
+from pathlib import Path
+from statistics import mean, stdev
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "bench"))
+import claims  # noqa: E402
+
+PAGE = (ROOT / "docs/results.md").read_text()
+OUT_OF_DISTRIBUTION = {"chains": ("n=8", "n=9"), "logic": ()}
+STUDENT = {4: 2.776445, 9: 2.262157}  # 97.5 % quantiles by degrees of freedom
+STUDENT_80 = 0.883404  # 80 % quantile with 9
+
+
+@cache
+def rows(preset):
+    with gzip.open(ROOT / f"bench/results/{preset}.jsonl.gz", "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def groups(evaluation, preset):
+    return [g for g in evaluation if g != "average" and g not in OUT_OF_DISTRIBUTION[preset]]
+
+
+def endpoint(run, preset):
+    """The mean over trained groups, of the last three evaluations after step 0."""
+    last = [e["policy"] for e in run["evals"] if e["step"] > 0][-3:]
+    return mean(100 * mean(e[g] for g in groups(e, preset)) for e in last)
+
+
+def pass_at(k, run, preset):
+    """1 − C(n−c, k)/C(n, k) of 16 samples, as a product, by problem and then by group."""
+    policy = run["evals"][-1]["policy"]
+    right = dict(zip(sorted(set(policy) - {"average"}), run["probes"][-1]["right"], strict=True))
+
+    def of_problem(c):
+        return 1.0 if 16 - c < k else 1 - np.prod([1 - k / i for i in range(16 - c + 1, 17)])
+
+    return 100 * mean(mean(of_problem(c) for c in right[g]) for g in groups(policy, preset))
+
+
+NUMBERS = {
+    "": endpoint,
+    "pass@1": lambda run, preset: pass_at(1, run, preset),
+    "pass@16": lambda run, preset: pass_at(16, run, preset),
+}
+IS_TRIAL = {  # of a row, where the trials of its method are of several rows
+    "bridge": lambda flags: flags["beta"] == "2e-3",
+    "bridge, λ 0.5": lambda flags: "lam" not in flags,
+    "chord": lambda flags: "chord-phi" not in flags,
+    "chord, φ": lambda flags: "chord-phi" in flags,
+}
+
+
+def winner(preset, row):
+    """The settings of the best mean among those with all three tuning seeds."""
+    scores = {}
+    for run in rows(preset):
+        wanted = IS_TRIAL.get(row, lambda flags: True)
+        if run["kind"] == "tuning" and run["method"] == row.split(",")[0] and wanted(run["flags"]):
+            scores.setdefault(json.dumps(run["flags"]), []).append(endpoint(run, preset))
+    complete = {flags: mean(values) for flags, values in scores.items() if len(values) == 3}
+    return json.loads(max(complete, key=complete.get))
+
+
+def settings_of(preset, label):
+    """(method, flags) of a row by the name that the tables give it."""
+    half = winner(preset, "bridge, λ 0.5")
+    method, *changes = label.split(", ")
+    if label == "w on SFT + RL (mix_lora)":
+        return "mix_lora", half
+    if label in ("bridge, rank 8, alpha 16", "bridge, lam 0.5"):
+        return "bridge", half
+    if changes and changes[0].startswith("rank"):
+        rank, alpha = (change.split()[1] for change in changes)
+        return "bridge", half | {"lora-rank": rank, "lora-alpha": alpha}
+    if changes and changes[0].startswith("lam "):
+        return "bridge", half | {"lam": changes[0].split()[1]}
+    if changes and "_" in changes[0]:
+        flag = "reward" if "noise" in changes[0] else "task"
+        return method, winner(preset, method) | {flag: f"bench/variants.py:{changes[0]}"}
+    return method, winner(preset, label)
+
+
+def values(preset, label, number=endpoint):
+    method, flags = settings_of(preset, label)
+    chosen = [r for r in rows(preset) if (r["method"], r["flags"], r["kind"]) == (method, flags, "final")]
+    return {r["seed"]: number(r, preset) for r in chosen if r["seed"] < 10}
+
+
+def difference(a, b):
+    d = [a[seed] - b[seed] for seed in sorted(set(a) & set(b))]
+    assert len(d) in (5, 10)
+    return d, mean(d), STUDENT[len(d) - 1] * stdev(d) / len(d) ** 0.5
+
+
+def printed(title):
+    """The rows of the table of the page that has this title."""
+    (body,) = re.findall(rf"^\| {re.escape(title)}.*\n\|[-|]+\n((?:\|.*\n)+)", PAGE, re.MULTILINE)
+    return [line.strip("| ").split(" | ") for line in body.splitlines()]
+
+
+def test_the_tables_of_the_page_are_those_that_claims_py_prints():
+    assert claims.primary_table() in PAGE
+    assert claims.claims_table() in PAGE
+
+
+def test_every_claim_s_difference_lead_and_verdict_follow_from_the_raw_rows():
+    contrasts = [row for row in printed("claim") if " − " in row[2] and not row[2].startswith("lead")]
+    assert len(contrasts) >= 38
+    for claim, preset, contrast, text, leads, verdict in contrasts:
+        names, _, column = re.match(r"(.*?)(, (pass@\d+))?$", contrast).groups()
+        ours, other = (values(preset, label, NUMBERS[column or ""]) for label in names.split(" − "))
+        _, middle, half = difference(ours, other)
+        assert text == f"{middle:+.1f} ± {half:.1f}", contrast
+        for lead in leads.split(", "):
+            if lead != "–":
+                points, is_excluded = lead.split()
+                assert (is_excluded == "yes") == (float(points) > middle + half)
+        if claim in ("rank", "alpha", "λ from 0.3 to 0.7"):
+            inside = max(abs(middle - half), abs(middle + half)) < 2
+            outside = middle - half > 2 or middle + half < -2
+            assert verdict == ("supported" if inside else "contradicted" if outside else "undecided"), contrast
+        else:
+            above, below = middle - half > 0, middle + half < 0
+            assert verdict == ("supported" if above else "contradicted" if below else "undecided"), contrast
+
+
+def test_the_primary_contrasts_follow_from_the_raw_rows():
+    table = printed("task | bridge minus")
+    assert [row[:2] for row in table] == [
+        [p, f"`{o}`"] for p in ("chains", "logic") for o in ("mix_lora", "sft_rl", "rl")
+    ]
+    ps = []
+    for preset, other, text, p, _, seen, by_margin in table:
+        d, middle, half = difference(values(preset, "bridge"), values(preset, other.strip("`")))
+        assert len(d) == 10
+        assert text == f"{middle:+.1f} ± {half:.1f}"
+        flips = [abs(sum(s * x for s, x in zip(signs, d, strict=True))) for signs in product((1, -1), repeat=10)]
+        ps.append(mean(total >= abs(sum(d)) - 1e-9 for total in flips))
+        assert p == f"{ps[-1]:.3f}"
+        assert seen == f"{(STUDENT[9] + STUDENT_80) * stdev(d) / 10**0.5:.1f}"
+        if preset == "chains":
+            equivalent = max(abs(middle - half), abs(middle + half)) < 2
+            worse, better = middle + half < 0, middle - half > 0
+            word = "equivalent" if equivalent else "worse" if worse else "better" if better else "undecided"
+            assert by_margin == word
+    # Holm: the i-th smallest p times the number of tests that are left, never falling
+    order = np.argsort(ps, kind="stable")
+    corrected = np.maximum.accumulate([min(1, (6 - rank) * ps[i]) for rank, i in enumerate(order)])
+    assert [table[i][4] for i in order] == [f"{p:.3f}" for p in corrected]
+
+
+def test_the_change_of_the_lead_by_noise_follows_from_the_raw_rows():
+    lead = {}
+    for name in ("", "noise_10", "noise_20"):
+        of = [values("chains", ", ".join(filter(None, (method, name)))) for method in ("bridge", "rl")]
+        lead[name] = {seed: of[0][seed] - of[1][seed] for seed in set(of[0]) & set(of[1])}
+    found = [row for row in printed("claim") if row[2].startswith("lead with")]
+    for row, name in zip(found, ("noise_10", "noise_20"), strict=True):
+        _, middle, half = difference(lead[name], lead[""])
+        assert row[3] == f"{middle:+.1f} ± {half:.1f}"
+
+
+@pytest.mark.parametrize(
+    ("p", "corrected"), [([0.01], [0.01]), ([0.04, 0.01, 0.03], [0.06, 0.03, 0.06]), ([0.9, 0.8], [1, 1])]
+)
+def test_holm_multiplies_the_smallest_p_most_and_never_reverses_their_order(p, corrected):
+    assert claims.holm(p) == pytest.approx(corrected)
+
+
+def test_the_sign_flip_p_of_normal_differences_is_uniform():
+    draws = np.random.default_rng(0).normal(size=(400, 8))
+    ps = np.array([claims.sign_flip(list(d)) for d in draws])
+    assert (ps <= 0.05).mean() == pytest.approx(0.05, abs=0.025)
+    assert (ps <= 0.5).mean() == pytest.approx(0.5, abs=0.06)
+
+
+def test_the_iqm_is_the_mean_of_the_middle_half_and_improvement_counts_pairs():
+    scores = np.array([[0.0, 1, 2, 3], [4, 5, 6, 100]])
+    assert claims.iqm(scores) == pytest.approx((2 + 3 + 4 + 5) / 4)
+    assert claims.improvement(scores, scores) == 0.5
+    assert claims.improvement(scores + 1000, scores) == 1
+    assert claims.improvement(np.array([[1.0, 3], [0, 0]]), np.array([[2.0, 2], [0, 1]])) == pytest.approx(
+        (0.5 + 0.25) / 2
+    )
+
+
+def test_a_bootstrap_draw_keeps_the_number_of_runs_of_each_task():
+    scores = np.array([[0.0] * 10, [1.0] * 10])
+    draws = claims.resampled(scores, 0)
+    assert draws.shape == (claims.DRAWS, 2, 10)
+    assert (draws == scores).all(), "runs of one task never stand in for runs of the other"
