@@ -335,14 +335,16 @@ def test_flags_reach_the_sampler_and_the_header(model, greedy, tmp_path):
     assert answers("--protocol", "sampled", "--temperature", 0)[0]["sampling"]["samples"]["n=3"] == 1
 
 
-def test_training_evaluates_greedily_and_averages_over_groups(model):
+def test_training_evaluates_greedily_and_averages_over_groups_of_any_size(model, monkeypatch):
+    monkeypatch.setattr(evaluate, "grade", lambda record: {"correct": sum(map(ord, record["question"])) % 3 == 0})
     network, tokenizer = load(model)
-    task = Task(problems=[], demonstrations=[], evaluation=arithmetic.evaluation(2), instruction="")
+    task = Task(problems=[], demonstrations=[], evaluation=arithmetic.evaluation(4)[2:], instruction="")
     sampler = Sampler(network, stop_tokens(network, tokenizer), slots=8)
     accuracy, records = evaluate.evaluate(sampler, tokenizer, task, 16)
     by_group = {g: [r["correct"] for r in records if r["group"] == g] for g in sorted(accuracy) if g != "average"}
     means = {group: np.mean(correct) for group, correct in by_group.items()}
     assert accuracy == pytest.approx(means | {"average": np.mean(list(means.values()))})
+    assert accuracy["average"] != pytest.approx(np.mean([r["correct"] for r in records])), "the case must differ"
     assert [r["question"] for r in sorted(records, key=lambda r: r["id"])] == [p.question for p in task.evaluation]
 
 
@@ -382,6 +384,14 @@ def test_the_paper_s_protocol_is_greedy_with_5000_tokens_and_the_sampled_one_as_
         math500=4, minerva_math=4, olympiadbench=4, aime24=32, amc23=32, gsm8k=1, gpqa=8, mmlu_pro=1
     )
     assert {n for n, b in BENCHMARKS.items() if b.tolerance} == {"minerva_math"}
+
+
+def test_the_sampled_protocol_writes_four_answers_to_each_problem_of_no_benchmark(model, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"question": "1+2", "answer": "3"}\n{"question": "2+2", "answer": "4"}\n')
+    flags = ("--protocol", "sampled", "--max-new-tokens", 4, "--template", "plain", "--out", tmp_path / "out.jsonl")
+    call(model, "--data", tmp_path / "own.jsonl", *flags)
+    answers = [(r["question"], r["sample"]) for r in lines(tmp_path / "out.jsonl")[1:]]
+    assert answers == [(question, i) for question in ("1+2", "2+2") for i in range(4)]
 
 
 def test_hashes_change_with_any_problem_and_any_weight(tmp_path):

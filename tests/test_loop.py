@@ -140,6 +140,16 @@ def test_a_sample_is_drawn_from_seed_step_and_number_of_its_draw(tmp_path, monke
     assert keys == [[(5, 7, draw) for draw in range(3)], [(5, 8, draw) for draw in range(3, 6)]]
 
 
+def test_prompts_and_demonstrations_are_drawn_in_orders_of_their_own_which_the_seed_decides(tmp_path):
+    orders = set()
+    for seed in (0, 1):
+        run = make_run(tmp_path / str(seed), seed=seed)
+        for stream in (run.prompt_order, run.demonstration_order):
+            stream.count = 50  # equal numbers of rows
+            orders.add(tuple(i for _, i in stream.take(50)))
+    assert len(orders) == 4
+
+
 @pytest.mark.parametrize("cap", [0, 1, 5])
 def test_dynamic_sampling_replaces_zero_std_groups_up_to_its_cap(tmp_path, monkeypatch, cap):
     run = make_run(tmp_path, prompts_per_step=2, group_size=2, dynamic_sampling=cap)

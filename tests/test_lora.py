@@ -131,6 +131,12 @@ def test_initialisation_equals_pefts():
     assert not w[f"{name}.lora_B.weight"].any()
 
 
+def test_layers_of_one_shape_begin_with_different_random_numbers():
+    w = lora.create(tiny_model(), TARGETS, 4, 0)
+    rows_of_a = {tuple(row.tolist()) for name, p in w.items() if "lora_A" in name for row in p}
+    assert len(rows_of_a) == 14 * 4
+
+
 def test_the_same_seed_makes_the_same_adapter():
     a, b, c = (lora.create(tiny_model(), TARGETS, 4, seed) for seed in (1, 1, 2))
     assert all(torch.equal(a[n], b[n]) for n in a)

@@ -169,10 +169,17 @@ def test_demonstrations_have_the_mean_nll_that_is_logged():
     assert json.loads(json.dumps(first, allow_nan=False)) == first
 
 
+@pytest.fixture(scope="module")
+def text_tokenizer(tmp_path_factory):
+    """A tokenizer of bytes, but for a few words."""
+    folder = tmp_path_factory.mktemp("text")
+    text_model(folder, ["2+3=5 boxed"])
+    return AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("text", ["2+3=5", "naïve 🦙🦙 café\n", "日本語", "\\boxed{½}"])
-def test_pieces_join_to_the_completion_and_a_broken_character_belongs_to_its_last_token(text, tmp_path):
-    text_model(tmp_path, ["2+3=5 boxed"])
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+def test_pieces_join_to_the_completion_and_a_broken_character_belongs_to_its_last_token(text, text_tokenizer):
+    tokenizer = text_tokenizer
     ids = tokenizer.encode(text)
     for end in range(1, len(ids) + 1):
         found = pieces(tokenizer, ids[:end])
@@ -181,6 +188,15 @@ def test_pieces_join_to_the_completion_and_a_broken_character_belongs_to_its_las
         assert all("\ufffd" not in piece for piece in found[: end - 3])
     assert "\ufffd" not in "".join(found)
     assert ("" in found) == (not text.isascii())
+
+
+@pytest.mark.parametrize("broken", range(1, 14))
+def test_text_behind_broken_bytes_appears_after_at_most_four_tokens(broken, text_tokenizer):
+    ids = text_tokenizer.encode("日")[1:2] * broken + text_tokenizer.encode("ok")  # bytes that begin no character
+    found = pieces(text_tokenizer, ids)
+    assert "".join(found) == text_tokenizer.decode(ids)
+    assert all(any(found[start : start + 4]) for start in range(len(ids) - 3))
+    assert found[-2:] == ["o", "k"]
 
 
 def test_a_compressed_log_survives_a_cut_at_every_byte(tmp_path):

@@ -225,6 +225,27 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, caps
         checkpoint.newest(tmp_path)
 
 
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_written(tmp_path, monkeypatch):
+    written = []
+
+    def interrupt(source, target):
+        written.extend(sorted(p.name for p in source.iterdir()))
+        assert target == tmp_path / "step-000002"
+        assert [*checkpoint.steps_in(tmp_path)] == [1], "until then no checkpoint of step 2 is seen"
+        raise KeyboardInterrupt
+
+    checkpoint.save(tmp_path, 1, {"step": 1}, {"x": torch.zeros(3)})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 2, {"step": 2}, {"x": torch.ones(3)})
+    assert written == [".metadata", "__0_0.distcp", "digests.json", "facts.json"]
+    assert checkpoint.newest(tmp_path).facts == {"step": 1}
+    checkpoint.save(tmp_path, 2, {"step": 2}, {"x": torch.ones(3)})
+    assert torch.equal(tensors_in(tmp_path)["x"], torch.ones(3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"]
+
+
 @pytest.mark.parametrize("left", ["damaged", "partial", "empty", "more"])
 def test_a_checkpoint_is_saved_over_what_an_earlier_attempt_left_of_the_same_step(tmp_path, left):
     for step in (1, 3):
@@ -316,6 +337,14 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one_intact(tmp_
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
     assert torch.equal(tensors_in(tmp_path)["tensor"], state["tensor"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_no_finite_number_is_logged_as_null(tmp_path, value):
+    RunFolder(tmp_path).log_metrics(3, {"reward": 0.5, "kl": value, "mine": value}, {"sample": 1.5})
+    (logged,) = lines(tmp_path / "metrics.jsonl")
+    known = {"step": 3, "reward": 0.5, "seconds": {"sample": 1.5}}
+    assert logged == dict.fromkeys((*METRICS, "mine")) | known
 
 
 def test_logs_are_cut_back_to_the_checkpoint_without_a_torn_line(tmp_path):

@@ -569,6 +569,30 @@ def test_a_gradient_that_is_not_finite_moves_no_parameter_of_any_set():
         assert all(torch.equal(p, b) for p, b in zip(parameters, before[name], strict=True))
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_metric_stops_no_set_and_a_loss_or_gradient_that_is_not_finite_stops_all_three(value):
+    s = settings()
+    m = fresh(s)
+
+    def sets_moved(stats, bad=""):
+        before = copy.deepcopy(m.parameters)
+        for name, parameters in m.parameters.items():
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            if name == bad:
+                parameters[-1].grad[0] = value
+        _, stepped = bridge.clip_and_step(m, stats, s)
+        same = {n: all(map(torch.equal, parameters, before[n])) for n, parameters in m.parameters.items()}
+        assert stepped == (not all(same.values()))
+        return [name for name in same if not same[name]]
+
+    metrics = dict(reward=value, kl=value, entropy=value, logp_gap_max=value, cooperative_gain=value)
+    assert sets_moved(metrics) == sets_moved(metrics | {"sft_nll": 1.0}) == ["theta", "w", "theta_hat"]
+    assert sets_moved({"sft_nll": value}) == []
+    for name in m.parameters:
+        assert sets_moved({"sft_nll": 1.0}, bad=name) == []
+
+
 def test_own_rollouts_give_the_shadow_its_own_batch():
     s = settings(shadow_rollouts="own")
     m = fresh(s, w_trained=True)
