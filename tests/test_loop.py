@@ -132,11 +132,11 @@ def test_groups_stand_as_their_prompts_were_drawn_whichever_rank_has_sampled_the
 
 
 def test_a_sample_is_drawn_from_seed_step_and_number_of_its_draw(tmp_path, monkeypatch):
-    run, keys = make_run(tmp_path, prompts_per_step=3, group_size=2, seed=5), []
+    run, keys = make_run(tmp_path, prompts_per_step=3, group_size=2, seed=5, steps=9, save_every=10), []
+    monkeypatch.setattr(bridge, "evaluate_policies", lambda *_: None)
     generate = run.env.sampler.generate
     monkeypatch.setattr(run.env.sampler, "generate", lambda p, k, *rest: keys.append(k) or generate(p, k, *rest))
-    for step in (7, 8):
-        sample(run, step=step)
+    bridge.train(run, 7)
     assert keys == [[(5, 7, draw) for draw in range(3)], [(5, 8, draw) for draw in range(3, 6)]]
 
 
@@ -228,11 +228,19 @@ def test_cold_start_gives_rl_a_fresh_optimizer(tmp_path, monkeypatch):
     assert seen == [(True, False), (True, True), (False, False), (False, True)]
 
 
+def test_each_of_alternating_s_two_optimizers_steps_once_in_a_step(tmp_path):
+    run = make_run(tmp_path, method="alternating", steps=2)
+    bridge.train(run, 0)
+    steps = {name: {int(state["step"]) for state in o.state.values()} for name, o in run.m.optimizers.items()}
+    assert steps == {"theta": {2}, "theta_sft": {2}}
+
+
 def test_each_update_sees_iterate_k_once_and_updates_per_rollout_reuse_the_rollouts(tmp_path, monkeypatch):
     run = make_run(tmp_path, steps=2, updates_per_rollout=3)
-    seen = train_spying(run, monkeypatch, lambda run, r, _, demos: (id(r), r, demos))
+    seen = train_spying(run, monkeypatch, lambda run, r, _, demos: (id(r), r, demos, r.old_logp is None))
     assert len(seen) == 6
     assert [i for i, *_ in seen[:3]] == [seen[0][0]] * 3
+    assert [is_first for *_, is_first in seen] == [True, False, False] * 2, "log π_old is that before the first"
     assert seen[3][0] != seen[0][0]
     assert seen[0][2] != seen[1][2], "each update draws its own demonstrations"
 

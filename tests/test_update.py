@@ -288,6 +288,13 @@ def test_the_one_step_gain_s_gradient_is_taken_at_the_stepped_shadow():
     assert_close(g["w"], [(1 - lam) * a + lam * (b - c) for a, b, c in zip(sft, rl, rl_hat, strict=True)])
 
 
+def test_the_seed_decides_the_adapter_at_the_start():
+    a, b, same_seed = (fresh(settings(seed=seed)).w for seed in (3, 4, 3))
+    for name in a:
+        assert torch.equal(a[name], same_seed[name])
+        assert torch.equal(a[name], b[name]) == ("lora_B" in name)
+
+
 def test_alternating_has_an_adam_state_for_each_of_its_two_updates():
     s = settings(method="alternating", alpha=0.001)
     m = fresh(s)
