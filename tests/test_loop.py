@@ -235,6 +235,24 @@ def test_each_of_alternating_s_two_optimizers_steps_once_in_a_step(tmp_path):
     assert steps == {"theta": {2}, "theta_sft": {2}}
 
 
+def test_batch_sizes_and_dtype_of_the_settings_are_those_of_a_step(tmp_path, monkeypatch):
+    sizes = dict(sft_batch=5, prompts_per_step=3, group_size=4)
+    run = make_run(tmp_path, **sizes, dtype="bfloat16", kl_coef=0.1, steps=1)
+    real, dtypes = bridge.response_logprobs, []
+
+    def spy(model, rows, temperature=1.0, dtype=torch.float32):
+        dtypes.append(dtype)
+        return real(model, rows, temperature, dtype)
+
+    monkeypatch.setattr(bridge, "response_logprobs", spy)
+    monkeypatch.setattr(bridge, "evaluate_policies", lambda *_: None)
+    seen = train_spying(run, monkeypatch, lambda run, r, _, demos: (len(demos), len(r.rows), r.reward.shape))
+    assert seen == [(5, 12, (3, 4))]
+    assert len(dtypes) >= 5, "policy, shadow, two references and SFT"
+    assert {*dtypes, run.env.sampler.decoder.lm_head.dtype} == {torch.bfloat16}
+    assert {p.dtype for of_set in run.m.parameters.values() for p in of_set} == {torch.float32}
+
+
 def test_each_update_sees_iterate_k_once_and_updates_per_rollout_reuse_the_rollouts(tmp_path, monkeypatch):
     run = make_run(tmp_path, steps=2, updates_per_rollout=3)
     seen = train_spying(run, monkeypatch, lambda run, r, _, demos: (id(r), r, demos, r.old_logp is None))
