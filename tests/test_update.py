@@ -12,6 +12,7 @@ import bridge
 import grpo
 import lora
 from logprob import response_logprobs
+from ops.distinct import rows_to_run
 from rollout import Rollouts
 from settings import METHODS, SettingError, Settings
 
@@ -148,6 +149,12 @@ def test_completions_of_equal_text_and_unequal_reward_are_not_merged():
     rollouts.reward[2, 1] = 0.5  # of the same text and advantage as sample 8
     to_run = rollouts.rows_to_run(has_kl=False)
     assert (to_run.trained, to_run.scored) == ([0, 1, 2, 3], [8, 9, 11])
+
+
+def test_equal_tokens_of_another_prompt_are_not_merged():
+    ones = torch.ones(3)
+    to_run = rows_to_run([([1, 2], [3]), ([1], [2, 3])], ones, ones, ones > 1, torch.ones(1, 2), False, False)
+    assert (to_run.trained, to_run.source.tolist(), to_run.weight.tolist()) == ([0, 1], [0, 1, 2], [1, 1, 1])
 
 
 def test_without_any_signal_gradients_are_zero_and_all_numbers_finite():
