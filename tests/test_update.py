@@ -157,6 +157,17 @@ def test_equal_tokens_of_another_prompt_are_not_merged():
     assert (to_run.trained, to_run.source.tolist(), to_run.weight.tolist()) == ([0, 1], [0, 1, 2], [1, 1, 1])
 
 
+@pytest.mark.parametrize("differs", ["advantage", "weight", "is_demonstration", "reward", ""])
+def test_equal_rows_are_merged_only_if_all_their_numbers_are_equal(differs):
+    same, other = torch.ones(4), torch.tensor([1.0, 1, 2, 2])  # two tokens each
+    numbers = dict.fromkeys(("advantage", "weight", "is_demonstration"), same) | {"reward": same[None, ::2]}
+    if differs:
+        numbers[differs] = other[None, ::2] if differs == "reward" else other
+    to_run = rows_to_run([([1], [2, 3])] * 2, **numbers, has_kl=False, score_rewarded=False)
+    assert to_run.trained == ([0, 1] if differs else [0])
+    assert to_run.source.tolist() == ([0, 1, 2, 3] if differs else [0, 1, 0, 1])
+
+
 def test_without_any_signal_gradients_are_zero_and_all_numbers_finite():
     s = settings()
     m = fresh(s, w_trained=True)
