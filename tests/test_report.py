@@ -153,6 +153,8 @@ def test_the_group_that_is_kept_is_the_first_with_unequal_rewards():
     (group,) = record_of(s, m, rollouts, "first")["groups"]
     assert group == record_of(s, m, rollouts, "all")["groups"][1]
     assert [row["reward"] for row in group["rows"]] == [1, 0, 1, 0]
+    A = grpo.group_advantages(rollouts.reward)[1].tolist()
+    assert [row["A"] for row in group["rows"]] == pytest.approx(A, abs=1e-4)
 
 
 def test_demonstrations_have_the_mean_nll_that_is_logged():
