@@ -330,6 +330,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("ops/distinct.py", "weights[i], rewards[i], kinds[i])", "weights[i], rewards[i])"),
     ("settings.py", "return (1.0, math.inf) if METHODS", "return (0.5, math.inf) if METHODS"),
     ("infra/tokens.py", "advantage[first_token].item()", "advantage[i].item()"),
+    ("infra/tokens.py", "        start = done\n", "        start = end\n"),
     ("bridge.py", "m.policy, m.shadow, k, timer)", "m.policy, m.shadow, 0, timer)"),
     ("bridge.py", "clip_and_step(m, update.stats, s, rl_weight)", "clip_and_step(m, update.stats, s)"),
     ("bridge.py", "            keep_old_logp(update, rollouts, rollouts_hat, s)\n", "\n"),

@@ -202,6 +202,14 @@ def test_text_behind_broken_bytes_appears_after_at_most_four_tokens(broken, text
     assert found[-1] == "k"
 
 
+def test_pieces_keep_the_spaces_that_a_tokenizer_drops_at_the_start_of_a_text():
+    class Words:
+        def decode(self, ids):
+            return " ".join(f"w{i}" for i in ids)
+
+    assert pieces(Words(), [1, 2, 3]) == ["w1", " w2", " w3"]
+
+
 def test_a_compressed_log_survives_a_cut_at_every_byte(tmp_path):
     log = tmp_path / "log.jsonl.gz"
     records = [{"step": step, "text": "é" * step} for step in (1, 2, 3)]
