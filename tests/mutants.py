@@ -302,6 +302,8 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("lora.py", "generator=generator)  # in", "generator=torch.Generator().manual_seed(seed))  # in"),
     ("lora.py", "torch.Generator().manual_seed(seed)", "torch.Generator().manual_seed(seed + (torch.distributed.get_rank() if torch.distributed.is_initialized() else 0))"),
     ("evaluate.py", "sum(accuracy.values()) / len(accuracy)", 'sum(r["correct"] for r in records) / len(records)'),
+    ("grading/scores.py", "np.mean([column.mean() for column in columns])", "np.concatenate(columns).mean()"),
+    ("grading/scores.py", "np.mean([d.mean() for d in differences])", "np.concatenate(differences).mean()"),
     ("grpo.py", "cap: float = 10.0", "cap: float = 1e9"),
     ("evaluate.py", "SAMPLES = 4", "SAMPLES = 1"),
     ("tasks/prompts.py", "if THOUGHT.search(tag) and", "if"),

@@ -214,6 +214,12 @@ def test_the_average_is_the_plain_mean_of_the_paper_s_five_if_all_five_are_prese
     assert summarise(fewer)["average"]["accuracy"][0] == pytest.approx(0.5)
 
 
+def test_the_average_and_its_difference_weigh_groups_alike_whatever_their_sizes(few_draws):
+    large, small = np.zeros(30), np.ones(2)
+    assert scores.plain_mean([large, small])[0] == 0.5
+    assert paired_test([large, 0 * small], [large, small])[0] == 0.5
+
+
 def test_the_summary_counts_samples_truncation_and_labels():
     records = [record(problem=p, sample=s, correct=p == s, labels=(f"level {p}",), tokens=10 * p,
                       finish_reason="length" if p else "stop") for p in range(2) for s in range(2)]  # fmt: skip
