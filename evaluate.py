@@ -475,5 +475,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    with torch.no_grad():  # a notebook may go on to train
+        main()

@@ -343,8 +343,11 @@ def refuse_idle(s: Settings, given: set[str]) -> None:
 
 def start_program(parse: Callable | None = None) -> None:
     """Prepares the standard streams; then `parse` answers --help and exits, before torch is loaded."""
+    if sys.flags.optimize > 1:
+        sys.exit("transformers needs its docstrings: start Python without -OO")
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without θ must not end the run
+        if hasattr(stream, "reconfigure"):  # those of a notebook have no encoding
+            stream.reconfigure(errors="replace")  # a terminal without θ must not end the run
     atexit.register(flush)
     if parse and {"-h", "--help"} & set(sys.argv):
         parse(sys.argv[1:])
@@ -358,9 +361,16 @@ def flush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def listed(text: str) -> list[str]:
+    """The parts of a comma list; the name of an existing file is one part."""
+    if os.path.isfile(text):
+        return [text]
+    return [part.strip() for part in text.split(",")]
+
+
 def expand(text: str) -> str:
     """A text of the command line; ~ at the start of a path in a comma list stands for the home folder."""
-    return ",".join(os.path.expanduser(part) for part in text.split(","))
+    return ",".join(os.path.expanduser(part) for part in listed(text))
 
 
 def add_setting(parser: argparse.ArgumentParser, setting, default) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from tqdm import tqdm
 
 from infra import parallel
-from infra.files import DataError, append_line, cut_back, printable, read_log, read_object, write_atomically
+from infra.files import DataError, append_line, cut_back, printable, read_log, read_object, write_json
 from infra.model import pick_device
 from ops.packed import ModelError, Row
 from settings import SettingError, Settings, check
@@ -72,7 +72,7 @@ class RunFolder:
             cut_back(self.path / name, step)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         config = {"settings": asdict(s), "command": ["bridge.py", *argv], "versions": versions}
-        write_atomically(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        write_json(self.path / "config.json", config)
 
     def is_evaluated(self, step: int) -> bool:
         """Whether evals.jsonl has the accuracies of a step; the same on all ranks."""
@@ -227,8 +227,9 @@ class StopSignal:
 
     def __init__(self):
         self.requested: signal.Signals | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        with suppress(ValueError):  # a thread can install none
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._handle)
 
     def _handle(self, number, frame) -> None:
         self.requested = signal.Signals(number)
@@ -255,6 +256,11 @@ def print0(text: str) -> None:
     if parallel.rank() == 0:
         tqdm.write(printable(text))
         sys.stdout.flush()
+
+
+def progress(items: list, text: str) -> tqdm:
+    """The items, with a bar on rank 0 if reading them takes more than a second and a terminal shows it."""
+    return tqdm(items, text, leave=False, delay=1, disable=parallel.rank() > 0 or None)
 
 
 def empty_cache() -> None:

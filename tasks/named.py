@@ -5,7 +5,7 @@ from types import ModuleType
 
 from infra.files import DataError
 from rewards import is_gold
-from settings import METHODS, TASKS, SettingError, Settings
+from settings import METHODS, TASKS, SettingError, Settings, listed
 from tasks.benchmarks import BENCHMARKS, read_benchmark
 from tasks.functions import load_function, user_code
 from tasks.sources import first_correct, keep_readable, read_demonstrations, read_problems, rows_of
@@ -103,8 +103,7 @@ def with_evaluation(task: Task, eval_data: str, eval_problems: int) -> Task:
         hold_out(task, eval_problems)
         return task
     groups: dict[str, list[Problem]] = {}
-    for part in eval_data.split(","):
-        source = part.strip()
+    for source in listed(eval_data):
         if source in BENCHMARKS:
             problems = read_benchmark(source, "benchmarks", "eval_data")
         else:

@@ -2,6 +2,7 @@
 
 import copy
 import datetime
+import gzip
 import json
 import pickle
 import re
@@ -293,6 +294,44 @@ def test_a_model_folder_that_cannot_be_trained_is_refused_in_one_line_with_its_n
     assert folder in str(refused.value)
 
 
+@pytest.mark.parametrize("part", [".", "adapter", "checkpoint", "checkpoint/step-000002"])
+def test_a_run_folder_and_its_parts_are_named_for_what_they_are_with_the_model_to_name(finished_run, part):
+    run = finished_run("--steps", "2")
+    message = rf"is a run or a part of one, no model: name {run}/model, or what python -m infra.export {run} writes$"
+    with pytest.raises(ModelError, match=message):
+        infra.model.load(str(run / part))
+    with pytest.raises(SystemExit, match=message):
+        bridge.main(["--model", str(run / part), "--dry-run", "--gpu", "h100"])
+    infra.model.read_config(str(run / "model"))
+
+
+def test_a_model_that_lies_in_a_run_folder_and_a_hub_name_beside_a_run_are_no_parts_of_it(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("")
+    infra.model.load(folder_of(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    infra.model.load("base")
+    with pytest.raises(ModelError, match="is no folder, and the hub does not give it"):
+        infra.model.load("nobody/nothing")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "model-00001-of-00002.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_in_place_of_a_model_s_file_is_called_one(tmp_path, name):
+    folder = folder_of(tmp_path, (), {name: POINTER})
+    with pytest.raises(ModelError, match=rf"/{name} is a pointer of Git LFS: `git lfs pull` replaces it") as refused:
+        infra.model.load(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz"])
+def test_a_pointer_of_git_lfs_in_place_of_data_is_called_one(tmp_path, kind):
+    (tmp_path / f"a.{kind}").write_text(POINTER)
+    with pytest.raises(DataError, match=rf"^rl_data: \S*/a\.{kind} is a pointer of Git LFS: `git lfs pull`"):
+        list(sources.read_rows(str(tmp_path / f"a.{kind}"), "rl_data"))
+
+
 def test_an_adapter_without_a_config_and_a_pickle_are_refused_by_name(tmp_path):
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "arithmetic-smoke"}')
     with pytest.raises(ModelError, match="is a PEFT adapter: merge it"):
@@ -531,14 +570,64 @@ def test_the_real_loader_gives_a_way_out_without_network(monkeypatch):
 
 @pytest.mark.parametrize("source", ["data.txt", "name", "a/b/c", "owner/", "", "owner/name:", "a/b:c:d:e"])
 def test_a_source_that_is_neither_file_nor_hub_name_is_refused(source):
-    with pytest.raises(DataError, match=r"rl_data: .*is neither a .jsonl, .json, .parquet, .csv file nor a data set"):
+    with pytest.raises(DataError, match=r"rl_data: .*is neither a .jsonl, .ndjson, .json, .parquet, .csv file nor a"):
         list(sources.read_rows(source, "rl_data"))
 
 
-@pytest.mark.parametrize("name", ["no.jsonl", "no.json", "no.parquet", "no.csv"])
+NAMES = ["no.jsonl", "no.json", "no.parquet", "no.csv", "no.ndjson", "no.jsonl.gz", "NO.JSONL", "run 10:30.jsonl",
+         "data/run 10:30.jsonl", r"C:\data\rl.jsonl", "C:/data/rl.jsonl", "/data/10:30/rl.jsonl"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file_of_any_kind_is_named(name):
-    with pytest.raises(DataError, match=f"rl_data: there is no file '{name}'"):
+    with pytest.raises(DataError, match=re.escape(f"rl_data: there is no file {name!r}")):
         list(sources.read_rows(name, "rl_data"))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "a,b.jsonl", "~a, ~b.jsonl", "a/b:c.jsonl", "a, b/c:d/e,f.JSON", "é😀?*.csv"])
+def test_what_exists_is_a_file_whatever_its_letters(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name.lstrip("/")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = name.lower().removesuffix(".gz").rpartition(".")[2]
+    text = {"json": json.dumps(ROWS), "csv": "problem,final_answer\none?,2\n"}.get(kind, json.dumps(ROWS[0]) + "\n")
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    if kind == "parquet":
+        pytest.importorskip("datasets").Dataset.from_list(ROWS).to_parquet(path)
+    name = name.lstrip("/")
+    s, _ = settings.parse(["--rl-data", name, "--sft-data", name, "--eval-data", name])
+    assert (s.rl_data, s.sft_data, s.eval_data) == (name, name, name)
+    assert evaluate.parse(["model", "--data", name]).data == name
+    problems = sources.read_problems(s.rl_data, "rl_data", [])
+    task = named.with_evaluation(Task([], [], []), s.eval_data, 5)
+    assert [p.answer for p in problems] == [p.answer for p in task.evaluation] == ["2", "3"][: len(problems)]
+
+
+def test_a_list_of_files_is_split_at_commas_and_a_folder_of_benchmarks_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b:1.NDJSON", "x,y/aime24.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, [{"problem": "q", "answer": "2"}])
+    places = [place for place, _ in sources.read_rows("a.jsonl, b:1.NDJSON", "rl_data")]
+    assert places == ["rl_data: a.jsonl, line 1", "rl_data: b:1.NDJSON, line 1"]
+    assert len(read_benchmark("aime24", "x,y")) == 1
+    assert len(named.with_evaluation(Task([], [], []), "a.jsonl,b:1.NDJSON", 5).evaluation) == 2
+
+
+def test_a_long_list_of_names_is_no_error_of_the_disk():
+    with pytest.raises(DataError, match=r"^rl_data: there is no file 'a{90}.jsonl'$"):
+        list(sources.read_rows(",".join(["a" * 90 + ".jsonl"] * 5), "rl_data"))
+
+
+def test_a_compressed_file_that_is_cut_off_or_damaged_is_refused_and_not_read_in_part(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in 200 * ROWS).encode())
+    for content in (whole[:-1], whole[:-8], whole[: len(whole) // 2], whole[:40], b"plain", whole + b"plain"):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"^rl_data: \S*a\.jsonl\.gz: damaged \("):
+            list(sources.read_rows(str(path), "rl_data"))
+    path.write_bytes(whole)
+    assert len(list(sources.read_rows(str(path), "rl_data"))) == 400
 
 
 def test_a_json_file_of_another_shape_is_refused(tmp_path):
