@@ -343,8 +343,6 @@ def refuse_idle(s: Settings, given: set[str]) -> None:
 
 def start_program(parse: Callable | None = None) -> None:
     """Prepares the standard streams; then `parse` answers --help and exits, before torch is loaded."""
-    if sys.flags.optimize > 1:
-        sys.exit("transformers needs its docstrings: start Python without -OO")
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # those of a notebook have no encoding
             stream.reconfigure(errors="replace")  # a terminal without θ must not end the run

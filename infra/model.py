@@ -1,6 +1,7 @@
 """Loading a transformers model: fp32 weights, packed attention, refusals of what this project would compute wrongly."""
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -53,6 +54,8 @@ def repository_of(name: str) -> tuple[str, str | None]:
 
 def read_config(name: str) -> PretrainedConfig:
     """The config of a model by its name, see `repository_of`. Raises ModelError for adapters and quantised weights."""
+    if sys.flags.optimize > 1:
+        raise ModelError("transformers reads its own docstrings: start Python without -OO")
     repository, revision = repository_of(name)
     folder = Path(repository).absolute()
     if folder.is_dir() and not (folder / "tokenizer_config.json").exists():

@@ -3,6 +3,7 @@
 import copy
 import datetime
 import gzip
+import io
 import json
 import pickle
 import re
@@ -11,6 +12,7 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,10 +26,10 @@ import bridge
 import evaluate
 import infra.model
 import settings
-from infra import export
+from infra import export, parallel
 from infra.files import DataError, printable
 from infra.model import stop_tokens
-from infra.run import RunFolder, one_line_errors, print0
+from infra.run import RunFolder, one_line_errors, print0, progress
 from logprob import response_logprobs
 from ops.packed import ModelError
 from sampler import Completion, Sampler, generate_naive
@@ -330,6 +332,12 @@ def test_a_pointer_of_git_lfs_in_place_of_data_is_called_one(tmp_path, kind):
     (tmp_path / f"a.{kind}").write_text(POINTER)
     with pytest.raises(DataError, match=rf"^rl_data: \S*/a\.{kind} is a pointer of Git LFS: `git lfs pull`"):
         list(sources.read_rows(str(tmp_path / f"a.{kind}"), "rl_data"))
+
+
+def test_python_without_docstrings_cannot_load_a_model_and_is_told_so(monkeypatch):
+    monkeypatch.setattr(infra.model, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    with pytest.raises(ModelError, match=r"^transformers reads its own docstrings: start Python without -OO$"):
+        infra.model.load("arithmetic-smoke")
 
 
 def test_an_adapter_without_a_config_and_a_pickle_are_refused_by_name(tmp_path):
@@ -821,6 +829,18 @@ def test_a_model_card_holds_escapes_instead_of_text_that_utf8_cannot_encode(tmp_
 def test_a_file_of_json_lines_may_begin_with_a_byte_order_mark(tmp_path):
     problems, _ = read(tmp_path / "windows.jsonl", '\ufeff{"question": "1+1", "answer": "2"}\r\n')
     assert [(p.question, p.answer) for p in problems] == [("1+1", "2")]
+
+
+@pytest.mark.parametrize(("is_terminal", "rank", "shown"), [(True, 0, True), (False, 0, False), (True, 1, False)])
+def test_long_work_has_a_bar_on_rank_0_of_a_terminal_and_nothing_in_a_log(monkeypatch, is_terminal, rank, shown):
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(parallel, "rank", lambda: rank)
+    bar = progress([1, 2, 3], "reading")
+    assert bar.disable != shown
+    assert list(bar) == [1, 2, 3]
+    assert stream.getvalue().strip() == ""  # a second has not passed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """Evaluation: every number equals its definition; result files survive interruption, damage and more ranks."""
 
+import contextlib
 import io
 import itertools
 import json
 import math
 import os
 import random
+import runpy
 import shutil
 import subprocess
 import sys
@@ -713,6 +715,62 @@ def test_reports_are_printed_in_any_encoding(greedy, monkeypatch, few_draws):
     call("--table", greedy, greedy)
     stream.flush()
     assert b" ? " in stream.buffer.getvalue()  # the minus sign of the differences
+
+
+class NotebookStream:
+    """A stream of a notebook, which has no encoding to change and no file descriptor."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+    def flush(self):
+        pass
+
+    def getvalue(self):
+        return self.text
+
+
+def cell(program, *flags, stream=NotebookStream):
+    """What `%run PROGRAM FLAGS` prints in a notebook, or the message with which it exits."""
+    out = stream()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(stream()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except SystemExit as ended:
+            return ended.code or out.getvalue()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("stream", [NotebookStream, io.StringIO])
+def test_every_program_runs_in_a_notebook_and_under_any_stream(finished_run, tmp_path, greedy, few_draws, stream):
+    assert "usage: bridge.py" in cell("bridge.py", "--help", stream=stream)
+    assert "GiB" in cell("bridge.py", "--dry-run", "--gpu", "h100", stream=stream)
+    assert "n=3" in cell("evaluate.py", "--table", greedy, greedy, stream=stream)
+    assert "verdicts changed" in cell("evaluate.py", "--regrade", greedy, "--out", tmp_path / "r", stream=stream)
+    assert cell("plot.py", tmp_path, stream=stream) == f"plot.py: {tmp_path} is no run folder: it has no metrics.jsonl"
+    run = finished_run("--steps", "2")
+    assert cell("plot.py", run, "--out", tmp_path / "f.png", stream=stream) == f"{tmp_path / 'f.png'}\n"
+
+
+def test_gradients_are_on_again_after_a_cell_that_evaluates(tmp_path):
+    (tmp_path / "broken.py").write_text("def f(s): raise KeyError('mine')")
+    (tmp_path / "m").mkdir()
+    assert "answers in" in cell("evaluate.py", "arithmetic-smoke", *GREEDY, "--out", tmp_path / "one.jsonl")
+    assert torch.is_grad_enabled()
+    assert "without a usable model" in cell("evaluate.py", tmp_path / "m", *GREEDY)
+    assert torch.is_grad_enabled()
+    config = {"settings": {"task": f"{tmp_path}/broken.py:f"}}
+    (tmp_path / "m/metrics.jsonl").write_text("")
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    (tmp_path / "m/model").mkdir()
+    with pytest.raises(KeyError, match="mine"):
+        cell("evaluate.py", tmp_path / "m")
+    assert torch.is_grad_enabled()
 
 
 def test_a_closed_pipe_or_a_full_disk_ends_in_one_line(greedy, tmp_path):

@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -195,6 +196,15 @@ def test_sigterm_finishes_the_step_saves_and_says_so(tmp_path):
     assert "everything is saved, --resume continues" in printed
     saved, metrics = checkpoint.newest(tmp_path / "run" / "checkpoint"), lines(tmp_path / "run" / "metrics.jsonl")
     assert saved.facts["step"] == metrics[-1]["step"] < 500
+
+
+def test_a_run_in_a_thread_goes_on_without_handlers_of_signals(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=run, args=(tmp_path / "run",), kwargs=dict(steps=1))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "model").is_dir()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, capsys):
