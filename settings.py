@@ -359,16 +359,9 @@ def flush() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def listed(text: str) -> list[str]:
-    """The parts of a comma list; the name of an existing file is one part."""
-    if os.path.isfile(text):
-        return [text]
-    return [part.strip() for part in text.split(",")]
-
-
 def expand(text: str) -> str:
     """A text of the command line; ~ at the start of a path in a comma list stands for the home folder."""
-    return ",".join(os.path.expanduser(part) for part in listed(text))
+    return ",".join(os.path.expanduser(part) for part in text.split(","))
 
 
 def add_setting(parser: argparse.ArgumentParser, setting, default) -> None:

@@ -154,7 +154,7 @@ ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens={s.max_new_tokens})[0]))
 ```
 
-The folder was tried with transformers {TRIED}.
+Such folders were tried with transformers {TRIED}.
 
 Greedy accuracy, %, on problems in no training set, answers of at most {s.max_new_tokens} tokens:
 

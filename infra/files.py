@@ -74,9 +74,10 @@ def write_lines(path: Path, records: list[dict]) -> None:
 
 def _gzip_lines(content: bytes, path: Path, torn: bool) -> Iterator[bytes]:
     """The lines of a compressed file; `torn`: without those of a torn last member. Raises DataError for damage."""
-    # gzip calls a torn member damaged if only its first byte, 1f, was written. No whole member ends with this byte:
-    # it would hold half a gigabyte of text.
-    content = content.removesuffix(b"\x1f")
+    # gzip calls a torn member damaged if only its first byte, 1f, was written. No whole member of a log ends with this
+    # byte: it would hold half a gigabyte of text.
+    if torn:
+        content = content.removesuffix(b"\x1f")
     try:
         with gzip.open(io.BytesIO(content)) as file:
             yield from file

@@ -5,10 +5,10 @@ from types import ModuleType
 
 from infra.files import DataError
 from rewards import is_gold
-from settings import METHODS, TASKS, SettingError, Settings, listed
+from settings import METHODS, TASKS, SettingError, Settings
 from tasks.benchmarks import BENCHMARKS, read_benchmark
 from tasks.functions import load_function, user_code
-from tasks.sources import first_correct, keep_readable, read_demonstrations, read_problems, rows_of
+from tasks.sources import first_correct, keep_readable, listed, read_demonstrations, read_problems, rows_of
 from tasks.task import Demonstration, Problem, Task
 
 MATH_LEVEL3TO5 = "hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level3to5/train.parquet"

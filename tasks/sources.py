@@ -15,7 +15,6 @@ from pathlib import Path
 
 import rewards
 from infra.files import DataError, read_lines, refuse_pointer
-from settings import listed
 from tasks.task import Demonstration, Problem, note_dropped
 
 QUESTION = ("question", "problem", "prompt")  # the usual field names; the first one that is not empty is read
@@ -26,6 +25,13 @@ HUB = re.compile(r"[\w.-]+/[\w.-]+(:[^:]+){0,2}")
 # GSM8K's steps and the gold answer in the last line, "#### 42"; a heading of words or of another level is none
 GSM8K = re.compile(r"(?s)(.*)(?<!#)####[ \t]*((?!#)[^\n]*[\d\\][^\n]*|\w{,3})")
 csv.field_size_limit(2**31 - 1)  # the module refuses cells of more than 131,072 characters otherwise
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a comma list; the name of an existing file is one part."""
+    if os.path.isfile(text):
+        return [text]
+    return [part.strip() for part in text.split(",")]
 
 
 def rows_of(sources: str, setting: str = "task") -> Iterator[dict]:

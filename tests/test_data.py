@@ -622,6 +622,12 @@ def test_a_list_of_files_is_split_at_commas_and_a_folder_of_benchmarks_is_not(tm
     assert len(named.with_evaluation(Task([], [], []), "a.jsonl,b:1.NDJSON", 5).evaluation) == 2
 
 
+def test_a_folder_keeps_the_spaces_and_commas_of_its_name():
+    for name in ("my runs, second/a ", " b", "c,d"):
+        assert evaluate.parse([name]).source == name
+        assert settings.parse(["--model", name])[0].model == name
+
+
 def test_a_long_list_of_names_is_no_error_of_the_disk():
     with pytest.raises(DataError, match=r"^rl_data: there is no file 'a{90}.jsonl'$"):
         list(sources.read_rows(",".join(["a" * 90 + ".jsonl"] * 5), "rl_data"))
@@ -630,7 +636,15 @@ def test_a_long_list_of_names_is_no_error_of_the_disk():
 def test_a_compressed_file_that_is_cut_off_or_damaged_is_refused_and_not_read_in_part(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     whole = gzip.compress("".join(json.dumps(row) + "\n" for row in 200 * ROWS).encode())
-    for content in (whole[:-1], whole[:-8], whole[: len(whole) // 2], whole[:40], b"plain", whole + b"plain"):
+    for content in (
+        whole[:-1],
+        whole[:-8],
+        whole[: len(whole) // 2],
+        whole[:40],
+        b"plain",
+        whole + b"plain",
+        whole + b"\x1f",
+    ):
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"^rl_data: \S*a\.jsonl\.gz: damaged \("):
             list(sources.read_rows(str(path), "rl_data"))
