@@ -1,6 +1,6 @@
 """What a run exports: the policy θ + s·B·A, merged in fp32, as a transformers folder with a card, and w for PEFT.
 
-python -m infra.export RUN [--step N] writes RUN/model-step-N from a checkpoint, without training and without data.
+python -m infra.export RUN [--step N or best] writes RUN/model-step-N from a checkpoint, without training or data.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from grading.scores import table
 from infra import checkpoint
 from infra.files import DataError, atomic_folder, printable, read_log, write_json
 from infra.model import load, write_model
-from infra.run import one_line_errors, print0, settings_of
+from infra.run import RunFolder, one_line_errors, print0, settings_of
 from settings import METHODS, Settings, builtin_models, expand, start_program
 
 TRIED = "4.51.3, 4.57.6 and 5.24.0"  # versions that read a folder alike: tokens, and logits to 1e-5
@@ -56,17 +56,22 @@ def save_adapter(folder: Path, w: lora.Adapter, rank: int, alpha: float, targets
     write_json(folder / "adapter_config.json", config)
 
 
-def save_checkpoint(run: Path, step: int | None) -> Path:
+def save_checkpoint(run: Path, step: int | str | None) -> Path:
     """Writes the policy of a run's checkpoint, by default the newest, to RUN/model-step-N; returns that folder.
+
+    step: "best" is that of the evaluation with the highest accuracy.
 
     Raises DataError, ModelError and OSError.
     """
     steps = checkpoint.steps_in(run / "checkpoint")
+    if step == "best":
+        step = RunFolder(run).best_step()
     if not steps or step not in (None, *steps):
         known = ", ".join(map(str, steps)) or "none"
-        raise DataError(f"no such checkpoint in {run}/checkpoint: its steps are {known}")
+        text = "; --keep-best keeps that of the best evaluation"
+        raise DataError(f"no such checkpoint in {run}/checkpoint: its steps are {known}{text}")
     saved = checkpoint.newest(run / "checkpoint", step)
-    s = settings_of(saved.facts, f"{saved.folder}/facts.json")
+    s = settings_of(saved.folder / "facts.json")
     step = saved.facts["step"]
     facts = saved.facts["export"]
     readme = card(s, run.resolve().name, facts, read_log(run / "evals.jsonl"), step)
@@ -167,10 +172,15 @@ def main() -> None:
         prog="python -m infra.export", description="A model folder from a checkpoint of a run."
     )
     parser.add_argument("run", type=expand, metavar="RUN", help="a run folder of bridge.py")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--step", type=number_or_best, help="of the checkpoint, or best (default: the newest)")
     args = parser.parse_args()
     with one_line_errors("infra.export"):
         print(save_checkpoint(Path(args.run), args.step))
+
+
+def number_or_best(text: str) -> int | str:
+    """A value of --step."""
+    return text if text == "best" else int(text)
 
 
 if __name__ == "__main__":

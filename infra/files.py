@@ -20,12 +20,23 @@ class DataError(ValueError):
     """A file that cannot be used as it is; the message names file, line and field."""
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError of the block that names no file: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces a file as a whole: a kill leaves the old one or the new one."""
     if isinstance(content, str):
         content = content.encode()
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
+    with naming(path):
+        scratch.write_bytes(content)
     os.replace(scratch, path)
 
 
@@ -63,7 +74,7 @@ def write_json(path: Path, content: dict) -> None:
 
 def append_line(path: Path, record: dict) -> None:
     """Adds one object to a file of JSON lines."""
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         file.write(_line(path, record))
 
 

@@ -29,6 +29,7 @@ from infra import checkpoint, export
 from infra.files import DataError
 from infra.model import MODELS, load, stop_tokens
 from infra.results import weights_hash, write_results
+from infra.run import alone
 from sampler import Sampler
 from settings import PRESETS, Settings, start_program
 from tasks import arithmetic, benchmarks, named
@@ -452,6 +453,12 @@ def test_an_interrupted_evaluation_continues_and_ends_with_the_same_file(model, 
         copy.write_text(text[:length])  # ends within a line and within a problem's samples
         call(model, *SAMPLED, "--out", copy)
         assert sorted(map(str, lines(copy))) == sorted(map(str, lines(sampled)))
+    with (
+        alone(copy, copy.with_name(".cut.jsonl.lock")),
+        pytest.raises(SystemExit, match=rf"^evaluate\.py: {copy} is in use by another process: wait for its end, "),
+    ):
+        call(model, *SAMPLED, "--out", copy)
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cut.summary.json"] == ["cut.jsonl"]
     with pytest.raises(SystemExit, match=r"exists and was made with another sampling, seed: choose another --out"):
         call(model, *SAMPLED, "--seed", 1, "--samples", 3, "--out", sampled)
     assert sampled.read_text() == text

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from itertools import cycle
 
 import pytest
@@ -12,7 +13,7 @@ import bridge
 import grpo
 import rollout
 import settings
-from infra import checkpoint
+from infra import checkpoint, export
 from infra.run import RunFolder, Timer
 from logprob import response_logprobs
 from rewards import is_correct
@@ -306,6 +307,36 @@ def test_a_checkpoint_holds_the_positions_and_the_skipped_count(tmp_path):
     bridge.save(run, 5)
     assert bridge.restore(again, checkpoint.newest(tmp_path / "checkpoint")) == 5
     assert (again.prompt_order.position, again.demonstration_order.position, again.skipped) == (3, 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("averages", "flags", "kept"),
+    [
+        ([0.1, 0.5, 0.3, 0.5, 0.2], ["--keep-best", "--save-every", "9"], [1, 3, 4]),  # the earliest of equals
+        ([0.6, 0.5, 0.3, 0.5, 0.2], ["--keep-best", "--save-every", "2"], [0, 3, 4]),  # the initial model
+        ([0.1, 0.5, 0.3, 0.5, 0.2], ["--save-every", "1"], [3, 4]),
+    ],
+)
+def test_the_best_checkpoint_by_evaluation_is_kept_over_a_resume_and_exported_by_name(
+    tmp_path, monkeypatch, averages, flags, kept
+):
+    out = tmp_path / "run"
+    left = iter(averages)
+    monkeypatch.setattr(bridge, "evaluate", lambda *_: ({"average": next(left)}, []))
+    for steps in (3, 4):  # resumed once
+        always = ("--preset", "smoke", "--method", "sft", "--eval-every", "1", "--resume", "--out", str(out))
+        bridge.main([*always, *flags, "--steps", str(steps)])
+    assert list(checkpoint.steps_in(out / "checkpoint")) == kept
+    monkeypatch.setattr(sys, "argv", ["export", str(out), "--step", "best"])
+    if "--keep-best" not in flags:
+        known = (
+            r"^infra\.export: no such checkpoint in .*: its steps are 3, 4; --keep-best keeps that of the best evalu"
+        )
+        with pytest.raises(SystemExit, match=known):
+            export.main()
+    else:
+        export.main()
+        assert f"for {kept[0]} steps" in (out / f"model-step-{kept[0]}" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("value", [0.25, float("nan")])
