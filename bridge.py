@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import copy
 import math
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 
 import torch
@@ -42,6 +43,7 @@ from infra.run import (
     RunFolder,
     StopSignal,
     Timer,
+    alone,
     describe,
     one_line_errors,
     print0,
@@ -411,8 +413,10 @@ def train(run: Run, start: int) -> None:
     total = s.total_steps
     stop = StopSignal()
     # Evaluates the initial model, or the final one if a run is resumed at its end.
-    if start in (0, total) and not run.folder.is_evaluated(start):
+    if start in (0, total) and start not in run.folder.evaluations():
         evaluate_policies(run, start)
+        if run.folder.keep_best and start == 0:
+            save(run, start)
     progress = tqdm(range(start, total), initial=start, total=total, desc=s.method, disable=parallel.rank() > 0)
     for k in progress:
         timer = Timer(k + 1)
@@ -462,9 +466,10 @@ def train(run: Run, start: int) -> None:
         stop_if_diverged(metrics, k + 1, run.folder.path)
 
         stopped = stop.on_any_rank()
-        if (k + 1) % s.save_every == 0 or is_last or stopped:
+        best = run.folder.best_step() if run.folder.keep_best else None
+        if (k + 1) % s.save_every == 0 or is_last or best == k + 1 or stopped:
             with timer("save"):
-                save(run, k + 1)
+                save(run, k + 1, best)
         if stopped and not is_last:  # not stop.requested, which a signal may have set since, on one rank
             stop.exit(k + 1)
 
@@ -532,8 +537,11 @@ def evaluate_policies(run: Run, step: int) -> None:
     print0(f"step {step}: accuracy " + ", ".join(f"{name} {record[name]['average']:.3f}" for name in record))
 
 
-def save(run: Run, step: int) -> None:
-    """Writes a checkpoint. Random draws are functions of (seed, step, draw), so positions are all their state."""
+def save(run: Run, step: int, best: int | None = None) -> None:
+    """Writes a checkpoint. Random draws are functions of (seed, step, draw), so positions are all their state.
+
+    best: the step whose checkpoint is kept beside the newest.
+    """
     facts = dict(
         step=step,
         skipped=run.skipped,
@@ -543,7 +551,7 @@ def save(run: Run, step: int) -> None:
         export=card_facts(run.env.task, run.env.tokenizer, run.env.sampler.stop),
     )
     tensors = checkpoint.state_tensors(run.m.optimizers)  # parameters and the optimizers' moments
-    checkpoint.save(run.folder.path / "checkpoint", step, facts | run.fingerprints, tensors)
+    checkpoint.save(run.folder.path / "checkpoint", step, facts | run.fingerprints, tensors, best)
 
 
 def restore(run: Run, saved: checkpoint.Saved) -> int:
@@ -575,7 +583,7 @@ def set_up(s: Settings, folder: RunFolder) -> Run:
 
 
 def main(argv: list[str]) -> None:
-    with one_line_errors("bridge.py"):
+    with one_line_errors("bridge.py"), ExitStack() as held:
         s, args = parse(argv)
         if args.dry_run:
             config = memory.config_of(s.model)
@@ -584,7 +592,8 @@ def main(argv: list[str]) -> None:
         was_restarted = parallel.start()  # torchrun --max-restarts resumes by itself
         resume = args.resume or was_restarted
         out = args.out
-        folder = RunFolder(out, args.keep_rollouts)
+        folder = RunFolder(out, args.keep_rollouts, args.keep_best)
+        held.enter_context(alone(out, out / ".lock"))
         folder.refuse_existing(unless=resume)
 
         run = set_up(s, folder)

@@ -110,9 +110,9 @@ from tqdm import tqdm
 import rewards
 from grading.scores import PAPER, by_problem, verdicts
 from infra import checkpoint, export, parallel, results
-from infra.files import DataError, append_line, read_object
+from infra.files import DataError, append_line
 from infra.model import repository_of, stop_tokens
-from infra.run import one_line_errors, print0, settings_of
+from infra.run import alone, one_line_errors, print0, settings_of
 from sampler import Sampler
 from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, read_benchmark
 from tasks.loading import load_model
@@ -212,8 +212,10 @@ def load_settings(run: Path) -> Settings | None:
     if not (run / "metrics.jsonl").exists():
         return None
     if not (run / "model").is_dir():
-        raise DataError(f"{run} has no model/ yet: the run has not finished, --resume continues it")
-    return settings_of(read_object(run / "config.json"), f"{run}/config.json")
+        exported = ", ".join(map(str, sorted(run.glob("model-step-*")))) or "none"
+        text = "the run has not finished, --resume continues it; models of earlier steps, to evaluate"
+        raise DataError(f"{run} has no model/ yet: {text}: {exported}")
+    return settings_of(run / "config.json")
 
 
 def find_task(args: argparse.Namespace, s: Settings | None) -> Task:
@@ -374,16 +376,19 @@ def run(args: argparse.Namespace) -> None:
         "transformers": transformers.__version__,
         "data": {group: describe(own) for group, own in problems.items()},
     }
+    if s:
+        header["step"] = s.total_steps
     out = result_file(args, s)
-    records = results.open_results(out, header) if parallel.rank() == 0 else None
-    records = parallel.broadcast(records)
+    with alone(out, out.with_name(f".{out.name}.lock")):
+        records = results.open_results(out, header) if parallel.rank() == 0 else None
+        records = parallel.broadcast(records)
 
-    sampler = Sampler(model, stop, slots=args.slots, dtype=pick_dtype())
-    del model  # the sampler has its own copy
-    records += answer_missing(args, sampler, tokenizer, task, problems, samplings, records, out)
-    if parallel.rank() == 0:
-        print0(results.write_summary(out, header, records))
-        print0(f"\n{header['sampling']} · seed {args.seed} · grader {header['grader']} · answers in {out}")
+        sampler = Sampler(model, stop, slots=args.slots, dtype=pick_dtype())
+        del model  # the sampler has its own copy
+        records += answer_missing(args, sampler, tokenizer, task, problems, samplings, records, out)
+        if parallel.rank() == 0:
+            print0(results.write_summary(out, header, records))
+            print0(f"\n{header['sampling']} · seed {args.seed} · grader {header['grader']} · answers in {out}")
     parallel.end()
 
 
@@ -475,5 +480,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
-    main()
+    with torch.no_grad():  # a notebook may go on to train
+        main()

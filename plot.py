@@ -45,7 +45,7 @@ def draw(runs: list[Path], out: Path) -> None:
     figure = Figure(figsize=(14, 7.5), layout="constrained")
     accuracy, by_group, reward, length, gain, seconds = figure.subplots(2, 3).flat
     accuracy.set(title="accuracy, mean over groups", xlabel="step", ylim=(0, 1))
-    by_group.set(title="accuracy by group, at the end", ylim=(0, 1))
+    by_group.set(title="accuracy by group, last evaluation", ylim=(0, 1))
     reward.set(title="reward of the rollouts", xlabel="step")
     length.set(title="response length, tokens", xlabel="step")
     gain.set(title="cooperative gain, reward", xlabel="step")

@@ -31,6 +31,7 @@ class Method(NamedTuple):
     asks_right: bool = False  # treats right responses differently, whatever their rewards
     loss: str = ""  # of RL: empty (by aggregation and clip), dr_grpo (no clip) or reinforce (no clip, no ratio)
     own_settings: tuple[str, ...] = ()  # settings used only by the methods that list them
+    schedule: str = ""  # what changes over all steps of the method: a resumed run needs the same number of steps
 
     @property
     def grpo(self) -> bool:
@@ -51,7 +52,7 @@ METHODS = {
     "mix": Method("(GRPO + mu·SFT) / (1 + mu) in one update of θ", own_settings=("mu",)),
     "chord": Method(
         "CHORD: (1−μ)·GRPO + μ·SFT, μ falls from chord_peak to chord_valley along a cosine over all steps",
-        own_settings=("chord_peak", "chord_valley", "chord_phi"),
+        own_settings=("chord_peak", "chord_valley", "chord_phi"), schedule="μ",
     ),
     "luffy": Method(
         "LUFFY: the demonstration of a prompt joins its group; shaped gradient",
@@ -344,7 +345,8 @@ def refuse_idle(s: Settings, given: set[str]) -> None:
 def start_program(parse: Callable | None = None) -> None:
     """Prepares the standard streams; then `parse` answers --help and exits, before torch is loaded."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal without θ must not end the run
+        if hasattr(stream, "reconfigure"):  # those of a notebook have no encoding
+            stream.reconfigure(errors="replace")  # a terminal without θ must not end the run
     atexit.register(flush)
     if parse and {"-h", "--help"} & set(sys.argv):
         parse(sys.argv[1:])
@@ -380,7 +382,7 @@ def add_setting(parser: argparse.ArgumentParser, setting, default) -> None:
 
 
 def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
-    """(settings, the other flags: preset, out, resume, keep_rollouts, dry_run, gpu, gpus). Raises SettingError."""
+    """(settings, the other flags: preset, out, resume, keep_…, dry_run, gpu, gpus). Raises SettingError."""
     parser = argparse.ArgumentParser(
         description="Trains a language model with BRIDGE or a baseline.", allow_abbrev=False
     )
@@ -389,6 +391,9 @@ def parse(argv: list[str]) -> tuple[Settings, argparse.Namespace]:
     parser.add_argument("--resume", action="store_true", help="continue the run in --out from its newest checkpoint")
     parser.add_argument(
         "--keep-rollouts", choices=KEEP, default="first", help="groups of each step that report.html shows"
+    )
+    parser.add_argument(
+        "--keep-best", action="store_true", help="keep the checkpoint of the best evaluation, too, beside the last two"
     )
     parser.add_argument("--dry-run", action="store_true", help="print the memory of a GPU by part, load nothing, stop")
     parser.add_argument(

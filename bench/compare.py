@@ -37,7 +37,7 @@ from measure import ROOT, sources
 
 import bridge
 from grading.scores import pass_at_k
-from infra.files import read_lines, read_log, read_object
+from infra.files import read_lines, read_log
 from infra.run import settings_of
 from settings import METHODS
 
@@ -601,7 +601,7 @@ def record_of(job: dict, folder: str, peak_kib: int, source: str) -> dict:
     probes = []
     if KINDS[job["kind"]] is not None:
         probes = [record for _, record in read_lines(run / "probe.jsonl")]
-    s = settings_of(read_object(run / "config.json"), "config.json")
+    s = settings_of(run / "config.json")
     seconds = []  # of each step
     for m in metrics:
         seconds.append(sum(v for phase, v in m["seconds"].items() if phase not in ("evaluate", "save")))

@@ -12,6 +12,7 @@ import os
 import pickle
 import shutil
 import warnings
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -19,27 +20,32 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import DTensor
 
 from infra import parallel
+from infra.files import write_json
 from infra.run import print0
-from settings import SettingError, Settings, may_change_on_resume
+from settings import METHODS, SettingError, Settings, may_change_on_resume
 
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended for a single process
-KEEP = 2  # newest checkpoints of a run; older ones are deleted
+KEEP = 2  # newest checkpoints of a run; older ones are deleted, but for the best
 FILE = 2**30  # bytes
 Optimizers = dict[str, torch.optim.Optimizer]  # by name: theta, w, theta_hat, theta_sft
 
 
-def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor]) -> None:
-    """Writes `facts` of JSON's types, and tensors that are sharded or equal on all ranks. Raises OSError on failure."""
+def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor], best: int | None = None) -> None:
+    """Writes `facts` of JSON's types, and tensors that are sharded or equal on all ranks. Raises OSError on failure.
+
+    Deletes all checkpoints but the last two and that of the step `best`.
+    """
     final = folder / f"step-{step:06d}"
     scratch = final.with_suffix(".tmp")
     try:
         if parallel.rank() == 0:
             shutil.rmtree(scratch, ignore_errors=True)  # a kill can leave it behind
             scratch.mkdir(parents=True)
-            (scratch / "facts.json").write_text(json.dumps(facts))
+            write_json(scratch / "facts.json", facts)
         parallel.broadcast(None)  # a barrier: rank 0's folder exists
         dcp.save(tensors, storage_writer=_Writer(scratch, tensors), no_dist=parallel.world_size() == 1)
         # Each rank reads back what it has written.
@@ -48,19 +54,19 @@ def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor]) -> No
             written += [scratch / "facts.json", scratch / ".metadata"]
         digests = parallel.all_gather([(file.name, _digest(file)) for file in written])
         if parallel.rank() == 0:
-            (scratch / "digests.json").write_text(json.dumps(dict(digests)))
+            write_json(scratch / "digests.json", dict(digests))
             shutil.rmtree(final, ignore_errors=True)  # the same step of an earlier attempt
             os.replace(scratch, final)
     except (OSError, RuntimeError, dcp.api.CheckpointException) as error:  # torch's three reports of a failed write
         shutil.rmtree(scratch, ignore_errors=True)
         reason = str(error).strip().splitlines()[-1]  # torch's report contains a traceback
-        text = f"could not write {final}: {reason} Earlier checkpoints are intact; free space and --resume"
-        raise OSError(text) from error
+        earlier = "earlier checkpoints are intact" if steps_in(folder) else "there is no earlier checkpoint"
+        raise OSError(f"could not write {final}: {reason}; {earlier}; free space and --resume") from error
     if parallel.rank() == 0:
         saved = steps_in(folder)
         keep = [s for s in saved if s <= step][-KEEP:]  # a later one is damaged, or the run would have resumed there
         for s, path in saved.items():
-            if s not in keep:
+            if s not in (*keep, best):
                 shutil.rmtree(path, ignore_errors=True)
     parallel.broadcast(None)  # a barrier: the checkpoint is complete
 
@@ -133,16 +139,22 @@ def refuse_other_run(facts: dict, s: Settings, fingerprints: dict[str, str], out
 
     `fingerprints` are those of "data" and "model": both may have moved to another path since.
     """
+    schedule = METHODS[s.method].schedule
     for name, value in asdict(s).items():
         saved = facts["settings"].get(name)
-        if value != saved and not may_change_on_resume(name):
-            raise SettingError(f"{name} is {value!r}, the run in {out} has {saved!r}: use that, or another --out")
+        reason = ""
+        if name == "steps" and schedule:
+            reason = f", and {s.method} changes {schedule} over all steps"
+        if value != saved and (reason or not may_change_on_resume(name)):
+            values = f"{name} is {value!r}, the run in {out} has {saved!r}"
+            raise SettingError(f"{values}{reason}: use that, or another --out")
     sources = {"data": "task, rl_data, sft_data or eval_data", "model": "model: its weights or its tokenizer"}
     for kind, text in sources.items():
         if facts.get(kind) != fingerprints[kind]:
             raise SettingError(f"{text} changed since the run in {out} began: restore them, or use another --out")
     if facts["step"] > s.total_steps:
-        raise SettingError(f"steps is {s.steps}, but the run in {out} is at step {facts['step']} already")
+        last = f"the last step is {s.total_steps}"
+        raise SettingError(f"steps is {s.steps}: {last}, but the run in {out} is at step {facts['step']} already")
 
 
 def newest(folder: Path, step: int | None = None) -> Saved | None:
@@ -192,10 +204,23 @@ class _Writer(FileSystemWriter):
         local = [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
         files = math.ceil(sum(t.nbytes for t in local) / FILE)
         super().__init__(path, sync_files=True, thread_count=files, per_thread_copy_ahead=0)
+        self.fs = _Files()
 
     def _write_data(self, planner, files):
         self.thread_count = 1  # the thread count set the number of files; more threads would open all at once
         return super()._write_data(planner, files)
+
+
+class _Files(FileSystem):
+    """Names the file that cannot be written: torch's error would hide the system's."""
+
+    @contextmanager
+    def create_stream(self, path: Path, mode: str):
+        try:
+            with super().create_stream(path, mode) as stream:
+                yield stream
+        except (OSError, RuntimeError) as error:
+            raise OSError(f"{path}: {error.__context__ or error}") from error
 
 
 class _Reader(FileSystemReader):

@@ -1,11 +1,10 @@
 """What a run exports: the policy θ + s·B·A, merged in fp32, as a transformers folder with a card, and w for PEFT.
 
-python -m infra.export RUN [--step N] writes RUN/model-step-N from a checkpoint, without training and without data.
+python -m infra.export RUN [--step N or best] writes RUN/model-step-N from a checkpoint, without training or data.
 """
 
 import argparse
 import copy
-import json
 import re
 from pathlib import Path
 
@@ -17,10 +16,12 @@ from transformers import GenerationConfig
 import lora
 from grading.scores import table
 from infra import checkpoint
-from infra.files import DataError, atomic_folder, printable, read_log
-from infra.model import load
-from infra.run import one_line_errors, print0, settings_of
+from infra.files import DataError, atomic_folder, printable, read_log, write_json
+from infra.model import load, write_model
+from infra.run import RunFolder, one_line_errors, print0, settings_of
 from settings import METHODS, Settings, builtin_models, expand, start_program
+
+TRIED = "4.51.3, 4.57.6 and 5.24.0"  # versions that read a folder alike: tokens, and logits to 1e-5
 
 
 def save_run(out: Path, s: Settings, merged: nn.Module, tokenizer, facts: dict, w: lora.Adapter) -> None:
@@ -52,20 +53,25 @@ def save_adapter(folder: Path, w: lora.Adapter, rank: int, alpha: float, targets
         bias="none",
         inference_mode=True,
     )
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    write_json(folder / "adapter_config.json", config)
 
 
-def save_checkpoint(run: Path, step: int | None) -> Path:
+def save_checkpoint(run: Path, step: int | str | None) -> Path:
     """Writes the policy of a run's checkpoint, by default the newest, to RUN/model-step-N; returns that folder.
+
+    step: "best" is that of the evaluation with the highest accuracy.
 
     Raises DataError, ModelError and OSError.
     """
     steps = checkpoint.steps_in(run / "checkpoint")
+    if step == "best":
+        step = RunFolder(run).best_step()
     if not steps or step not in (None, *steps):
         known = ", ".join(map(str, steps)) or "none"
-        raise DataError(f"no such checkpoint in {run}/checkpoint: its steps are {known}")
+        text = "; --keep-best keeps that of the best evaluation"
+        raise DataError(f"no such checkpoint in {run}/checkpoint: its steps are {known}{text}")
     saved = checkpoint.newest(run / "checkpoint", step)
-    s = settings_of(saved.facts, f"{saved.folder}/facts.json")
+    s = settings_of(saved.folder / "facts.json")
     step = saved.facts["step"]
     facts = saved.facts["export"]
     readme = card(s, run.resolve().name, facts, read_log(run / "evals.jsonl"), step)
@@ -109,8 +115,7 @@ def save_model(folder: Path, model: nn.Module, tokenizer, stop: list[int], readm
     model.config.tie_word_embeddings = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     model.generation_config = GenerationConfig(eos_token_id=stop)
     with atomic_folder(folder) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        write_model(scratch, model, tokenizer)
         (scratch / "README.md").write_text(printable(readme), encoding="utf-8")
 
 
@@ -130,7 +135,8 @@ def accuracies(s: Settings, evals: list[dict], step: int) -> str:
 
 def card(s: Settings, name: str, facts: dict, evals: list[dict], step: int) -> str:
     """README.md: model, method, how to load it, a prompt as in training, accuracies. facts: of tasks/loading.py."""
-    licence = "" if s.model in builtin_models() else f" The licence of `{s.model}` applies."
+    base = Path(s.model).name if Path(s.model).is_absolute() else s.model  # no path of this machine
+    licence = "" if s.model in builtin_models() else f" The licence of `{base}` applies."
     return f"""---
 library_name: transformers
 pipeline_tag: text-generation
@@ -138,7 +144,7 @@ tags: [{s.method}]
 ---
 # {name}
 
-`{s.model}`, trained for {step} steps with `{s.method}` of [arXiv 2509.06948](https://arxiv.org/abs/2509.06948):
+`{base}`, trained for {step} steps with `{s.method}` of [arXiv 2509.06948](https://arxiv.org/abs/2509.06948):
 {METHODS[s.method].text}.{licence}
 
 All prompts of the training had the form of this one, for {facts["question"]!r}:
@@ -153,6 +159,8 @@ ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
 print(tokenizer.decode(model.generate(ids, max_new_tokens={s.max_new_tokens})[0]))
 ```
 
+Such folders were tried with transformers {TRIED}.
+
 Greedy accuracy, %, on problems in no training set, answers of at most {s.max_new_tokens} tokens:
 
 {accuracies(s, evals, step)}
@@ -164,10 +172,15 @@ def main() -> None:
         prog="python -m infra.export", description="A model folder from a checkpoint of a run."
     )
     parser.add_argument("run", type=expand, metavar="RUN", help="a run folder of bridge.py")
-    parser.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    parser.add_argument("--step", type=number_or_best, help="of the checkpoint, or best (default: the newest)")
     args = parser.parse_args()
     with one_line_errors("infra.export"):
         print(save_checkpoint(Path(args.run), args.step))
+
+
+def number_or_best(text: str) -> int | str:
+    """A value of --step."""
+    return text if text == "best" else int(text)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+LFS = b"version https://git-lfs.github.com/spec/"  # begins a pointer
+
 
 class DataError(ValueError):
     """A file that cannot be used as it is; the message names file, line and field."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Adds the path to an OSError of the block that names no file: that of a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -23,7 +35,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     if isinstance(content, str):
         content = content.encode()
     scratch = path.with_name(path.name + ".tmp")
-    scratch.write_bytes(content)
+    with naming(path):
+        scratch.write_bytes(content)
     os.replace(scratch, path)
 
 
@@ -55,9 +68,13 @@ def _line(path: Path, record: dict) -> bytes:
     return line
 
 
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
 def append_line(path: Path, record: dict) -> None:
     """Adds one object to a file of JSON lines."""
-    with open(path, "ab") as file:
+    with naming(path), open(path, "ab") as file:
         file.write(_line(path, record))
 
 
@@ -66,18 +83,18 @@ def write_lines(path: Path, records: list[dict]) -> None:
     write_atomically(path, b"".join(_line(path, record) for record in records))
 
 
-def _gzip_lines(content: bytes, path: Path) -> Iterator[bytes]:
-    """The lines of a compressed log, without those of a torn last member. Raises DataError for other damage."""
-    # gzip calls a torn member damaged if only its first byte, 1f, was written. No whole member ends with this byte:
-    # it would hold half a gigabyte of text.
-    content = content.removesuffix(b"\x1f")
+def _gzip_lines(content: bytes, path: Path, torn: bool) -> Iterator[bytes]:
+    """The lines of a compressed file; `torn`: without those of a torn last member. Raises DataError for damage."""
+    # gzip calls a torn member damaged if only its first byte, 1f, was written. No whole member of a log ends with this
+    # byte: it would hold half a gigabyte of text.
+    if torn:
+        content = content.removesuffix(b"\x1f")
     try:
         with gzip.open(io.BytesIO(content)) as file:
             yield from file
-    except EOFError:
-        return  # the last member is torn
-    except (gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{path}: damaged ({error})") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        if not (torn and isinstance(error, EOFError)):
+            raise DataError(f"{path}: damaged ({error})") from error
 
 
 def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
@@ -89,12 +106,19 @@ def read_lines(path: Path, torn: bool = False) -> Iterator[tuple[str, dict]]:
     if not path.is_file():
         raise DataError(f"there is no file {str(path)!r}")
     with open(path, "rb") as file:
-        lines = _gzip_lines(file.read(), path) if path.suffix == ".gz" else file
+        lines = _gzip_lines(file.read(), path, torn) if path.suffix.lower() == ".gz" else file
         for number, line in enumerate(lines, 1):
             place = f"{path}, line {number}"
             is_torn = torn and not line.endswith(b"\n")
             if line.strip() and not is_torn:
                 yield place, json_object(line, place)
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raises DataError if Git LFS has left its pointer in place of a file."""
+    with open(path, "rb") as file:
+        if file.read(len(LFS)) == LFS:
+            raise DataError(f"{path} is a pointer of Git LFS: `git lfs pull` replaces it by the file")
 
 
 def json_object(text: bytes, place: str) -> dict:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from infra.files import atomic_folder
-from infra.model import reading
+from infra.model import reading, write_model
 from infra.run import one_line_errors
 from ops.packed import ModelError
 from settings import expand, start_program
@@ -58,8 +58,7 @@ def convert(file: Path, folder: Path) -> None:
         model = AutoModelForCausalLM.from_config(config)
         model.load_state_dict(dequantised.state_dict())
     with atomic_folder(folder) as scratch:
-        model.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+        write_model(scratch, model, tokenizer)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Loading a transformers model: fp32 weights, packed attention, refusals of what this project would compute wrongly."""
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
+from infra.files import read_object, refuse_pointer, write_json
 from ops.packed import ModelError
 from settings import builtin_models
 
@@ -52,7 +54,15 @@ def repository_of(name: str) -> tuple[str, str | None]:
 
 def read_config(name: str) -> PretrainedConfig:
     """The config of a model by its name, see `repository_of`. Raises ModelError for adapters and quantised weights."""
+    if sys.flags.optimize > 1:
+        raise ModelError("transformers reads its own docstrings: start Python without -OO")
     repository, revision = repository_of(name)
+    folder = Path(repository).absolute()
+    if folder.is_dir() and not (folder / "tokenizer_config.json").exists():
+        for run in (folder, *folder.parents[:2]):
+            if (run / "metrics.jsonl").exists():
+                advice = f"name {run}/model, or what python -m infra.export {run} writes"
+                raise ModelError(f"model {name!r} is a run or a part of one, no model: {advice}")
     with _reading_model(name):
         if find_adapter_config_file(repository, revision=revision):
             raise ModelError(f"model {name!r} is a PEFT adapter: merge it into its base model first, and name that")
@@ -81,6 +91,9 @@ def load(name: str, device: torch.device | None = None):
     repository, revision = repository_of(name)
     options = {"trust_remote_code": False, "revision": revision}
     with _reading_model(name):
+        for kind in ("*.json", "*.safetensors"):
+            for file in sorted(Path(repository).glob(kind)):
+                refuse_pointer(file)
         tokenizer = AutoTokenizer.from_pretrained(repository, **options)
         digit = tokenizer.encode("1")
         known_ids = set(tokenizer.get_vocab().values())
@@ -111,6 +124,32 @@ def load(name: str, device: torch.device | None = None):
     model.generation_config.suppress_tokens = sorted(without_token) or None
     model.set_attn_implementation("packed")
     return model.to(device or pick_device()).eval(), tokenizer
+
+
+def write_model(folder: Path, model: nn.Module, tokenizer) -> None:
+    """Writes weights, config and tokenizer, which transformers 4 and vLLM read as transformers 5 does."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+    # transformers 4 knows no `rope_parameters` and no `dtype`: it would compute with other positions.
+    config = read_object(folder / "config.json")
+    config["torch_dtype"] = config["dtype"]
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        config["rope_theta"] = rope.pop("rope_theta")
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    write_json(folder / "config.json", config)
+
+    # Nor does it know `TokenizersBackend`. The class below takes all rules from tokenizer.json in both.
+    names = read_object(folder / "tokenizer_config.json")
+    for of_this_machine in ("is_local", "local_files_only"):
+        names.pop(of_this_machine, None)
+    if tokenizer.is_fast:
+        names["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for default_of_a_class in ("model_input_names", "padding_side", "clean_up_tokenization_spaces"):
+        names[default_of_a_class] = getattr(tokenizer, default_of_a_class)
+    names["additional_special_tokens"] = names.pop("extra_special_tokens", [])
+    write_json(folder / "tokenizer_config.json", dict(sorted(names.items())))
 
 
 def stop_tokens(model: nn.Module, tokenizer, end_of_turn: int | None = None) -> list[int]:

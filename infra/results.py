@@ -58,11 +58,12 @@ def open_results(path: Path, header: dict) -> list[dict]:
 
 
 def write_summary(path: Path, header: dict, records: list[dict]) -> str:
-    """Writes all numbers beside a result file, as NAME.summary.json. Returns the report to print."""
+    """Writes all numbers beside a result file, as NAME.summary.json. Returns the report to print, of a run's step."""
     summary = summarise(records)
     name = path.name.removesuffix(".jsonl") + ".summary.json"
     write_atomically(path.with_name(name), json.dumps(header | summary, indent=1))
-    return report(header, summary)
+    of_step = f"step {header['step']} of {header['model']}\n\n" if "step" in header else ""
+    return of_step + report(header, summary)
 
 
 def table(paths: list[Path]) -> str:

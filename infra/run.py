@@ -4,6 +4,7 @@ import json
 import math
 import os
 import secrets
+import shutil
 import signal
 import sys
 import time
@@ -20,13 +21,23 @@ from torch import nn
 from tqdm import tqdm
 
 from infra import parallel
-from infra.files import DataError, append_line, cut_back, printable, read_log, read_object, write_atomically
+from infra.files import (
+    DataError,
+    append_line,
+    cut_back,
+    printable,
+    read_log,
+    read_object,
+    write_atomically,
+    write_json,
+)
 from infra.model import pick_device
 from ops.packed import ModelError, Row
 from settings import SettingError, Settings, check
 
 LOGS = ("metrics.jsonl", "evals.jsonl", "samples.jsonl", "tokens.jsonl.gz", "answers.jsonl.gz")  # lines with a "step"
 ANSWER = ("group", "question", "answer", "response", "extracted", "correct", "finish_reason")  # what is kept of it
+STOPS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")  # signals that save and end a run
 METRICS = (
     "reward", "right_frac", "response_tokens", "truncated_frac", "zero_std_groups", "entropy", "kl", "clip_frac",
     "sft_nll", "cooperative_gain", "gain_grad_norm", "grad_norm_theta", "grad_norm_w", "grad_norm_theta_hat",
@@ -48,6 +59,7 @@ class RunFolder:
 
     path: Path
     keep: str = "first"  # settings.KEEP, of the groups of a step
+    keep_best: bool = False  # the checkpoint of the best evaluation
     tracker: Callable[[int, dict], object] | None = None  # gets a step and its record of metrics or accuracies
 
     def refuse_existing(self, unless: bool) -> None:
@@ -57,27 +69,48 @@ class RunFolder:
         """
         files = set()
         with suppress(FileNotFoundError):  # any other error says why there can be no such folder
-            files = {p.name for p in self.path.iterdir()}
+            files = {p.name for p in self.path.iterdir()} - {".lock", "config.json.tmp"}
         if parallel.broadcast(bool(files) and not unless):
             raise SettingError(f"{self.path} exists: --resume continues it, --out names another folder")
-        if files - {"config.json.tmp"}:
-            settings_of(read_object(self.path / "config.json"), f"{self.path}/config.json")
+        if files:
+            settings_of(self.path / "config.json")
 
     def begin(self, s: Settings, argv: list[str], step: int) -> None:
-        """Creates the folder, or cuts its logs back to `step`, and writes config.json. Raises OSError, DataError."""
+        """Prepares the folder for training from `step`, and writes config.json. Raises OSError, DataError."""
         if parallel.rank() > 0:
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        self.set_aside_model(s, step)
         for name in LOGS:
             cut_back(self.path / name, step)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         config = {"settings": asdict(s), "command": ["bridge.py", *argv], "versions": versions}
-        write_atomically(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        write_json(self.path / "config.json", config)
 
-    def is_evaluated(self, step: int) -> bool:
-        """Whether evals.jsonl has the accuracies of a step; the same on all ranks."""
+    def set_aside_model(self, s: Settings, step: int) -> None:
+        """Renames model/ and adapter/ to …-step-N, unless a finished run resumes at its end.
+
+        So there is a model/ only if the run has finished at the steps in config.json.
+        """
+        if not (self.path / "model").exists():
+            return
+        finished = settings_of(self.path / "config.json").total_steps
+        if step == finished == s.total_steps:
+            return
+        for folder in (self.path / "adapter", self.path / "model"):
+            if folder.exists():
+                aside = folder.with_name(f"{folder.name}-step-{finished}")
+                shutil.rmtree(aside, ignore_errors=True)  # of infra.export, the same weights
+                folder.rename(aside)
+
+    def evaluations(self) -> dict[int, float]:
+        """The accuracy of the policy at each evaluated step; the same on all ranks."""
         logged = read_log(self.path / "evals.jsonl") if parallel.rank() == 0 else []
-        return parallel.broadcast(any(record["step"] == step for record in logged))
+        return parallel.broadcast({record["step"]: record["policy"]["average"] for record in logged})
+
+    def best_step(self) -> int:
+        """The evaluated step at which the policy is best, the earliest of equals; -1 if there is none."""
+        accuracies = self.evaluations()
+        return max(accuracies, key=accuracies.get, default=-1)
 
     def log(self, name: str, step: int, record: dict) -> None:
         """Appends a record to NAME.jsonl and sends metrics and evaluations to the tracker."""
@@ -118,8 +151,40 @@ class RunFolder:
         if parallel.rank() == 0:
             numbers = {name: str(value) for name, value in stats.items()}
             batch = {"rollouts": rollouts, "demonstrations": demonstrations}
-            path.write_text(json.dumps({"stats": numbers, **batch}))
+            write_atomically(path, json.dumps({"stats": numbers, **batch}))
         print0(f"update {name}: a loss or gradient is not finite; no parameter was changed, the batch is in {path}")
+
+
+@contextmanager
+def alone(path: Path, lock: Path) -> Iterator[None]:
+    """Refuses the block to a second process for the same `path`, by a lock that the kernel frees if a process dies.
+
+    Raises SettingError on all ranks. Where there are no locks, on Windows and some network disks, it refuses nobody.
+    """
+    is_first = parallel.rank() == 0
+    is_taken = False
+    if is_first:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+    with open(lock if is_first else os.devnull, "a") as file:
+        try:
+            import fcntl
+
+            os.register_at_fork(after_in_child=file.close)  # a child may outlive this process
+            if is_first:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_taken = True
+        except (ImportError, OSError):
+            pass
+        if parallel.broadcast(is_taken):
+            raise SettingError(f"{path} is in use by another process: wait for its end, or choose another --out")
+        try:
+            yield
+        finally:
+            if is_first:
+                with suppress(OSError):
+                    lock.unlink()
+                    lock.parent.rmdir()  # a failed set-up has left nothing else in it
 
 
 def stop_if_diverged(metrics: dict[str, float], step: int, folder: Path) -> None:
@@ -141,13 +206,13 @@ def stop_if_diverged(metrics: dict[str, float], step: int, folder: Path) -> None
         )
 
 
-def settings_of(config: dict, place: str) -> Settings:
-    """The settings in a config.json. Raises DataError, naming `place` and the setting, if they are no run's."""
+def settings_of(path: Path) -> Settings:
+    """The settings in a run's config.json or facts.json. Raises DataError, naming file and setting, and OSError."""
     try:
-        s = Settings(**config["settings"])
+        s = Settings(**read_object(path)["settings"])
         check(replace(s, track=""))  # the tracker's package is not needed any more
     except (KeyError, TypeError, SettingError) as error:
-        raise DataError(f"{place}: no settings of this version ({error})") from error
+        raise DataError(f"{path}: no settings of this version ({error})") from error
     return s
 
 
@@ -220,22 +285,31 @@ class Timer:
 
 
 class StopSignal:
-    """SIGINT and SIGTERM end the loop after the current step; a second one ends the process at once.
+    """The signals STOPS end the loop after the current step; a second SIGINT or SIGTERM ends the process at once.
 
     Under torchrun a second one changes nothing, since torchrun repeats a signal that the terminal sent to all ranks.
+    Nor does a second SIGHUP: shell and kernel each send one when a terminal closes.
     """
 
     def __init__(self):
         self.requested: signal.Signals | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
+        with suppress(ValueError):  # a thread can install none
+            for number in signal.Signals:
+                is_nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+                if number.name in STOPS and not is_nohup:
+                    signal.signal(number, self._handle)
 
     def _handle(self, number, frame) -> None:
         self.requested = signal.Signals(number)
-        if "TORCHELASTIC_RUN_ID" not in os.environ:
+        if number in (signal.SIGINT, signal.SIGTERM) and "TORCHELASTIC_RUN_ID" not in os.environ:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        os.write(1, f"\n{self.requested.name}: finishing this step, then saving\n".encode())  # print is not reentrant
+        text = f"\n{self.requested.name}: finishing this step, then saving\n".encode()
+        for stream, line in ((1, text), (2, b"")):
+            try:
+                os.write(stream, line)  # print is not reentrant
+            except OSError:  # the terminal has closed: what the step prints must not end the run
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
 
     def on_any_rank(self) -> bool:
         """Whether some rank received a signal; then all have it as `requested`. All ranks call it after every step."""
@@ -255,6 +329,11 @@ def print0(text: str) -> None:
     if parallel.rank() == 0:
         tqdm.write(printable(text))
         sys.stdout.flush()
+
+
+def progress(items: list, text: str) -> tqdm:
+    """The items, with a bar on rank 0 if reading them takes more than a second and a terminal shows it."""
+    return tqdm(items, text, leave=False, delay=1, disable=parallel.rank() > 0 or None)
 
 
 def empty_cache() -> None:

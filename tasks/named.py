@@ -8,7 +8,7 @@ from rewards import is_gold
 from settings import METHODS, TASKS, SettingError, Settings
 from tasks.benchmarks import BENCHMARKS, read_benchmark
 from tasks.functions import load_function, user_code
-from tasks.sources import first_correct, keep_readable, read_demonstrations, read_problems, rows_of
+from tasks.sources import first_correct, keep_readable, listed, read_demonstrations, read_problems, rows_of
 from tasks.task import Demonstration, Problem, Task
 
 MATH_LEVEL3TO5 = "hkust-nlp/SimpleRL-Zoo-Data:simplelr_qwen_level3to5/train.parquet"
@@ -103,8 +103,7 @@ def with_evaluation(task: Task, eval_data: str, eval_problems: int) -> Task:
         hold_out(task, eval_problems)
         return task
     groups: dict[str, list[Problem]] = {}
-    for part in eval_data.split(","):
-        source = part.strip()
+    for source in listed(eval_data):
         if source in BENCHMARKS:
             problems = read_benchmark(source, "benchmarks", "eval_data")
         else:

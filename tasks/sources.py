@@ -1,27 +1,37 @@
 """Rows of files and hub data sets, and the problems and demonstrations in rows with the usual field names.
 
-A source is a local .jsonl, .json, .parquet or .csv file, or a data set on the hub: owner/name, owner/name:split,
-owner/name:config:split, or owner/name:folder/file.parquet for one of its files. No code of a source is executed.
+A source is a local .jsonl, .ndjson, .json, .parquet or .csv file (the first two also as .gz), or a data set on the
+hub: owner/name, owner/name:split, owner/name:config:split, or owner/name:folder/file.parquet for one of its files.
+What exists is a local file, whatever the letters of its name. No code of a source is executed.
 """
 
 import csv
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import rewards
-from infra.files import DataError, read_lines
+from infra.files import DataError, read_lines, refuse_pointer
 from tasks.task import Demonstration, Problem, note_dropped
 
 QUESTION = ("question", "problem", "prompt")  # the usual field names; the first one that is not empty is read
 ANSWER = ("answer", "final_answer")
 SOLUTION = ("solution", "response", "demonstration")
-FILES = (".jsonl", ".json", ".parquet", ".csv")
+FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".csv")  # in small or capital letters
+HUB = re.compile(r"[\w.-]+/[\w.-]+(:[^:]+){0,2}")
 # GSM8K's steps and the gold answer in the last line, "#### 42"; a heading of words or of another level is none
 GSM8K = re.compile(r"(?s)(.*)(?<!#)####[ \t]*((?!#)[^\n]*[\d\\][^\n]*|\w{,3})")
 csv.field_size_limit(2**31 - 1)  # the module refuses cells of more than 131,072 characters otherwise
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a comma list; the name of an existing file is one part."""
+    if os.path.isfile(text):
+        return [text]
+    return [part.strip() for part in text.split(",")]
 
 
 def rows_of(sources: str, setting: str = "task") -> Iterator[dict]:
@@ -32,8 +42,7 @@ def rows_of(sources: str, setting: str = "task") -> Iterator[dict]:
 def read_rows(sources: str, setting: str) -> Iterator[tuple[str, dict]]:
     """(place, row) of every row; place and DataErrors name setting, source and line."""
     try:
-        for part in sources.split(","):
-            source = part.strip()
+        for source in listed(sources):
             is_empty = True
             for place, row in _rows(source):
                 is_empty = False
@@ -46,17 +55,20 @@ def read_rows(sources: str, setting: str) -> Iterator[tuple[str, dict]]:
 
 def _rows(source: str) -> Iterator[tuple[str, dict]]:
     """(place, row) of every row of one source. Any error of another library becomes one line of DataError."""
-    kind = Path(source).suffix
-    is_file = kind in FILES and ":" not in source
-    if is_file and not Path(source).is_file():
-        raise DataError(f"there is no file {source!r}")
-    if not is_file and not re.fullmatch("[^/:]+/[^/:]+(:[^:]+){0,2}", source):
-        hub = "a data set on the hub: owner/name, owner/name:split or owner/name:config:split"
-        raise DataError(f"{source!r} is neither a {', '.join(FILES)} file nor {hub}")
-    if is_file and kind == ".jsonl":
-        return read_lines(Path(source))
+    kind = Path(source.lower().removesuffix(".gz")).suffix
+    exists = os.path.isfile(source)
+    on_hub = not exists and HUB.fullmatch(source) and (":" in source or kind not in FILES)
+    if not on_hub:
+        if kind not in FILES:
+            hub = "a data set on the hub: owner/name, owner/name:split or owner/name:config:split"
+            raise DataError(f"{source!r} is neither a {', '.join(FILES)} file nor {hub}")
+        if not exists:
+            raise DataError(f"there is no file {source!r}")
+        refuse_pointer(Path(source))
+        if kind in (".jsonl", ".ndjson"):
+            return read_lines(Path(source))
     try:
-        rows = _file_rows(source, kind) if is_file else _hub_rows(source)
+        rows = _hub_rows(source) if on_hub else _file_rows(source, kind)
     except Exception as error:
         lines = str(error).strip().splitlines()
         reason = lines[0] if lines else type(error).__name__

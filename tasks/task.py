@@ -9,6 +9,7 @@ import numpy as np
 
 import rewards
 from infra.files import DataError
+from infra.run import progress
 from ops.packed import Row
 from tasks.prompts import INSTRUCTION, encode_prompt, encode_response, end_of_turn, prompt_text
 
@@ -143,7 +144,7 @@ def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_dem
     room = positions - max_new_tokens  # tokens a prompt may have
 
     problems = []
-    for p in task.problems:
+    for p in progress(task.problems, "encoding prompts"):
         if len(encode_prompt(tokenizer, p.question, task.instruction, task.template)) <= room:
             problems.append(p)
     note_dropped(task.notes, "rl_data", task.problems, problems, f"prompts exceed {room} tokens")
@@ -151,7 +152,7 @@ def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_dem
     end = end_of_turn(tokenizer, task.template)
     demonstrations = []
     encoded = []
-    for d in task.demonstrations:
+    for d in progress(task.demonstrations, "encoding demonstrations"):
         prompt, response = encode_demonstration(tokenizer, d, task.instruction, task.template, end)
         if len(prompt) <= room and len(response) <= max_new_tokens:
             demonstrations.append(d)

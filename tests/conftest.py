@@ -27,6 +27,7 @@ import bridge
 import plot
 from infra import checkpoint
 from infra.model import MODELS
+from infra.run import STOPS
 from tasks import loading
 
 torch.set_num_threads(1)  # the models are tiny: two threads only get in each other's way
@@ -205,7 +206,7 @@ def finished_run(tmp_path_factory):
     def folder_of(*flags: str) -> Path:
         if flags not in folders:
             folders[flags] = tmp_path_factory.mktemp("runs") / "run"
-            handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+            handlers = {number: signal.getsignal(number) for number in signal.Signals if number.name in STOPS}
             with (
                 open(folders[flags].parent / "stdout", "w") as file,
                 contextlib.redirect_stdout(file),

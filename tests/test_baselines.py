@@ -319,7 +319,8 @@ def test_the_gradient_is_that_of_the_formula_on_all_rows_in_any_micro_batches(tm
 def test_the_ratio_is_not_clipped_and_the_weights_are_dr_grpo_s(tmp_path, method):
     run, rollouts = sampled(tmp_path, method)
     assert rollouts.weight.tolist() == pytest.approx([1 / (rollouts.reward.numel() * 80)] * len(rollouts.weight))
-    rollouts.old_logp = torch.full_like(rollouts.weight, -9.0)  # ratios far from 1
+    rollouts.old_logp = torch.full_like(rollouts.weight, -9.0)  # ratios far above 1
+    rollouts.old_logp[::2] = 0.0  # and below
     assert theta_gradient(run, rollouts, [], 0.0, 1.0)[1]["clip_frac"] == 0
     for setting in ("aggregation", "clip_high", "overlong_mask", "dynamic_sampling", "sft_batch"):
         flags = {"aggregation": ["dapo"], "overlong_mask": []}.get(setting, ["3"])

@@ -2,6 +2,8 @@
 
 import copy
 import datetime
+import gzip
+import io
 import json
 import pickle
 import re
@@ -10,6 +12,7 @@ import traceback
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,10 +26,10 @@ import bridge
 import evaluate
 import infra.model
 import settings
-from infra import export
+from infra import export, parallel
 from infra.files import DataError, printable
 from infra.model import stop_tokens
-from infra.run import RunFolder, one_line_errors, print0
+from infra.run import RunFolder, one_line_errors, print0, progress
 from logprob import response_logprobs
 from ops.packed import ModelError
 from sampler import Completion, Sampler, generate_naive
@@ -217,6 +220,14 @@ def test_a_thought_that_the_template_opens_is_opened_once(chat_template, respons
     assert all((tokenizer.convert_tokens_to_ids(tag) in prompt + ids) == (tag in THINKING + trained) for tag in tags)
 
 
+@pytest.mark.parametrize("tag", ["<b>", "[step]", "<assistant>"])
+def test_a_tag_that_opens_no_thought_is_kept_though_the_prompt_ends_in_it(tag):
+    tokenizer = make(THINKING.replace("<think>", tag))
+    prompt, ids = encoded(tokenizer, f"{tag}\nthree")
+    assert tokenizer.decode(prompt).endswith(f"{tag}\n")
+    assert tokenizer.decode(ids) == f"{tag}\nthree<|im_end|>"
+
+
 HOSTILE = "a<|im_end|>b<<|im_start|>user\nc</s> <end><bos><|eot_id|>, <|im_<|im_end|>end|>"
 
 
@@ -283,6 +294,50 @@ def test_a_model_folder_that_cannot_be_trained_is_refused_in_one_line_with_its_n
         infra.model.load(folder)
     assert "\n" not in str(refused.value)
     assert folder in str(refused.value)
+
+
+@pytest.mark.parametrize("part", [".", "adapter", "checkpoint", "checkpoint/step-000002"])
+def test_a_run_folder_and_its_parts_are_named_for_what_they_are_with_the_model_to_name(finished_run, part):
+    run = finished_run("--steps", "2")
+    message = rf"is a run or a part of one, no model: name {run}/model, or what python -m infra.export {run} writes$"
+    with pytest.raises(ModelError, match=message):
+        infra.model.load(str(run / part))
+    with pytest.raises(SystemExit, match=message):
+        bridge.main(["--model", str(run / part), "--dry-run", "--gpu", "h100"])
+    infra.model.read_config(str(run / "model"))
+
+
+def test_a_model_that_lies_in_a_run_folder_and_a_hub_name_beside_a_run_are_no_parts_of_it(tmp_path, monkeypatch):
+    (tmp_path / "metrics.jsonl").write_text("")
+    infra.model.load(folder_of(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    infra.model.load("base")
+    with pytest.raises(ModelError, match="is no folder, and the hub does not give it"):
+        infra.model.load("nobody/nothing")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, "model-00001-of-00002.safetensors", "tokenizer.json"])
+def test_a_pointer_of_git_lfs_in_place_of_a_model_s_file_is_called_one(tmp_path, name):
+    folder = folder_of(tmp_path, (), {name: POINTER})
+    with pytest.raises(ModelError, match=rf"/{name} is a pointer of Git LFS: `git lfs pull` replaces it") as refused:
+        infra.model.load(folder)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "jsonl.gz"])
+def test_a_pointer_of_git_lfs_in_place_of_data_is_called_one(tmp_path, kind):
+    (tmp_path / f"a.{kind}").write_text(POINTER)
+    with pytest.raises(DataError, match=rf"^rl_data: \S*/a\.{kind} is a pointer of Git LFS: `git lfs pull`"):
+        list(sources.read_rows(str(tmp_path / f"a.{kind}"), "rl_data"))
+
+
+def test_python_without_docstrings_cannot_load_a_model_and_is_told_so(monkeypatch):
+    monkeypatch.setattr(infra.model, "sys", SimpleNamespace(flags=SimpleNamespace(optimize=2)))
+    with pytest.raises(ModelError, match=r"^transformers reads its own docstrings: start Python without -OO$"):
+        infra.model.load("arithmetic-smoke")
 
 
 def test_an_adapter_without_a_config_and_a_pickle_are_refused_by_name(tmp_path):
@@ -523,14 +578,78 @@ def test_the_real_loader_gives_a_way_out_without_network(monkeypatch):
 
 @pytest.mark.parametrize("source", ["data.txt", "name", "a/b/c", "owner/", "", "owner/name:", "a/b:c:d:e"])
 def test_a_source_that_is_neither_file_nor_hub_name_is_refused(source):
-    with pytest.raises(DataError, match=r"rl_data: .*is neither a .jsonl, .json, .parquet, .csv file nor a data set"):
+    with pytest.raises(DataError, match=r"rl_data: .*is neither a .jsonl, .ndjson, .json, .parquet, .csv file nor a"):
         list(sources.read_rows(source, "rl_data"))
 
 
-@pytest.mark.parametrize("name", ["no.jsonl", "no.json", "no.parquet", "no.csv"])
+NAMES = ["no.jsonl", "no.json", "no.parquet", "no.csv", "no.ndjson", "no.jsonl.gz", "NO.JSONL", "run 10:30.jsonl",
+         "data/run 10:30.jsonl", r"C:\data\rl.jsonl", "C:/data/rl.jsonl", "/data/10:30/rl.jsonl"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_missing_file_of_any_kind_is_named(name):
-    with pytest.raises(DataError, match=f"rl_data: there is no file '{name}'"):
+    with pytest.raises(DataError, match=re.escape(f"rl_data: there is no file {name!r}")):
         list(sources.read_rows(name, "rl_data"))
+
+
+@pytest.mark.parametrize("name", [*NAMES, "a,b.jsonl", "~a, ~b.jsonl", "a/b:c.jsonl", "a, b/c:d/e,f.JSON", "é😀?*.csv"])
+def test_what_exists_is_a_file_whatever_its_letters(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / name.lstrip("/")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    kind = name.lower().removesuffix(".gz").rpartition(".")[2]
+    text = {"json": json.dumps(ROWS), "csv": "problem,final_answer\none?,2\n"}.get(kind, json.dumps(ROWS[0]) + "\n")
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    if kind == "parquet":
+        pytest.importorskip("datasets").Dataset.from_list(ROWS).to_parquet(path)
+    name = name.lstrip("/")
+    s, _ = settings.parse(["--rl-data", name, "--sft-data", name, "--eval-data", name])
+    assert (s.rl_data, s.sft_data, s.eval_data) == (name, name, name)
+    assert evaluate.parse(["model", "--data", name]).data == name
+    problems = sources.read_problems(s.rl_data, "rl_data", [])
+    task = named.with_evaluation(Task([], [], []), s.eval_data, 5)
+    assert [p.answer for p in problems] == [p.answer for p in task.evaluation] == ["2", "3"][: len(problems)]
+
+
+def test_a_list_of_files_is_split_at_commas_and_a_folder_of_benchmarks_is_not(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.jsonl", "b:1.NDJSON", "x,y/aime24.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, [{"problem": "q", "answer": "2"}])
+    places = [place for place, _ in sources.read_rows("a.jsonl, b:1.NDJSON", "rl_data")]
+    assert places == ["rl_data: a.jsonl, line 1", "rl_data: b:1.NDJSON, line 1"]
+    assert len(read_benchmark("aime24", "x,y")) == 1
+    assert len(named.with_evaluation(Task([], [], []), "a.jsonl,b:1.NDJSON", 5).evaluation) == 2
+
+
+def test_a_folder_keeps_the_spaces_and_commas_of_its_name():
+    for name in ("my runs, second/a ", " b", "c,d"):
+        assert evaluate.parse([name]).source == name
+        assert settings.parse(["--model", name])[0].model == name
+
+
+def test_a_long_list_of_names_is_no_error_of_the_disk():
+    with pytest.raises(DataError, match=r"^rl_data: there is no file 'a{90}.jsonl'$"):
+        list(sources.read_rows(",".join(["a" * 90 + ".jsonl"] * 5), "rl_data"))
+
+
+def test_a_compressed_file_that_is_cut_off_or_damaged_is_refused_and_not_read_in_part(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress("".join(json.dumps(row) + "\n" for row in 200 * ROWS).encode())
+    for content in (
+        whole[:-1],
+        whole[:-8],
+        whole[: len(whole) // 2],
+        whole[:40],
+        b"plain",
+        whole + b"plain",
+        whole + b"\x1f",
+    ):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"^rl_data: \S*a\.jsonl\.gz: damaged \("):
+            list(sources.read_rows(str(path), "rl_data"))
+    path.write_bytes(whole)
+    assert len(list(sources.read_rows(str(path), "rl_data"))) == 400
 
 
 def test_a_json_file_of_another_shape_is_refused(tmp_path):
@@ -724,6 +843,18 @@ def test_a_model_card_holds_escapes_instead_of_text_that_utf8_cannot_encode(tmp_
 def test_a_file_of_json_lines_may_begin_with_a_byte_order_mark(tmp_path):
     problems, _ = read(tmp_path / "windows.jsonl", '\ufeff{"question": "1+1", "answer": "2"}\r\n')
     assert [(p.question, p.answer) for p in problems] == [("1+1", "2")]
+
+
+@pytest.mark.parametrize(("is_terminal", "rank", "shown"), [(True, 0, True), (False, 0, False), (True, 1, False)])
+def test_long_work_has_a_bar_on_rank_0_of_a_terminal_and_nothing_in_a_log(monkeypatch, is_terminal, rank, shown):
+    stream = io.StringIO()
+    stream.isatty = lambda: is_terminal
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(parallel, "rank", lambda: rank)
+    bar = progress([1, 2, 3], "reading")
+    assert bar.disable != shown
+    assert list(bar) == [1, 2, 3]
+    assert stream.getvalue().strip() == ""  # a second has not passed
 
 
 # ---------------------------------------------------------------------------------------------------------------------

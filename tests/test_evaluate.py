@@ -1,11 +1,13 @@
 """Evaluation: every number equals its definition; result files survive interruption, damage and more ranks."""
 
+import contextlib
 import io
 import itertools
 import json
 import math
 import os
 import random
+import runpy
 import shutil
 import subprocess
 import sys
@@ -27,6 +29,7 @@ from infra import checkpoint, export
 from infra.files import DataError
 from infra.model import MODELS, load, stop_tokens
 from infra.results import weights_hash, write_results
+from infra.run import alone
 from sampler import Sampler
 from settings import PRESETS, Settings, start_program
 from tasks import arithmetic, benchmarks, named
@@ -214,6 +217,12 @@ def test_the_average_is_the_plain_mean_of_the_paper_s_five_if_all_five_are_prese
     assert summarise(fewer)["average"]["accuracy"][0] == pytest.approx(0.5)
 
 
+def test_the_average_and_its_difference_weigh_groups_alike_whatever_their_sizes(few_draws):
+    large, small = np.zeros(30), np.ones(2)
+    assert scores.plain_mean([large, small])[0] == 0.5
+    assert paired_test([large, 0 * small], [large, small])[0] == 0.5
+
+
 def test_the_summary_counts_samples_truncation_and_labels():
     records = [record(problem=p, sample=s, correct=p == s, labels=(f"level {p}",), tokens=10 * p,
                       finish_reason="length" if p else "stop") for p in range(2) for s in range(2)]  # fmt: skip
@@ -335,14 +344,16 @@ def test_flags_reach_the_sampler_and_the_header(model, greedy, tmp_path):
     assert answers("--protocol", "sampled", "--temperature", 0)[0]["sampling"]["samples"]["n=3"] == 1
 
 
-def test_training_evaluates_greedily_and_averages_over_groups(model):
+def test_training_evaluates_greedily_and_averages_over_groups_of_any_size(model, monkeypatch):
+    monkeypatch.setattr(evaluate, "grade", lambda record: {"correct": sum(map(ord, record["question"])) % 3 == 0})
     network, tokenizer = load(model)
-    task = Task(problems=[], demonstrations=[], evaluation=arithmetic.evaluation(2), instruction="")
+    task = Task(problems=[], demonstrations=[], evaluation=arithmetic.evaluation(4)[2:], instruction="")
     sampler = Sampler(network, stop_tokens(network, tokenizer), slots=8)
     accuracy, records = evaluate.evaluate(sampler, tokenizer, task, 16)
     by_group = {g: [r["correct"] for r in records if r["group"] == g] for g in sorted(accuracy) if g != "average"}
     means = {group: np.mean(correct) for group, correct in by_group.items()}
     assert accuracy == pytest.approx(means | {"average": np.mean(list(means.values()))})
+    assert accuracy["average"] != pytest.approx(np.mean([r["correct"] for r in records])), "the case must differ"
     assert [r["question"] for r in sorted(records, key=lambda r: r["id"])] == [p.question for p in task.evaluation]
 
 
@@ -382,6 +393,14 @@ def test_the_paper_s_protocol_is_greedy_with_5000_tokens_and_the_sampled_one_as_
         math500=4, minerva_math=4, olympiadbench=4, aime24=32, amc23=32, gsm8k=1, gpqa=8, mmlu_pro=1
     )
     assert {n for n, b in BENCHMARKS.items() if b.tolerance} == {"minerva_math"}
+
+
+def test_the_sampled_protocol_writes_four_answers_to_each_problem_of_no_benchmark(model, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"question": "1+2", "answer": "3"}\n{"question": "2+2", "answer": "4"}\n')
+    flags = ("--protocol", "sampled", "--max-new-tokens", 4, "--template", "plain", "--out", tmp_path / "out.jsonl")
+    call(model, "--data", tmp_path / "own.jsonl", *flags)
+    answers = [(r["question"], r["sample"]) for r in lines(tmp_path / "out.jsonl")[1:]]
+    assert answers == [(question, i) for question in ("1+2", "2+2") for i in range(4)]
 
 
 def test_hashes_change_with_any_problem_and_any_weight(tmp_path):
@@ -434,6 +453,12 @@ def test_an_interrupted_evaluation_continues_and_ends_with_the_same_file(model, 
         copy.write_text(text[:length])  # ends within a line and within a problem's samples
         call(model, *SAMPLED, "--out", copy)
         assert sorted(map(str, lines(copy))) == sorted(map(str, lines(sampled)))
+    with (
+        alone(copy, copy.with_name(".cut.jsonl.lock")),
+        pytest.raises(SystemExit, match=rf"^evaluate\.py: {copy} is in use by another process: wait for its end, "),
+    ):
+        call(model, *SAMPLED, "--out", copy)
+    assert [p.name for p in tmp_path.iterdir() if p.name != "cut.summary.json"] == ["cut.jsonl"]
     with pytest.raises(SystemExit, match=r"exists and was made with another sampling, seed: choose another --out"):
         call(model, *SAMPLED, "--seed", 1, "--samples", 3, "--out", sampled)
     assert sampled.read_text() == text
@@ -697,6 +722,62 @@ def test_reports_are_printed_in_any_encoding(greedy, monkeypatch, few_draws):
     call("--table", greedy, greedy)
     stream.flush()
     assert b" ? " in stream.buffer.getvalue()  # the minus sign of the differences
+
+
+class NotebookStream:
+    """A stream of a notebook, which has no encoding to change and no file descriptor."""
+
+    def __init__(self):
+        self.text = ""
+
+    def write(self, text):
+        self.text += text
+        return len(text)
+
+    def flush(self):
+        pass
+
+    def getvalue(self):
+        return self.text
+
+
+def cell(program, *flags, stream=NotebookStream):
+    """What `%run PROGRAM FLAGS` prints in a notebook, or the message with which it exits."""
+    out = stream()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(stream()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [program, *map(str, flags)])
+        try:
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except SystemExit as ended:
+            return ended.code or out.getvalue()
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("stream", [NotebookStream, io.StringIO])
+def test_every_program_runs_in_a_notebook_and_under_any_stream(finished_run, tmp_path, greedy, few_draws, stream):
+    assert "usage: bridge.py" in cell("bridge.py", "--help", stream=stream)
+    assert "GiB" in cell("bridge.py", "--dry-run", "--gpu", "h100", stream=stream)
+    assert "n=3" in cell("evaluate.py", "--table", greedy, greedy, stream=stream)
+    assert "verdicts changed" in cell("evaluate.py", "--regrade", greedy, "--out", tmp_path / "r", stream=stream)
+    assert cell("plot.py", tmp_path, stream=stream) == f"plot.py: {tmp_path} is no run folder: it has no metrics.jsonl"
+    run = finished_run("--steps", "2")
+    assert cell("plot.py", run, "--out", tmp_path / "f.png", stream=stream) == f"{tmp_path / 'f.png'}\n"
+
+
+def test_gradients_are_on_again_after_a_cell_that_evaluates(tmp_path):
+    (tmp_path / "broken.py").write_text("def f(s): raise KeyError('mine')")
+    (tmp_path / "m").mkdir()
+    assert "answers in" in cell("evaluate.py", "arithmetic-smoke", *GREEDY, "--out", tmp_path / "one.jsonl")
+    assert torch.is_grad_enabled()
+    assert "without a usable model" in cell("evaluate.py", tmp_path / "m", *GREEDY)
+    assert torch.is_grad_enabled()
+    config = {"settings": {"task": f"{tmp_path}/broken.py:f"}}
+    (tmp_path / "m/metrics.jsonl").write_text("")
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    (tmp_path / "m/model").mkdir()
+    with pytest.raises(KeyError, match="mine"):
+        cell("evaluate.py", tmp_path / "m")
+    assert torch.is_grad_enabled()
 
 
 def test_a_closed_pipe_or_a_full_disk_ends_in_one_line(greedy, tmp_path):

@@ -1,8 +1,10 @@
 """infra/export.py: an exported folder holds the trained policy with its stop tokens and a true card."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from conftest import shipped_tokenizer, tensors_in, tiny_model
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaTokenizer, Qwen2Tokenizer
 
 import bridge
 import lora
@@ -83,6 +85,120 @@ def test_a_model_whose_flag_says_tied_while_its_heads_differ_is_exported_as_what
     assert torch.equal(exported_model(ids).logits, original(ids).logits)
 
 
+LETTERS = ["<unk>", "<s>", "</s>", "<|im_end|>", "<|x|>", "<|y|>", *"Q:1+2*3=0456789 ▁Ġa", "he"]
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+SCALED = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "llama3": {"rope_type": "llama3", **LLAMA3},
+    "linear": {"rope_type": "linear", "factor": 3.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+}
+IDS = torch.tensor([[1, 5, 3, 9, 2, 7, 4, 6] * 12])
+
+
+def letters_tokenizer(family):
+    """A tokenizer of a family's own class; Llama's begins texts with BOS or, "qwen3", does not."""
+    options = dict(vocab={c: i for i, c in enumerate(LETTERS)}, merges=[], unk_token="<unk>", eos_token="</s>")
+    if family == "qwen2":
+        return Qwen2Tokenizer(**options, pad_token="<|im_end|>", extra_special_tokens=["<|x|>", "<|y|>"])
+    return LlamaTokenizer(**options, bos_token="<s>", add_bos_token=family != "qwen3", extra_special_tokens=["<|x|>"])
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{name: (exported folder, the model's logits, the run's tokenizer)} of each way to scale positions."""
+    made = {}
+    root = tmp_path_factory.mktemp("folders")
+    for name, scaling in SCALED.items():
+        base = tiny_model(name if name in ("qwen2", "qwen3") else "llama")
+        base.config.rope_parameters = {"rope_type": "default", "rope_theta": 5e5} | scaling
+        model = AutoModelForCausalLM.from_config(base.config)
+        model.load_state_dict(base.state_dict())
+        model.save_pretrained(root / "base")
+        letters_tokenizer(name).save_pretrained(root / "base")
+        model, tokenizer = load(str(root / "base"), torch.device("cpu"))
+        export.save_model(root / name, model, tokenizer, [2], "")
+        with torch.no_grad():
+            logits = AutoModelForCausalLM.from_pretrained(root / "base")(IDS).logits
+        made[name] = root / name, logits, tokenizer
+        shutil.rmtree(root / "base")
+    return made
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_folder_has_the_keys_of_transformers_4_and_loads_and_exports_again_as_what_it_is(folders, tmp_path, name):
+    folder, logits, tokenizer = folders[name]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
+    assert config["rope_scaling"] == (SCALED[name] or None)
+    assert config["torch_dtype"] == config["dtype"] == "float32"
+    names = json.loads((folder / "tokenizer_config.json").read_text())
+    assert names["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert names["model_input_names"] == ["input_ids", "attention_mask"]
+    assert names["additional_special_tokens"] == (["<|x|>", "<|y|>"] if name == "qwen2" else ["<|x|>"])
+    assert "extra_special_tokens" not in names  # transformers 4 needs an object there
+
+    model, again = load(str(folder), torch.device("cpu"))
+    model.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, logits)
+    model.set_attn_implementation("packed")
+    assert again.backend_tokenizer.to_str() == tokenizer.backend_tokenizer.to_str()
+    for what in ("special_tokens_map", "padding_side", "model_max_length", "clean_up_tokenization_spaces"):
+        assert getattr(again, what) == getattr(tokenizer, what)
+    assert again("Q:1+2<|x|>a").input_ids == tokenizer("Q:1+2<|x|>a").input_ids
+    export.save_model(tmp_path / "again", model, again, [2], "")
+    assert contents(tmp_path / "again") == contents(folder)
+
+
+def test_a_folder_says_nothing_of_the_machine_it_was_made_on(folders):
+    written = [file for folder, _, _ in folders.values() for file in folder.iterdir()]
+    assert len(written) == 6 * len(folders)
+    for file in written:
+        text = file.read_bytes()
+        assert str(file.parents[1]).encode() not in text, file
+        for key in (b"is_local", b"local_files_only", b"name_or_path", b"_commit_hash", b"/tmp", os.getcwd().encode()):
+            assert key not in text, (file, key)
+
+
+READ = """
+import json, sys, torch, transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+assert transformers.__version__.startswith("4."), transformers.__version__
+read = {}
+for folder in sys.argv[2:]:
+    logits = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor(json.loads(sys.argv[1]))).logits
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    read[folder] = logits.tolist(), dict(tokenizer("Q:1+2<|x|>a")), tokenizer.padding_side
+print(json.dumps(read))
+"""
+
+
+@pytest.mark.skipif(
+    "TRANSFORMERS_4" not in os.environ,
+    reason="TRANSFORMERS_4 names no folder of pip install --target FOLDER transformers==4.57.6",
+)
+def test_transformers_4_reads_the_same_tokens_and_logits(folders):
+    command = [
+        sys.executable,
+        "-c",
+        READ,
+        json.dumps(IDS.tolist()),
+        *(str(folder) for folder, _, _ in folders.values()),
+    ]
+    environment = os.environ | {"PYTHONPATH": os.environ["TRANSFORMERS_4"]}
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+    read = json.loads(finished.stdout.splitlines()[-1])
+    for folder, logits, tokenizer in folders.values():
+        got, ids, side = read[str(folder)]
+        torch.testing.assert_close(torch.tensor(got), logits, rtol=0, atol=1e-5)
+        assert (ids, side) == (dict(tokenizer("Q:1+2<|x|>a")), tokenizer.padding_side)
+
+
 def test_generation_stops_at_every_stop_token_and_inherits_no_sampling_settings(tmp_path):
     exported(tmp_path / "model", torch.float32)
     config = json.loads((tmp_path / "model" / "generation_config.json").read_text())
@@ -148,6 +264,14 @@ def test_the_card_points_to_the_licence_of_the_published_model():
     evals = [{"step": 3, "policy": {"average": 0.5}}]
     card = export.card(Settings(model="Qwen/Qwen2.5-3B"), "run", {"question": "1+1", "prompt": "Q:1+1="}, evals, 3)
     assert "The licence of `Qwen/Qwen2.5-3B` applies." in card
+    assert f"tried with transformers {export.TRIED}." in card
+
+
+def test_the_card_names_a_base_model_in_a_folder_without_the_path_to_it():
+    facts = {"question": "1+1", "prompt": "Q:1+1="}
+    card = export.card(Settings(model="/home/ada/models/own"), "run", facts, [], 3)
+    assert "ada" not in card
+    assert "`own`, trained for 3 steps" in card
 
 
 def test_the_adapter_on_the_trained_theta_gives_the_logits_of_the_exported_model(finished_run):

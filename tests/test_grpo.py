@@ -112,7 +112,7 @@ def test_masked_sequences_weigh_nothing_and_their_infinities_stay_out(aggregatio
     lengths, keep = torch.tensor([2, 3]), torch.tensor([True, False])
     weight = grpo.token_weights(lengths, aggregation, 8, keep)
     assert weight[2:].tolist() == [0, 0, 0]
-    logp = torch.tensor([-1.0, -2, -1, -1, -1], requires_grad=True)
+    logp = torch.tensor([-1.0, -2, -1, -1, float("-inf")], requires_grad=True)
     old = torch.tensor([-1.0, -2, -200, float("-inf"), float("nan")])
     for ratio_cap in (None, 2.0):
         loss, terms = grpo.grpo_loss(logp, old, torch.ones(5), weight, ratio_cap=ratio_cap, ref_logp=old, kl_coef=0.1)

@@ -1,5 +1,6 @@
 """The task legs in English, and the converter of GGUF files."""
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -172,6 +173,11 @@ def test_a_gguf_file_becomes_a_folder_with_its_weights_and_digits_split_one_by_o
         assert torch.equal(p, q), name
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode("a  12", add_special_tokens=False)) == ["a", "ĠĠ", "1", "2"]
     assert tokenizer.decode(tokenizer.encode("a  12 θ", add_special_tokens=False)) == "a  12 θ"
+    names = json.loads((tmp_path / "folder" / "tokenizer_config.json").read_text())
+    assert names["tokenizer_class"] == "PreTrainedTokenizerFast"  # as infra/export.py writes it
+    assert str(tmp_path) not in str(names)
+    assert not {"is_local", "local_files_only"} & set(names)
+    assert json.loads((tmp_path / "folder" / "config.json").read_text())["rope_theta"] == 10000.0
     with pytest.raises(SystemExit, match=r"^infra\.gguf: .*folder exists: name another folder$"):
         gguf.main()
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from grpo import grpo_loss
 from infra.model import checkpoint_layers
 from infra.parallel import micro_batches
-from logprob import response_logprobs, token_logprobs, token_logprobs_naive
+from logprob import response_hidden, response_logprobs, token_logprobs, token_logprobs_naive
 from ops import head, packed
 from ops.packed import ModelError, pack, packed_attention
 
@@ -141,6 +141,16 @@ def test_under_autocast_attention_gets_bf16_only_and_the_residual_stream_is_bf16
     response_logprobs(policy, rows(2), 1.0, torch.bfloat16)
     assert len(dtypes) == 7
     assert set(dtypes) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_are_those_of_hidden_states_in_the_dtype_of_the_pass(any_model, dtype):
+    batch = rows(4)
+    hidden, weight, targets = response_hidden(any_model, batch, dtype)
+    assert hidden.dtype == dtype
+    expected = exact(hidden, weight.to(dtype), targets, 0.7)
+    for ours, theirs in zip(response_logprobs(any_model, batch, 0.7, dtype), expected, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_without_rows_the_result_is_empty_and_every_parameter_gets_a_zero_gradient(any_model):

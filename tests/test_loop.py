@@ -2,6 +2,7 @@
 
 import copy
 import json
+import sys
 from itertools import cycle
 
 import pytest
@@ -12,7 +13,7 @@ import bridge
 import grpo
 import rollout
 import settings
-from infra import checkpoint
+from infra import checkpoint, export
 from infra.run import RunFolder, Timer
 from logprob import response_logprobs
 from rewards import is_correct
@@ -132,12 +133,22 @@ def test_groups_stand_as_their_prompts_were_drawn_whichever_rank_has_sampled_the
 
 
 def test_a_sample_is_drawn_from_seed_step_and_number_of_its_draw(tmp_path, monkeypatch):
-    run, keys = make_run(tmp_path, prompts_per_step=3, group_size=2, seed=5), []
+    run, keys = make_run(tmp_path, prompts_per_step=3, group_size=2, seed=5, steps=9, save_every=10), []
+    monkeypatch.setattr(bridge, "evaluate_policies", lambda *_: None)
     generate = run.env.sampler.generate
     monkeypatch.setattr(run.env.sampler, "generate", lambda p, k, *rest: keys.append(k) or generate(p, k, *rest))
-    for step in (7, 8):
-        sample(run, step=step)
+    bridge.train(run, 7)
     assert keys == [[(5, 7, draw) for draw in range(3)], [(5, 8, draw) for draw in range(3, 6)]]
+
+
+def test_prompts_and_demonstrations_are_drawn_in_orders_of_their_own_which_the_seed_decides(tmp_path):
+    orders = set()
+    for seed in (0, 1):
+        run = make_run(tmp_path / str(seed), seed=seed)
+        for stream in (run.prompt_order, run.demonstration_order):
+            stream.count = 50  # equal numbers of rows
+            orders.add(tuple(i for _, i in stream.take(50)))
+    assert len(orders) == 4
 
 
 @pytest.mark.parametrize("cap", [0, 1, 5])
@@ -218,11 +229,37 @@ def test_cold_start_gives_rl_a_fresh_optimizer(tmp_path, monkeypatch):
     assert seen == [(True, False), (True, True), (False, False), (False, True)]
 
 
+def test_each_of_alternating_s_two_optimizers_steps_once_in_a_step(tmp_path):
+    run = make_run(tmp_path, method="alternating", steps=2)
+    bridge.train(run, 0)
+    steps = {name: {int(state["step"]) for state in o.state.values()} for name, o in run.m.optimizers.items()}
+    assert steps == {"theta": {2}, "theta_sft": {2}}
+
+
+def test_batch_sizes_and_dtype_of_the_settings_are_those_of_a_step(tmp_path, monkeypatch):
+    sizes = dict(sft_batch=5, prompts_per_step=3, group_size=4)
+    run = make_run(tmp_path, **sizes, dtype="bfloat16", kl_coef=0.1, steps=1)
+    real, dtypes = bridge.response_logprobs, []
+
+    def spy(model, rows, temperature=1.0, dtype=torch.float32):
+        dtypes.append(dtype)
+        return real(model, rows, temperature, dtype)
+
+    monkeypatch.setattr(bridge, "response_logprobs", spy)
+    monkeypatch.setattr(bridge, "evaluate_policies", lambda *_: None)
+    seen = train_spying(run, monkeypatch, lambda run, r, _, demos: (len(demos), len(r.rows), r.reward.shape))
+    assert seen == [(5, 12, (3, 4))]
+    assert len(dtypes) >= 5, "policy, shadow, two references and SFT"
+    assert {*dtypes, run.env.sampler.decoder.lm_head.dtype} == {torch.bfloat16}
+    assert {p.dtype for of_set in run.m.parameters.values() for p in of_set} == {torch.float32}
+
+
 def test_each_update_sees_iterate_k_once_and_updates_per_rollout_reuse_the_rollouts(tmp_path, monkeypatch):
     run = make_run(tmp_path, steps=2, updates_per_rollout=3)
-    seen = train_spying(run, monkeypatch, lambda run, r, _, demos: (id(r), r, demos))
+    seen = train_spying(run, monkeypatch, lambda run, r, _, demos: (id(r), r, demos, r.old_logp is None))
     assert len(seen) == 6
     assert [i for i, *_ in seen[:3]] == [seen[0][0]] * 3
+    assert [is_first for *_, is_first in seen] == [True, False, False] * 2, "log π_old is that before the first"
     assert seen[3][0] != seen[0][0]
     assert seen[0][2] != seen[1][2], "each update draws its own demonstrations"
 
@@ -270,6 +307,36 @@ def test_a_checkpoint_holds_the_positions_and_the_skipped_count(tmp_path):
     bridge.save(run, 5)
     assert bridge.restore(again, checkpoint.newest(tmp_path / "checkpoint")) == 5
     assert (again.prompt_order.position, again.demonstration_order.position, again.skipped) == (3, 7, 2)
+
+
+@pytest.mark.parametrize(
+    ("averages", "flags", "kept"),
+    [
+        ([0.1, 0.5, 0.3, 0.5, 0.2], ["--keep-best", "--save-every", "9"], [1, 3, 4]),  # the earliest of equals
+        ([0.6, 0.5, 0.3, 0.5, 0.2], ["--keep-best", "--save-every", "2"], [0, 3, 4]),  # the initial model
+        ([0.1, 0.5, 0.3, 0.5, 0.2], ["--save-every", "1"], [3, 4]),
+    ],
+)
+def test_the_best_checkpoint_by_evaluation_is_kept_over_a_resume_and_exported_by_name(
+    tmp_path, monkeypatch, averages, flags, kept
+):
+    out = tmp_path / "run"
+    left = iter(averages)
+    monkeypatch.setattr(bridge, "evaluate", lambda *_: ({"average": next(left)}, []))
+    for steps in (3, 4):  # resumed once
+        always = ("--preset", "smoke", "--method", "sft", "--eval-every", "1", "--resume", "--out", str(out))
+        bridge.main([*always, *flags, "--steps", str(steps)])
+    assert list(checkpoint.steps_in(out / "checkpoint")) == kept
+    monkeypatch.setattr(sys, "argv", ["export", str(out), "--step", "best"])
+    if "--keep-best" not in flags:
+        known = (
+            r"^infra\.export: no such checkpoint in .*: its steps are 3, 4; --keep-best keeps that of the best evalu"
+        )
+        with pytest.raises(SystemExit, match=known):
+            export.main()
+    else:
+        export.main()
+        assert f"for {kept[0]} steps" in (out / f"model-step-{kept[0]}" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("value", [0.25, float("nan")])

@@ -131,6 +131,21 @@ def test_initialisation_equals_pefts():
     assert not w[f"{name}.lora_B.weight"].any()
 
 
+def test_a_is_uniform_between_plus_and_minus_the_inverse_root_of_the_inputs():
+    w = lora.create(tiny_model(), TARGETS, 64, 0)
+    for a in (p for name, p in w.items() if "lora_A" in name):
+        in_bounds = a * a.shape[1] ** 0.5  # [r, in]
+        assert -1 <= in_bounds.min() < -0.99
+        assert 0.99 < in_bounds.max() <= 1
+        assert in_bounds.mean().abs() < 0.05
+
+
+def test_layers_of_one_shape_begin_with_different_random_numbers():
+    w = lora.create(tiny_model(), TARGETS, 4, 0)
+    rows_of_a = {tuple(row.tolist()) for name, p in w.items() if "lora_A" in name for row in p}
+    assert len(rows_of_a) == 14 * 4
+
+
 def test_the_same_seed_makes_the_same_adapter():
     a, b, c = (lora.create(tiny_model(), TARGETS, 4, seed) for seed in (1, 1, 2))
     assert all(torch.equal(a[n], b[n]) for n in a)

@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
 import sys
 import time
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -284,13 +286,22 @@ def test_a_rank_without_a_gpu_of_its_own_is_told(monkeypatch):
         parallel.start()
 
 
-def test_shares_are_consecutive_complete_and_balanced_to_within_one_row():
-    sizes = [len(p) + len(r) for p, r in rows(40, seed=1)]
-    for parts in (1, 2, 3, 7, 40, 64):
+def test_shares_are_consecutive_complete_and_end_at_most_half_a_row_from_an_equal_division():
+    """A share ends at the row's end nearest to its place: it has half of the row at each of its two cuts too much."""
+    rng = random.Random(0)
+    for _ in range(300):
+        sizes = [rng.randint(1, rng.choice((3, 30, 3000))) for _ in range(rng.randint(1, 40))]
+        parts = rng.randint(1, 64)
+        ends = [0, *accumulate(sizes)]
         ranges = parallel.shares(sizes, parts)
-        assert [i for r in ranges for i in r] == list(range(40))
+        assert [i for r in ranges for i in r] == list(range(len(sizes)))
         assert len(ranges) == parts
-        assert max(sum(sizes[i] for i in r) for r in ranges) <= sum(sizes) / parts + max(sizes)
+        for part, r in enumerate(ranges):
+            equal = (part + 1) * ends[-1]  # where the share would end, in units of 1/parts
+            off = abs(ends[r.stop] * parts - equal)
+            assert off == min(abs(end * parts - equal) for end in ends)
+            assert 2 * off <= parts * max(sizes)
+            assert abs(ends[r.stop] - ends[r.start] - ends[-1] / parts) <= max(sizes)
 
 
 def test_micro_batches_cover_every_share_once():

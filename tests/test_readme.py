@@ -29,7 +29,8 @@ OTHERS = {  # flags of torchrun, pip, srun and other evaluators, of bench/, and 
     "--shutdown-timeout", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal",
     "--preset", "--out", "--resume", "--dry-run", "--gpu", "--gpus", "--help", "--seeds", "--quick", "--size",
     "--only", "--step", "--trace", "--heap", "--iterations", "--table", "--tune", "--methods", "--no-runs", "--rows",
-    "--no-deps", "--keep-rollouts", "--html", "--dataset", "--backend", "--greedy", "--tasks", "--confirm", "--batch",
+    "--no-deps", "--keep-rollouts", "--keep-best", "--html", "--dataset", "--backend", "--greedy", "--tasks",
+    "--confirm", "--batch", "--target",
 }  # fmt: skip
 
 

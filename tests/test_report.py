@@ -153,6 +153,8 @@ def test_the_group_that_is_kept_is_the_first_with_unequal_rewards():
     (group,) = record_of(s, m, rollouts, "first")["groups"]
     assert group == record_of(s, m, rollouts, "all")["groups"][1]
     assert [row["reward"] for row in group["rows"]] == [1, 0, 1, 0]
+    A = grpo.group_advantages(rollouts.reward)[1].tolist()
+    assert [row["A"] for row in group["rows"]] == pytest.approx(A, abs=1e-4)
 
 
 def test_demonstrations_have_the_mean_nll_that_is_logged():
@@ -169,10 +171,17 @@ def test_demonstrations_have_the_mean_nll_that_is_logged():
     assert json.loads(json.dumps(first, allow_nan=False)) == first
 
 
+@pytest.fixture(scope="module")
+def text_tokenizer(tmp_path_factory):
+    """A tokenizer of bytes, but for a few words."""
+    folder = tmp_path_factory.mktemp("text")
+    text_model(folder, ["2+3=5 boxed"])
+    return AutoTokenizer.from_pretrained(folder)
+
+
 @pytest.mark.parametrize("text", ["2+3=5", "naïve 🦙🦙 café\n", "日本語", "\\boxed{½}"])
-def test_pieces_join_to_the_completion_and_a_broken_character_belongs_to_its_last_token(text, tmp_path):
-    text_model(tmp_path, ["2+3=5 boxed"])
-    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+def test_pieces_join_to_the_completion_and_a_broken_character_belongs_to_its_last_token(text, text_tokenizer):
+    tokenizer = text_tokenizer
     ids = tokenizer.encode(text)
     for end in range(1, len(ids) + 1):
         found = pieces(tokenizer, ids[:end])
@@ -181,6 +190,24 @@ def test_pieces_join_to_the_completion_and_a_broken_character_belongs_to_its_las
         assert all("\ufffd" not in piece for piece in found[: end - 3])
     assert "\ufffd" not in "".join(found)
     assert ("" in found) == (not text.isascii())
+
+
+@pytest.mark.parametrize("broken", range(1, 14))
+def test_text_behind_broken_bytes_appears_after_at_most_four_tokens(broken, text_tokenizer):
+    begins_none = text_tokenizer.encode("日")[1:2]  # a byte that begins no character
+    ids = text_tokenizer.encode("½") + begins_none * broken + text_tokenizer.encode("ok")
+    found = pieces(text_tokenizer, ids)
+    assert "".join(found) == text_tokenizer.decode(ids)
+    assert all(any(found[start : start + 4]) for start in range(len(ids) - 3))
+    assert found[-1] == "k"
+
+
+def test_pieces_keep_the_spaces_that_a_tokenizer_drops_at_the_start_of_a_text():
+    class Words:
+        def decode(self, ids):
+            return " ".join(f"w{i}" for i in ids)
+
+    assert pieces(Words(), [1, 2, 3]) == ["w1", " w2", " w3"]
 
 
 def test_a_compressed_log_survives_a_cut_at_every_byte(tmp_path):

@@ -1,23 +1,30 @@
 """Whole runs of bridge.py on the smoke preset: outputs, exact resume, and what happens when things go wrong."""
 
+import errno
+import fcntl
 import io
 import json
 import math
 import os
 import pickle
+import pty
 import random
 import re
 import resource
+import select
 import shutil
 import signal
 import sys
+import threading
 import time
+from dataclasses import asdict, replace
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from conftest import Forked, lines, tensors_in
+from conftest import HANGS, Forked, fork_ranks, lines, tensors_in
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -30,10 +37,10 @@ from transformers import (
 import bridge
 import evaluate
 import plot
-from infra import checkpoint
-from infra.files import DataError, cut_back, read_log
+from infra import checkpoint, report
+from infra.files import DataError, append_line, cut_back, read_log, write_atomically
 from infra.model import MODELS
-from infra.run import METRICS, RunFolder, StopSignal
+from infra.run import METRICS, STOPS, RunFolder, StopSignal, alone
 from sampler import Sampler
 from settings import METHODS, SettingError, Settings, parse
 
@@ -44,7 +51,8 @@ TIMES = ("seconds", "tokens_per_second")
 
 @pytest.fixture(autouse=True)
 def _signals():
-    before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in signal.Signals if number.name in STOPS}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup of the tests would ignore it
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -186,15 +194,68 @@ def test_killed_at_random_moments_it_resumes_to_the_same_result_bit_for_bit(tmp_
     assert len(list((out / "checkpoint").glob("step-??????"))) == checkpoint.KEEP
 
 
-def test_sigterm_finishes_the_step_saves_and_says_so(tmp_path):
-    process = launch(tmp_path / "run", "--eval-every", "500", "--save-every", "500", steps=500)
+LONG = ("--method", "sft", "--eval-problems", "1", "--eval-every", "5000", "--save-every", "5000")
+
+
+def assert_all_is_saved(out):
+    saved, metrics = checkpoint.newest(out / "checkpoint"), lines(out / "metrics.jsonl")
+    assert saved.facts["step"] == metrics[-1]["step"] < 5000
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2])
+def test_a_signal_that_ends_jobs_finishes_the_step_saves_and_says_so(tmp_path, number):
+    process = launch(tmp_path / "run", *LONG, steps=5000)
     wait_for(tmp_path / "run" / "metrics.jsonl", process)
-    process.send(signal.SIGTERM)
+    process.send(number)
+    if number == signal.SIGHUP:  # shell and kernel each send one
+        process.send(number)
     status, printed, _ = process.finish()
-    assert status == 128 + signal.SIGTERM
+    assert status == 128 + number
+    assert f"{number.name}: finishing this step, then saving" in printed
     assert "everything is saved, --resume continues" in printed
-    saved, metrics = checkpoint.newest(tmp_path / "run" / "checkpoint"), lines(tmp_path / "run" / "metrics.jsonl")
-    assert saved.facts["step"] == metrics[-1]["step"] < 500
+    assert_all_is_saved(tmp_path / "run")
+
+
+def test_a_run_whose_terminal_closes_saves(tmp_path):
+    pid, terminal = pty.fork()
+    if pid == 0:
+        sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
+        try:
+            run(tmp_path / "run", *LONG, steps=5000)
+        except SystemExit as ended:
+            os._exit(ended.code)
+        finally:
+            os._exit(1)
+    deadline = time.monotonic() + HANGS
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        if select.select([terminal], [], [], 0.01)[0]:
+            os.read(terminal, 10_000)
+    os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    assert_all_is_saved(tmp_path / "run")
+
+
+def test_an_ignored_sighup_as_of_nohup_ends_no_run(tmp_path, monkeypatch):
+    log_metrics = RunFolder.log_metrics
+
+    def hang_up(self, *args):
+        os.kill(os.getpid(), signal.SIGHUP)
+        log_metrics(self, *args)
+
+    monkeypatch.setattr(RunFolder, "log_metrics", hang_up)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    run(tmp_path / "run", *LONG, steps=1)
+    assert (tmp_path / "run" / "model").exists()
+
+
+def test_a_run_in_a_thread_goes_on_without_handlers_of_signals(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    thread = threading.Thread(target=run, args=(tmp_path / "run",), kwargs=dict(steps=1))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "run" / "model").is_dir()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, capsys):
@@ -223,6 +284,30 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_used(tmp_path, caps
         (folder / "facts.json").unlink()
     with pytest.raises(OSError, match=r"no checkpoint in .* is intact"):
         checkpoint.newest(tmp_path)
+
+
+def test_a_checkpoint_gets_its_name_when_all_of_it_is_written(tmp_path, monkeypatch):
+    written = []
+    replace_file = os.replace
+
+    def interrupt(source, target):
+        if source.is_file():
+            return replace_file(source, target)
+        written.extend(sorted(p.name for p in source.iterdir()))
+        assert target == tmp_path / "step-000002"
+        assert [*checkpoint.steps_in(tmp_path)] == [1], "until then no checkpoint of step 2 is seen"
+        raise KeyboardInterrupt
+
+    checkpoint.save(tmp_path, 1, {"step": 1}, {"x": torch.zeros(3)})
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoint.save(tmp_path, 2, {"step": 2}, {"x": torch.ones(3)})
+    assert written == [".metadata", "__0_0.distcp", "digests.json", "facts.json"]
+    assert checkpoint.newest(tmp_path).facts == {"step": 1}
+    checkpoint.save(tmp_path, 2, {"step": 2}, {"x": torch.ones(3)})
+    assert torch.equal(tensors_in(tmp_path)["x"], torch.ones(3))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000001", "step-000002"]
 
 
 @pytest.mark.parametrize("left", ["damaged", "partial", "empty", "more"])
@@ -254,6 +339,14 @@ def test_a_fresh_checkpoint_is_kept_though_damaged_ones_of_later_steps_exist(tmp
     assert not (tmp_path / "step-000008").exists()  # else the next run would cut its logs at 4 and resume at 8
     checkpoint.save(tmp_path, 1_000_000, {"step": 1_000_000}, {"x": torch.zeros(3)})
     assert checkpoint.newest(tmp_path).facts == {"step": 1_000_000}
+
+
+def test_the_checkpoint_of_the_best_step_is_kept_beside_the_last_two(tmp_path):
+    kept = []
+    for step, best in enumerate([0, 1, 1, 1, 1, 5]):
+        checkpoint.save(tmp_path, step, {"step": step}, {"x": torch.zeros(3)}, best)
+        kept.append(list(checkpoint.steps_in(tmp_path)))
+    assert kept == [[0], [0, 1], [1, 2], [1, 2, 3], [1, 3, 4], [4, 5]]
 
 
 def test_getattr_in_a_checkpoint_names_a_memory_format_and_nothing_else():
@@ -310,12 +403,39 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_previous_one_intact(tmp_
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # a disk with room for an eighth of it
     try:
-        with pytest.raises(OSError, match=r"could not write .*step-000002.*Earlier checkpoints are intact"):
+        full = r"could not write .*step-000002: .*step-000002.tmp/__0_0\.distcp: .*File too large; "
+        with pytest.raises(OSError, match=full + "earlier checkpoints are intact; free space and --resume"):
             checkpoint.save(tmp_path, 2, {"step": 2}, state)
+        with pytest.raises(OSError, match=full + "there is no earlier checkpoint; free space and --resume"):
+            checkpoint.save(tmp_path / "first", 2, {"step": 2}, state)
+        full = r"could not write .*File too large: .*step-000002.tmp/facts.json'; there is no earlier checkpoint"
+        with pytest.raises(OSError, match=full):
+            checkpoint.save(tmp_path / "first", 2, {"step": "2" * 200_000}, state)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    assert [p.name for p in tmp_path.glob("*/*") if p.is_dir()] == []
+    assert [p.name for p in tmp_path.glob("step*")] == ["step-000001"]
     assert torch.equal(tensors_in(tmp_path)["tensor"], state["tensor"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_metric_that_is_no_finite_number_is_logged_as_null(tmp_path, value):
+    RunFolder(tmp_path).log_metrics(3, {"reward": 0.5, "kl": value, "mine": value}, {"sample": 1.5})
+    (logged,) = lines(tmp_path / "metrics.jsonl")
+    known = {"step": 3, "reward": 0.5, "seconds": {"sample": 1.5}}
+    assert logged == dict.fromkeys((*METRICS, "mine")) | known
+
+
+def test_a_full_disk_names_the_file_of_a_run_that_cannot_be_written(tmp_path):
+    for name in ("log.jsonl", "log.jsonl.gz", "config.json.tmp"):
+        (tmp_path / name).symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: .*/config\.json'"):
+        write_atomically(tmp_path / "config.json", "{}")
+    for name in ("log.jsonl", "log.jsonl.gz"):
+        with pytest.raises(OSError, match=rf"No space left on device: .*/{name}'"):
+            append_line(tmp_path / name, {"step": 1})
+    with pytest.raises(OSError, match=r"No such file or directory: .*absent/log\.jsonl'"):
+        append_line(tmp_path / "absent" / "log.jsonl", {"step": 1})
 
 
 def test_logs_are_cut_back_to_the_checkpoint_without_a_torn_line(tmp_path):
@@ -411,7 +531,7 @@ def test_a_folder_that_cannot_be_a_run_s_is_refused_before_anything_is_loaded(tm
     (tmp_path / "others").mkdir()
     (tmp_path / "others" / "config.json").write_text('{"model_type": "llama"}')
     for name, flags, message in (
-        ("file", [], "Not a directory: .*/file'"), ("file/x", [], "Not a directory: .*/file/x'"),
+        ("file", [], "File exists: .*/file'"), ("file/x", [], "Not a directory: .*/file/x'"),
         ("loop/x", [], "Too many levels of symbolic links: .*/loop/x'"), ("x" * 300, [], "File name too long"),
         ("others", [], "exists: --resume continues it"), ("", ["--resume"], r"No such file .*/config\.json"),
         ("others", ["--resume"], r"others/config\.json: no settings of this version \('settings'\)"),
@@ -434,6 +554,188 @@ def test_an_existing_run_is_not_overwritten_and_other_settings_do_not_resume_it(
     assert "lam is 0.4, the run in" in refused(*flags, "--resume", "--lam", "0.4")
     assert "is at step 2 already" in refused(*flags, "--resume", "--steps", "1")
     bridge.main([str(f) for f in (*flags, "--resume", "--tokens-per-micro-batch", "100")])
+
+
+def weights_of_losses(method, steps):
+    return [bridge.updates(Settings(method=method, steps=steps, sft_steps=2), k) for k in range(3)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_only_a_method_whose_updates_follow_the_number_of_steps_refuses_another_number_on_resume(method):
+    follows = weights_of_losses(method, 4) != weights_of_losses(method, 8)
+    assert follows == (method == "chord") == bool(METHODS[method].schedule)
+    fingerprints = {"data": "d", "model": "m"}
+    s = Settings(method=method, steps=4)
+    facts = {"step": 2, "settings": asdict(s)} | fingerprints
+    checkpoint.refuse_other_run(facts, s, fingerprints, Path("out"))
+    for steps in (3, 5):
+        other = replace(s, steps=steps)
+        if follows:
+            message = rf"^steps is {steps}, the run in out has 4, and chord changes μ over all steps: use that, or ano"
+            with pytest.raises(SettingError, match=message):
+                checkpoint.refuse_other_run(facts, other, fingerprints, Path("out"))
+        else:
+            checkpoint.refuse_other_run(facts, other, fingerprints, Path("out"))
+
+
+def test_an_interrupted_chord_run_resumes_with_its_number_of_steps_and_a_finished_one_with_no_other(tmp_path):
+    flags = ("--method", "chord", "--chord-phi", "--save-every", "1", "--eval-every", "9", "--eval-problems", "1")
+    run(tmp_path / "through", *flags, steps=2)
+    shutil.copytree(tmp_path / "through", tmp_path / "resumed")
+    for newest in ("checkpoint/step-000002", "model"):
+        shutil.rmtree(tmp_path / "resumed" / newest)
+    config = (tmp_path / "resumed" / "config.json").read_text()
+    for out, steps in (("resumed", 1), ("through", 3)):
+        other = refused("--preset", "smoke", "--out", tmp_path / out, *flags, "--resume", "--steps", steps)
+        assert f"steps is {steps}, the run in {tmp_path / out} has 2, and chord changes μ over all steps" in other
+    assert (tmp_path / "resumed" / "config.json").read_text() == config
+    assert (tmp_path / "through" / "model").exists()
+    run(tmp_path / "resumed", *flags, "--resume", steps=2)
+    assert_identical(tmp_path / "through", tmp_path / "resumed")
+
+
+def test_a_folder_has_one_process_at_a_time_and_a_killed_one_blocks_no_resume(tmp_path):
+    out = tmp_path / "run"
+    process = launch(out, *LONG, steps=5000)
+    wait_for(out / "metrics.jsonl", process)
+    for flags in ([], ["--resume"]):
+        message = refused("--preset", "smoke", "--out", out, *LONG, *flags)
+        assert message == f"bridge.py: {out} is in use by another process: wait for its end, or choose another --out"
+    bridge.main(["--preset", "smoke", "--out", str(out), "--dry-run"])
+    process.send(signal.SIGTERM)
+    assert process.finish()[0] == 128 + signal.SIGTERM
+    assert not (out / ".lock").exists()
+    process = launch(out, *LONG, "--resume", steps=5000)
+    steps = len(lines(out / "metrics.jsonl"))
+    while len((out / "metrics.jsonl").read_text().splitlines()) <= steps and process.poll() is None:
+        time.sleep(0.005)
+    process.send(signal.SIGKILL)
+    process.finish()
+    assert (out / ".lock").exists()
+    run(out, *LONG, "--resume", steps=checkpoint.newest(out / "checkpoint").facts["step"])
+    assert (out / "model").exists()
+    assert not (out / ".lock").exists()
+
+
+def test_every_rank_of_a_second_start_is_refused_and_leaves_the_folder_to_the_first(tmp_path):
+    out = tmp_path / "run"
+    with alone(out, out / ".lock"):
+        ended = fork_ranks(lambda: bridge.main(["--preset", "smoke", "--out", str(out)]), 2)
+        for rank, (status, _, errors) in enumerate(ended):
+            assert status == 1
+            assert f"bridge.py, rank {rank}: {out} is in use by another process" in errors
+        assert [p.name for p in out.iterdir()] == [".lock"]
+    assert not out.exists()
+
+
+def test_a_child_that_outlives_a_killed_process_does_not_hold_its_lock(tmp_path):
+    children = tmp_path / "children"
+
+    def killed():
+        with alone(tmp_path, tmp_path / ".lock"):
+            child = os.fork()
+            if child == 0:
+                time.sleep(HANGS)
+                os._exit(0)
+            children.write_text(str(child))
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    assert Forked(killed).finish()[0] == -signal.SIGKILL
+    with alone(tmp_path, tmp_path / ".lock"):
+        os.kill(int(children.read_text()), signal.SIGKILL)
+
+
+def test_a_disk_without_locks_refuses_nobody(tmp_path, monkeypatch):
+    def flock(file, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with alone(tmp_path, tmp_path / ".lock"), alone(tmp_path, tmp_path / ".lock"):
+        pass
+
+
+def interrupted(number):
+    """What ends a run in its third step."""
+    log_metrics = RunFolder.log_metrics
+
+    def end(self, step, *args):
+        log_metrics(self, step, *args)
+        if step == 3 and number:
+            os.kill(os.getpid(), number)
+        if step == 3 and not number:
+            raise FloatingPointError("as a diverged run")
+
+    RunFolder.log_metrics = end
+
+
+ENDS = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGKILL: -signal.SIGKILL, 0: 1}
+
+
+@pytest.mark.parametrize("number", ENDS)
+def test_a_model_is_of_the_last_step_of_its_run_and_an_interrupted_extension_has_none(
+    finished_run, tmp_path, number, monkeypatch
+):
+    out = tmp_path / "run"
+    shutil.copytree(finished_run("--steps", "2", "--save-every", "1"), out)
+    made = {name: (out / name).read_bytes() for name in ("model/model.safetensors", "model/README.md")}
+    adapter = (out / "adapter" / "adapter_model.safetensors").read_bytes()
+    flags = ("--eval-problems", "4", "--eval-every", "500", "--resume")
+
+    def extend():
+        interrupted(number)
+        run(out, "--save-every", "500", *flags, steps=400)
+
+    assert Forked(extend).finish()[0] == ENDS[number]
+    assert not (out / "model").exists() and not (out / "adapter").exists()  # noqa: PT018
+    assert {name: (out / name.replace("model/", "model-step-2/", 1)).read_bytes() for name in made} == made
+    assert (out / "adapter-step-2" / "adapter_model.safetensors").read_bytes() == adapter
+    for asked in ([], ["--ask", "1+1"]):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", str(out), *asked])
+        with pytest.raises(SystemExit, match=rf"the run has not finished, .*, to evaluate: {out}/model-step-2$"):
+            evaluate.main()
+    report.write(out)
+    if number == signal.SIGTERM:  # finishes where it stands
+        run(out, "--save-every", "500", *flags, steps=3)
+        assert "for 3 steps" in (out / "model" / "README.md").read_text()
+        assert "for 2 steps" in (out / "model-step-2" / "README.md").read_text()
+
+
+def test_a_kill_between_the_renamed_model_and_the_new_config_leaves_a_true_state(finished_run, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    shutil.copytree(finished_run("--steps", "2", "--save-every", "1"), out)
+    s = evaluate.load_settings(out)
+    folder = RunFolder(out)
+    folder.set_aside_model(s, 2)  # the same steps again, and nothing to train
+    assert (out / "model").exists()
+    (out / "model-step-2").mkdir()
+    (out / "model-step-2" / "old").write_text("of infra.export")
+    for kill in ("adapter", "model"):  # before the rename of which
+        monkeypatch.setattr(Path, "rename", partialmethod(rename_but, kill))
+        with pytest.raises(KeyboardInterrupt):
+            folder.set_aside_model(replace(s, steps=3), 2)
+    monkeypatch.undo()
+    assert evaluate.load_settings(out).total_steps == 2
+    folder.set_aside_model(replace(s, steps=3), 2)
+    assert sorted(p.name for p in out.glob("*-step-*")) == ["adapter-step-2", "model-step-2"]
+    assert not (out / "model-step-2" / "old").exists()
+    with pytest.raises(DataError, match="the run has not finished"):
+        evaluate.load_settings(out)
+    folder.set_aside_model(replace(s, steps=3), 2)
+
+
+def rename_but(path, kill, target, rename=Path.rename):
+    if path.name == kill:
+        raise KeyboardInterrupt
+    return rename(path, target)
+
+
+@pytest.mark.parametrize(("start", "total"), [(1, 2), (-1, 2), (1, 1)])
+def test_a_model_is_set_aside_too_if_the_newest_checkpoint_is_earlier_than_it(finished_run, tmp_path, start, total):
+    out = tmp_path / "run"
+    shutil.copytree(finished_run("--steps", "2", "--save-every", "1"), out)
+    RunFolder(out).begin(replace(evaluate.load_settings(out), steps=total), [], start)
+    assert not (out / "model").exists()
+    assert "for 2 steps" in (out / "model-step-2" / "README.md").read_text()
 
 
 def test_resuming_without_training_evaluates_the_step_that_it_exports(tmp_path):
@@ -524,9 +826,12 @@ def test_evaluate_and_plot_work_on_their_own(tmp_path, finished_run, capsys, mon
     capsys.readouterr()
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "run")])
     evaluate.main()
-    assert "| average of 6 |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert printed.index(f"step 2 of {tmp_path}/run\n") < printed.index("| average of 6 |")
     final = lines(tmp_path / "run" / "evals.jsonl")[-1]["policy"]
-    answers = lines(tmp_path / "run" / "answers-paper.jsonl")[1:]
+    header, *answers = lines(tmp_path / "run" / "answers-paper.jsonl")
+    assert header["header"]["step"] == 2
+    assert json.loads((tmp_path / "run" / "answers-paper.summary.json").read_text())["step"] == 2
     assert len(answers) == 24
     assert sum(a["reason"] == "equal" for a in answers) / 24 == pytest.approx(final["average"])
     run(tmp_path / "sft", "--method", "sft", steps=1)  # without rollouts
@@ -633,11 +938,8 @@ def test_a_signal_that_arrives_after_the_ranks_have_agreed_stops_all_at_the_next
         return stopped
 
     monkeypatch.setattr(StopSignal, "on_any_rank", late)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.raises(SystemExit) as ended:
         bridge.main(["--preset", "smoke", "--out", str(tmp_path / "run")])
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
     assert ended.value.code == 128 + signal.SIGTERM
     assert [m["step"] for m in lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
     assert checkpoint.newest(tmp_path / "run/checkpoint").facts["step"] == 2

@@ -183,6 +183,23 @@ def test_waiting_prompts_take_the_slots_of_finished_samples(monkeypatch):
     assert sum(fed) == decoded + 4 * sum(map(len, PROMPTS)), "no sample is decoded after its end"
 
 
+@pytest.mark.parametrize(("slots", "group_size"), [(4, 1), (7, 2), (5, 3)])
+def test_a_waiting_prompt_enters_as_soon_as_its_group_fits(monkeypatch, slots, group_size):
+    sampler, steps = Sampler(tiny_model(), STOP, slots=slots), []
+    decode = sampler.decoder.decode
+    monkeypatch.setattr(sampler.decoder, "decode", lambda *a: steps.append(None) or decode(*a))
+    groups = sampler.generate(PROMPTS * 4, [(i,) for i in range(20)], group_size, 16, 1.0)
+    left, expected, active = [[len(c.ids) - 1 for c in group] for group in groups], 0, []  # tokens to decode
+    while left or active:
+        if left and len(active) + group_size <= slots:
+            active += left.pop(0)
+        else:
+            expected += 1
+            active = [tokens - 1 for tokens in active]
+        active = [tokens for tokens in active if tokens > 0]
+    assert len(steps) == expected
+
+
 def test_prompts_that_cannot_fit_are_refused_with_their_number():
     sampler = Sampler(tiny_model(), STOP)
     with pytest.raises(ValueError, match=r"prompt 1 has 120 tokens.*lower max_new_tokens"):

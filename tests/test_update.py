@@ -12,6 +12,7 @@ import bridge
 import grpo
 import lora
 from logprob import response_logprobs
+from ops.distinct import rows_to_run
 from rollout import Rollouts
 from settings import METHODS, SettingError, Settings
 
@@ -150,6 +151,23 @@ def test_completions_of_equal_text_and_unequal_reward_are_not_merged():
     assert (to_run.trained, to_run.scored) == ([0, 1, 2, 3], [8, 9, 11])
 
 
+def test_equal_tokens_of_another_prompt_are_not_merged():
+    ones = torch.ones(3)
+    to_run = rows_to_run([([1, 2], [3]), ([1], [2, 3])], ones, ones, ones > 1, torch.ones(1, 2), False, False)
+    assert (to_run.trained, to_run.source.tolist(), to_run.weight.tolist()) == ([0, 1], [0, 1, 2], [1, 1, 1])
+
+
+@pytest.mark.parametrize("differs", ["advantage", "weight", "is_demonstration", "reward", ""])
+def test_equal_rows_are_merged_only_if_all_their_numbers_are_equal(differs):
+    same, other = torch.ones(4), torch.tensor([1.0, 1, 2, 2])  # two tokens each
+    numbers = dict.fromkeys(("advantage", "weight", "is_demonstration"), same) | {"reward": same[None, ::2]}
+    if differs:
+        numbers[differs] = other[None, ::2] if differs == "reward" else other
+    to_run = rows_to_run([([1], [2, 3])] * 2, **numbers, has_kl=False, score_rewarded=False)
+    assert to_run.trained == ([0, 1] if differs else [0])
+    assert to_run.source.tolist() == ([0, 1, 2, 3] if differs else [0, 1, 0, 1])
+
+
 def test_without_any_signal_gradients_are_zero_and_all_numbers_finite():
     s = settings()
     m = fresh(s, w_trained=True)
@@ -286,6 +304,13 @@ def test_the_one_step_gain_s_gradient_is_taken_at_the_stepped_shadow():
     rl = alone(lambda: bridge.rl_pass(m.policy, rollouts, rollouts.old_logp, None, s))
     rl_hat = alone(lambda: bridge.rl_pass(m.shadow, rollouts, rollouts.old_logp, None, s, ratio_cap=s.shadow_ratio_cap))
     assert_close(g["w"], [(1 - lam) * a + lam * (b - c) for a, b, c in zip(sft, rl, rl_hat, strict=True)])
+
+
+def test_the_seed_decides_the_adapter_at_the_start():
+    a, b, same_seed = (fresh(settings(seed=seed)).w for seed in (3, 4, 3))
+    for name in a:
+        assert torch.equal(a[name], same_seed[name])
+        assert torch.equal(a[name], b[name]) == ("lora_B" in name)
 
 
 def test_alternating_has_an_adam_state_for_each_of_its_two_updates():
@@ -567,6 +592,30 @@ def test_a_gradient_that_is_not_finite_moves_no_parameter_of_any_set():
     assert not stepped
     for name, parameters in m.parameters.items():
         assert all(torch.equal(p, b) for p, b in zip(parameters, before[name], strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_metric_stops_no_set_and_a_loss_or_gradient_that_is_not_finite_stops_all_three(value):
+    s = settings()
+    m = fresh(s)
+
+    def sets_moved(stats, bad=""):
+        before = copy.deepcopy(m.parameters)
+        for name, parameters in m.parameters.items():
+            for p in parameters:
+                p.grad = torch.ones_like(p)
+            if name == bad:
+                parameters[-1].grad[0] = value
+        _, stepped = bridge.clip_and_step(m, stats, s)
+        same = {n: all(map(torch.equal, parameters, before[n])) for n, parameters in m.parameters.items()}
+        assert stepped == (not all(same.values()))
+        return [name for name in same if not same[name]]
+
+    metrics = dict(reward=value, kl=value, entropy=value, logp_gap_max=value, cooperative_gain=value)
+    assert sets_moved(metrics) == sets_moved(metrics | {"sft_nll": 1.0}) == ["theta", "w", "theta_hat"]
+    assert sets_moved({"sft_nll": value}) == []
+    for name in m.parameters:
+        assert sets_moved({"sft_nll": 1.0}, bad=name) == []
 
 
 def test_own_rollouts_give_the_shadow_its_own_batch():
