@@ -1,8 +1,9 @@
 r"""What earns a reward: the answer in the last \boxed{…} of a response, if it equals the gold.
 
 RL reinforces every response that is_correct accepts. It accepts no list of candidates, no unfinished box, and nothing
-for a gold that breaks off. A gold outside the grammar, like mn/gcd(m,n), pays its own text. No text raises an error, runs as code, or takes long. Every form of a value counts:
-factored or expanded, fraction or exact decimal. The exceptions are:
+for a gold that breaks off. A gold outside the grammar, like mn/gcd(m,n), pays its own text. No text raises an error,
+runs as code, or takes long. Every form of a value counts: factored or expanded, fraction or exact decimal. The
+exceptions are:
 - a plain number must be evaluated: 2+2, 5!, √16 and x+1=3 restate the task; a fraction, a power and a·10ⁿ do not;
 - a sine, logarithm or the like is evaluated, too, unless the gold has one;
 - a rounded decimal differs from its fraction, unless a tolerance is given; 132_5 is neither 132_7 nor 42;

@@ -54,7 +54,7 @@ _VECTOR = (
     r"(?: *_ *(?:\{[^{}]*\}|\w))?"
 )
 _MATRICES = re.compile(  # capitals side by side, one of them inverted or transposed
-    r"(?<![A-Za-z\\])(?=(?:[A-Z] *)*[A-Z] *\^ *(?:T\b|\\top|\{ *(?:-1|T|\\top) *\}))"
+    r"(?<![A-Za-z\\])(?<![A-Z] )(?=(?:[A-Z] *)*[A-Z] *\^ *(?:T\b|\\top|\{ *(?:-1|T|\\top) *\}))"
     r"(?:[A-Z](?: *\^ *(?:[T0-9]|\\top|\{[^{}]*\}))? *){2,}"
 )
 # Before all other rewrites, if a text has vectors: their products, products of bold matrices, unit vectors.
