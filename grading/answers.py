@@ -328,7 +328,7 @@ def _quantity(text: str) -> Quantity:
         unit_words = " ".join(words[1:] if scale else words)
         stated = canonical_unit(unit_words)
         uncounted = stated.startswith("?") and not COUNTS.search(unit_words)
-        if uncounted or CHANGES.search(_SQUARED.sub(r"\1", unit_words.lower())):
+        if uncounted or CHANGES.search(_SQUARED.sub(r"\1", f"{unit} {unit_words}".lower())):
             raise Unreadable(f"words after a number: {unit_words}")
         text = match["value"]
         unit = unit or stated
@@ -476,7 +476,7 @@ def matches(answer: Value, gold: Value, tolerance: float = 0.0, unit: str = "") 
         return _matches_collection(answer, gold, tolerance, unit)
     if isinstance(answer, Quantity) and isinstance(gold, str) and answer.value.exact is not None:
         digits, _, base = gold.partition("_")  # an answer may omit the base
-        decimal = base and re.fullmatch("[0-9.]+", digits) and not answer.value.flags
+        decimal = base.isdigit() and re.fullmatch("[0-9.]+", digits) and not answer.value.flags
         return bool(decimal) and answer.value.exact == Fraction(digits)
     return answer == gold
 
@@ -544,7 +544,7 @@ def _matches_quantity(answer: Quantity, gold: Quantity, tolerance: float, unit: 
     stands_for = "*" not in special and general == "unit" + "".join(special.partition("^")[1:])
     if special and general and special != general and not stands_for:
         return False
-    ambiguous = answer.unit in ("K", "M", "B", "T") and not gold_unit  # 5 kelvin or 5 thousand
+    ambiguous = answer.unit in {*"KMBT"} and not gold_unit  # 5 kelvin or 5 thousand
     if ambiguous and answer.value.exact and 1 <= abs(answer.value.exact) < 1000:
         return False
     if not _worked_out(answer.value, gold.value):

@@ -7,8 +7,9 @@ they agree at every point where one of them is defined. The text is untrusted: t
 limit is not in the grammar: it restates the task.
 
     sum      = ["-"] product {("+" | "-") product}
-    product  = power {["*" | "/" | "÷" | "⨯" | "•" | "⊗"] power}  adjacent factors multiply
-    power    = primary {"!" | "°" | "^" exponent}
+    product  = power {["*" | "/" | "÷"] power}                  adjacent factors multiply
+    power    = postfixed {("⨯" | "•" | "⊗") postfixed}          products of vectors and matrices
+    postfixed = primary {"!" | "°" | "^" exponent}
     primary  = number | letter ["(" sum ")"] | f argument | \frac | \sqrt | \binom | "|" sum "|" | ⌊ sum ⌋
              | "(" sum ")"
 """
@@ -213,6 +214,7 @@ TOKEN = re.compile(
     r" *(?:(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
     r"|\\?(?P<word>sqrt|pi|infinity|infty|inf|" + "|".join(sorted(FUNCTIONS, key=len, reverse=True)) + r")(?![A-Za-z])"
     r"|(?P<symbol>(?:(?:[fghFG]|\\(?:Phi|phi|Gamma)) *\^ *\{ *-1 *\}(?= *\()"  # an inverse function
+    r"|(?<![^ ])d[a-cf-hj-ln](?![A-Za-z])"
     r"|d *(?:[mp-zA-Z]|\\(?:alpha|theta|lambda|mu|xi|rho|sigma|tau|phi|omega)(?![A-Za-z]))"  # x dy
     r"|\\text *\{ *[A-Za-z]{2,} *\}(?= *(?:_ *\{?\w\}? *)?\()"  # \operatorname{Li}_2(x)
     r"|\\(?:angle|triangle) *(?:[A-Z] *(?:_ *(?:\{[^{}]*\}|\w))? *){1,4}"  # ∠ABC is one symbol
@@ -228,7 +230,8 @@ _ARGUMENT = re.compile(
     r"(?: *, *(?:[A-Za-z0-9.-]+|\\[a-z]+))+) *\)"
 )
 _CALL = re.compile(  # of a symbol, "@" and the text behind it, whose bracket holds its argument; h(a+b) is a product
-    r"(?:[fu]|\\zeta|\\Gamma|\\delta|[A-Za-z]{2,}|[^@]*\^-1)(?:_[^@]*|'*)@ *\(|(?![ei]@)[^@]*@ *\( *-?[0-9.]+ *\)"
+    r"(?:[fu]|\\zeta|\\Gamma|\\delta|[A-Za-z]{2,}|[^@]*\^-1)(?:_[^@]*|'*)@ *\("
+    r"|(?![ei]@)(?P<any>[^@]*)@ *\( *-?[0-9.]+ *(?:(?!(?P=any))[a-z])? *\)"  # a(2) and p(2x)
     r"|(?P<name>(?:[ghFGHIJKPQVWYvyLTUB]|\\)[^@]*)@ *\((?![^()]*(?P=name)) *-?[^()+-]+\)"
 )
 _LONG_WORD = re.compile(r"(?=[A-Z]*[a-z])[A-Za-z]{4}")
@@ -313,8 +316,6 @@ class Parser:
             if self.kind in ("/", "÷"):
                 flags = UNEVALUATED if self.next()[0] == "÷" else frozenset()
                 value = apply(operator.truediv, value, self.signed(self.power), flags=flags)
-            elif self.kind in "⨯•⊗":
-                value = multiplied(self.next()[0], value, self.signed(self.power))
             elif self.accept("*") or self.starts_factor():
                 value = times(value, self.signed(self.power))
             else:
@@ -326,6 +327,12 @@ class Parser:
         return self.kind in ("symbol", "call", "(", "[", "{", "command") or (self.kind == "|" and not self.in_bars)
 
     def power(self) -> Scalar:
+        value = self.postfixed()
+        while self.kind in "⨯•⊗":
+            value = multiplied(self.next()[0], value, self.postfixed())
+        return value
+
+    def postfixed(self) -> Scalar:
         value = self.primary()
         while True:
             if self.accept("!"):

@@ -51,7 +51,7 @@ def _compiled(*rewrites: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
 
 _VECTOR = (
     r"\\(?:nabla|(?:mathbf|vec|hat|overrightarrow) *(?:\{ *(?:\\[a-z]+|[A-Za-z])[A-Za-z' ]*\}|[A-Za-z]|\\[a-z]+))"
-    r"(?: *_ *(?:\{[^{}]*\}|\w))?"
+    r"(?: *_ *(?:\{[^{}]*\}|\w))?'*"
 )
 _MATRICES = re.compile(  # capitals side by side, one of them inverted or transposed
     r"(?<![A-Za-z\\])(?<![A-Z] )(?=(?:[A-Z] *)*[A-Z] *\^ *(?:T\b|\\top|\{ *(?:-1|T|\\top) *\}))"
@@ -59,8 +59,8 @@ _MATRICES = re.compile(  # capitals side by side, one of them inverted or transp
 )
 # Before all other rewrites, if a text has vectors: their products, products of bold matrices, unit vectors.
 _OF_VECTORS = _compiled(
-    (r"\\(?:boldsymbol|bm)(?![a-z])", r"\\mathbf"),
-    (rf"({_VECTOR}[ )}}]*)\\(times|cdot)(?= *[({{]*-?[0-9]* *{_VECTOR})", r"\1\\v\2"),
+    (r"\\(?:boldsymbol|bm)(?![a-z])|\\textbf(?= *\{ *[a-z] *\})", r"\\mathbf"),
+    (rf"({_VECTOR}[ )}}]*)\\(times|cdot)(?= *[({{]*-?[0-9]*d? *{_VECTOR})", r"\1\\v\2"),
     (r"(\\mathbf *\{ *[A-Za-z] *\}(?: *\^ *(?:T|\\top|\{[^{}]*\}))?) *(?=\\mathbf *\{ *[A-Za-z] *\})", r"\1⊗"),
     (r"\{ *\\mathbf *\{ *([ijk]) *\} *\}", r"{\1}"),
     (r"\\mathbf *\{ *(\\(?:hat|vec) *\{[^{}]*\}) *\}", r"\1"),
@@ -70,6 +70,7 @@ _OF_VECTORS = _compiled(
 # Before single commands are replaced: delimiters and spacing.
 _REWRITES = _compiled(
     (r"(?s)^\s*\$?(\*\*|__|\*|`)([^*`]*[^*`\\])\1\$?\s*$", r"\2"),  # Markdown
+    (r"\\(?:mathrm|text|operatorname) *\{ *d *\}(?= *[A-Za-z\\])", "d "),  # dy
     (r"(?<![\\A-Za-z])([A-Za-z]) *\\circ *(?=[A-Za-z])", r"\1⊗"),  # f after g
     (r"\\(?:mathbf|mathcal|mathit) *\{ *([A-Za-z]) *\}", r" \1 "),
     (r"\\(?:text)?color *\{[^{}]*\}|\bm *(?=\\angle)", ""),
@@ -161,10 +162,10 @@ CHANGES = re.compile(  # words that change the value of the number before them
     rf"\b(?:{'|'.join(SPELLED)}|\w+teen|\w+ty|not|no|or|and|mod|modulo|to|if|when|where|for|with|is|isn|are|but|than|"
     r"half|halves|[ap]\.m|quarters?|\w+ths?|thirds?|squared|cubed|factorial|times|maybe|perhaps|plus|minus|negative|"
     r"below|above|at|of|about|wrong|incorrect|false|except|unless|over|choose|tens|scores?|pairs?|(?:hundred|thousand|"
-    r"million|billion|trillion|dozen)s?|lakh|crore|minimum|maximum|more|fewer|less|"
+    r"million|billion|trillion|dozen)s?|lakhs?|crores?|myriads?|minimum|maximum|more|fewer|less|"
     r"bn|mn|tn|trn|mil|mill|mio|mln|thou|grand|gross|lac|bps|always|has|was|does|fails?|inverses?|reciprocals?|"
     r"opposites?|negatives?|complements?|conjugates?|halves|doubles|triples|logs|roots?|powers?|inclusive|exclusive)\b|"
-    r"\b[kmb] [a-z]{3}"
+    r"\b[kmb] [a-z]{3}|[$€£] [kmbt]\b"
 )
 # The last word behind a number counts things: a noun in the plural, or one of these. A compound of units has / or ^.
 COUNTS = re.compile(
@@ -198,7 +199,7 @@ def normalise(text: str) -> str:
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
         text = re.sub("(?<=[0-9])(?=[½¼¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", " ", text)  # 3½ is not 31/2
         text = _WIDE.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text.translate(_SIGNS)).translate(_SIGNS)
-    vectors = re.search(r"\\(?:math)?b|vec|hat|overright|nabla", text)
+    vectors = re.search("bf|bm|bold|vec|hat|overright|nabla", text)
     for pattern, new in _OF_VECTORS + _REWRITES if vectors else _REWRITES:
         text = pattern.sub(new, text)
     text = _COMMAND.sub(lambda m: _COMMANDS[m[1]], text)
