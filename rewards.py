@@ -48,7 +48,7 @@ def is_correct(response: str, answer: str, *, tolerance: float | None = None, un
 
 
 def is_gold(answer: str) -> bool:
-    """Whether the grader can read a gold answer; if not, every response to it is wrong."""
+    """Whether the grader can read a gold answer, at least as its own text; if not, every response to it is wrong."""
     return read(answer)[0] is not None
 
 

@@ -345,7 +345,10 @@ def _plain(text: str) -> str:
 
 
 def read(text: str) -> tuple[Value | None, str]:
-    """(value, "") of an answer, or (None, reason): "unparseable", "too_long" or "too_complex". Never raises."""
+    """(value, "") of an answer, or (None, reason): "unparseable", "too_long" or "too_complex". Never raises.
+
+    A whole text outside the grammar is a value, equal to the same text only. Its reason is "unparseable".
+    """
     if len(text) > MAX_ANSWER:
         return None, "too_long"
     try:
