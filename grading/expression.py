@@ -214,9 +214,8 @@ TOKEN = re.compile(
     r" *(?:(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
     r"|\\?(?P<word>sqrt|pi|infinity|infty|inf|" + "|".join(sorted(FUNCTIONS, key=len, reverse=True)) + r")(?![A-Za-z])"
     r"|(?P<symbol>(?:(?:[fghFG]|\\(?:Phi|phi|Gamma)) *\^ *\{ *-1 *\}(?= *\()"  # an inverse function
-    r"|(?<![^ ])d[a-cf-hj-ln](?![A-Za-z])"
     r"|d *(?:[mp-zA-Z]|\\(?:alpha|theta|lambda|mu|xi|rho|sigma|tau|phi|omega)(?![A-Za-z]))"  # x dy
-    r"|\\text *\{ *[A-Za-z]{2,} *\}(?= *(?:_ *\{?\w\}? *)?\()"  # \operatorname{Li}_2(x)
+    r"|(?<![^ ])d[a-cf-hj-ln](?![A-Za-z])|\\text *\{ *[A-Za-z]{2,} *\}(?= *(?:_ *\{?\w\}? *)?\()"  # db, Li_2(x)
     r"|\\(?:angle|triangle) *(?:[A-Z] *(?:_ *(?:\{[^{}]*\}|\w))? *){1,4}"  # ∠ABC is one symbol
     r"|\\(?:dot|ddot|hat|bar|vec|overrightarrow|tilde|overline|widehat) *(?:\{[^{}]*\}|[A-Za-z]|\\[a-z]+)"
     r"|\\text *\{ *[A-Za-z] *\}|[A-Z]{4,}|[A-Za-z]|\\(?:hbar|ell|alpha|beta|gamma|delta|epsilon|zeta|eta|"
