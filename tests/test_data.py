@@ -1316,13 +1316,12 @@ def test_task_and_reward_of_one_folder_share_the_modules_beside_them(tmp_path, o
 
 
 def test_an_installed_package_takes_precedence_over_a_module_of_the_project_that_no_page_promises(tmp_path, own):
-    sys.path.append(
-        str(put(tmp_path / "site", evaluate____init__="from .loading import load", evaluate__loading="load = 7"))
+    site = put(
+        tmp_path / "site", evaluate____init__="from .loading import load", evaluate__loading="load = 7", settings=""
     )
-    put(
-        tmp_path / "own",
-        metric="import evaluate\n" + F + "from evaluate import loading\n    return evaluate.load + loading.load",
-    )
+    sys.path.append(str(site))
+    imports = "import evaluate\nfrom settings import Settings\n"
+    put(tmp_path / "own", metric=imports + F + "from evaluate import loading\n    return evaluate.load + loading.load")
     assert reward_of(tmp_path / "own", "metric") == 14
     assert sys.modules["evaluate"] is evaluate
 
