@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -9,7 +10,6 @@ from functools import lru_cache
 from unicodedata import normalize
 
 import numpy as np
-import regex
 
 import rewards
 from infra.files import DataError
@@ -21,10 +21,10 @@ Drawn = tuple[str, str, str]  # (question, worked steps, answer) of a built-in t
 BOX = "\\boxed{"  # begins the answer of a built-in task's demonstration
 EVAL_SEED = 2509_06948  # of the evaluation problems of the built-in tasks, which are the same for every run
 NGRAM = 13  # consecutive words that a training question may not share with an evaluation question
-SENTENCE = regex.compile(r"\n|(?<=[.:])\s|(?<=[!?。])")  # where one ends
+SENTENCE = re.compile(r"\n|(?<=[.:])\s|(?<=[!?。])")  # where one ends
 # A word, a character of a script without spaces, or a sign, but none that ends a sentence
-CHARACTER = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
-WORD = regex.compile(rf"{CHARACTER}|(?:(?!{CHARACTER})\w)+|[^\w\s.?。]|\.(?=\d)")
+CHARACTER = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"  # of Thai to Khmer, Japanese, Chinese
+WORD = re.compile(rf"{CHARACTER}|(?:(?!{CHARACTER})\w)+|[^\w\s.?。]|\.(?=\d)")
 
 
 def _check_text(**fields) -> None:
@@ -167,7 +167,7 @@ def sentences(text: str) -> tuple[str, ...]:
 
 
 def without_numbers(text: str) -> str:
-    return regex.sub(r"\d+", "0", text)
+    return re.sub(r"\d+", "0", text)
 
 
 def check_evaluation(
@@ -224,7 +224,7 @@ def prepare(
 
     task.problems = problems
     task.demonstrations = demonstrations
-    note_repeated(task)
+    note_several_golds(task)
     empty = ""
     if with_problems and not problems:
         empty = "rl_data"
@@ -236,14 +236,14 @@ def prepare(
     return encoded
 
 
-def note_repeated(task: Task) -> None:
-    """Adds notes on questions of D_RL that occur more than once, and on those with several golds."""
-    rows = [(p.question, p.answer) for p in task.problems]
-    for pairs, text in ((rows, "occur more than once"), (dict.fromkeys(rows), "have several golds")):
-        count = Counter(question for question, _ in pairs)
-        repeated = [question for question, number in count.items() if number > 1]
-        if repeated:
-            task.notes.append(f"rl_data: {len(repeated)} questions {text}, all are trained: first {repeated[0]!r:.99}")
+def note_several_golds(task: Task) -> None:
+    """Adds a note on questions of D_RL with several golds."""
+    different = {(p.question, p.answer) for p in task.problems}
+    golds = Counter(question for question, _ in different)
+    several = [p.question for p in task.problems if golds[p.question] > 1]
+    if several:
+        text = f"{len(set(several))} questions have several golds, all are trained"
+        task.notes.append(f"rl_data: {text}: first {several[0]!r:.99}")
 
 
 def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, list[Row]]:
