@@ -1,12 +1,14 @@
 r"""What earns a reward: the answer in the last \boxed{…} of a response, if it equals the gold.
 
 RL reinforces every response that is_correct accepts. It accepts no list of candidates, no unfinished box, and nothing
-for a gold that it cannot read. No text raises an error, runs as code, or takes long. Every form of a value counts:
-factored or expanded, fraction or exact decimal. The exceptions are:
+for a gold that breaks off. A gold outside the grammar, like mn/gcd(m,n), pays its own text. No text raises an error,
+runs as code, or takes long. Every form of a value counts: factored or expanded, fraction or exact decimal. The
+exceptions are:
 - a plain number must be evaluated: 2+2, 5!, √16 and x+1=3 restate the task; a fraction, a power and a·10ⁿ do not;
 - a sine, logarithm or the like is evaluated, too, unless the gold has one;
 - a rounded decimal differs from its fraction, unless a tolerance is given; 132_5 is neither 132_7 nor 42;
 - brackets and order matter in tuples and intervals: [1,4) is not (1,4), and (1,500) is not 1500;
+- ζ(3), f(2x), dx and products of vectors are equal to themselves only; a word like "halved" is no unit;
 - two stated units must agree; 7 % is 7 % or 0.07, while 0.07 and 700 are not 7.
 """
 
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 
 from grading.answers import MAX_ANSWER, MAX_ITEMS, compare, read
 
-VERSION = "3"  # of the grader, recorded with every result; increase it whenever a verdict may change
+VERSION = "4"  # of the grader, recorded with every result; increase it whenever a verdict may change
 MAX_RESPONSE = 50_000  # only this many last characters are searched for a box
 _BOX = re.compile(r"(?s)\\(?:boxed|fbox)(?: *\{| +(?P<bare>[-+]?[0-9.][^\s{}$\\]*|[A-Za-z](?![A-Za-z])))|\\[{}\\]|[{}]")
 _BETWEEN = re.compile(r"(?:[\s$,;.]|\\[,;: ]|\\q?quad|\\\(|\\\)|and|or|\\text *\{ *(?:and|or) *\})*")
@@ -46,7 +48,7 @@ def is_correct(response: str, answer: str, *, tolerance: float | None = None, un
 
 
 def is_gold(answer: str) -> bool:
-    """Whether the grader can read a gold answer; if not, every response to it is wrong."""
+    """Whether the grader can read a gold answer, at least as its own text; if not, every response to it is wrong."""
     return read(answer)[0] is not None
 
 

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -115,7 +115,7 @@ def opt(
 
 @dataclass(frozen=True)
 class Settings:
-    # model and data; a resumed run compares their fingerprints, since files may have moved
+    # model, data and code; a resumed run compares their fingerprints, since files may have moved
     model: str = opt(
         "arithmetic-laptop", "folder, hub name (NAME or NAME@REVISION) or {models} (paper: Qwen2.5-3B)",
         resume=True,
@@ -130,7 +130,7 @@ class Settings:
         resume=True,
     )  # fmt: skip
     sft_data: str = opt(
-        "", "D_SFT beside rl_data: comma list of files or hub names, whose rows have question and solution", "sft",
+        "", "D_SFT, beside rl_data or alone for method sft: files or hub names, with question and solution", "sft",
         resume=True,
     )  # fmt: skip
     eval_data: str = opt(
@@ -285,11 +285,13 @@ def check_value(name: str, value: str | int | float | bool) -> None:
 
 
 def check(s: Settings) -> Settings:
-    """Returns `s`. Raises SettingError for a value that no run can use."""
+    """Returns `s`, for SFT alone with rl_data. Raises SettingError for a value that no run can use."""
     for rule in fields(Settings):
         check_value(rule.name, getattr(s, rule.name))
     if 0 < s.shadow_ratio_cap < 1:
         raise SettingError(f"shadow_ratio_cap must be 0 or at least 1; got {s.shadow_ratio_cap}")
+    if s.sft_data and not s.rl_data and s.task in TASKS and not METHODS[s.method].rl:
+        s = replace(s, rl_data=s.sft_data)  # its questions are held out for evaluation
     if s.rl_data and s.task not in TASKS:
         raise SettingError(f"rl_data and task {s.task} both name the problems: give one of them")
     if s.task in TASKS and not s.rl_data:

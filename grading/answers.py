@@ -9,12 +9,12 @@ import functools
 import itertools
 import operator
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from grading import expression
 from grading.expression import Scalar, TooComplex, Unreadable, Work, apply, letter, number, parse, proportional, same
-from grading.notation import CHANGES, NAMES, POWER, SPELLED, canonical_unit, may_omit, normalise
+from grading.notation import CHANGES, COUNTS, NAMES, POWER, SPELLED, canonical_unit, may_omit, normalise
 from grading.readings import readings
 
 MAX_ANSWER = 1_000  # characters; a longer answer is refused, the longest gold of the benchmarks has 210
@@ -72,10 +72,18 @@ _TITLE = re.compile(r" *(?:\\text *\{)?[\[|]?([A-Z]{2,}|[A-Za-z ]{4,}|P *\([^()=
 _CAPITALS = re.compile(r" *[\[|]?([A-Z]{2,})[\]|]? *")
 _MATRIX_KIND = r"\{ *(?P<kind>[pb]matrix|matrix|array) *\}(?: *\{[lcr| ]*\})?"
 _MATRIX = re.compile(rf"(?P<factor>[^&]*?) *\\begin *{_MATRIX_KIND}(?P<body>.*)\\end *\{{ *(?P=kind) *\}}")
+_AXIS = re.compile(r"\\hat\{[ijk]\}")
 _NUMERAL = re.compile(
     r"\(?(-?(?=[A-F]*[0-9])[0-9A-F]+(?:\.[0-9A-F]+)?)\)? *_ *(?:\{ *\(?([0-9]{1,2}|[a-z]+)\)? *\}|([0-9]{1,2}))"
 )
 _PUNCTURED = re.compile(r"\(-\\infty ,\\infty *\) *(?:\\setminus|-) *\\\{(.*)\\\}")  # all real numbers but some
+_OUTSIDE = re.compile(  # a command outside the grammar, no words and no operator at the end
+    r"(?!.*(?:(?<![\\A-Za-z{])[A-Za-z]{4}|[-+*/^_=<>≤≥(,]$))"
+    r".*\\(?!(?:begin *\{ *.?(?:matrix|array)|end|[lr]floor|[lr]ceil|"
+    r"frac|sqrt|binom|text|pi|infty|arc|sin|cos|tan|cot|sec|csc|log|ln|lg|exp|angle|triangle|ell|hbar|ldots|setminus|d?dot|"
+    r"hat|bar|vec|tilde|over|wide|alpha|beta|gamma|delta|epsilon|zeta|eta|theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|"
+    r"upsilon|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|Upsilon|Phi|Psi|Omega))[A-Za-z]{2}"
+)
 _WORDS = re.compile(r"(?=.*(?:[A-Za-z]{2}|[AaPp]\.[Mm]))[A-Za-z0-9][A-Za-z0-9 ,.'’:;()/%&+!?\"-]*")
 
 
@@ -256,6 +264,8 @@ def _operand(text: str) -> Value:
         if not all(isinstance(term, Quantity) and not term.unit for term in terms):
             raise Unreadable("a ratio of other things than numbers")
         return Collection("ratio", terms)
+    if _AXIS.search(text):
+        return _vector(text)
     if match := _MATRIX.fullmatch(text):
         return _matrix(**match.groupdict())
     if text.startswith("\\{") and text.endswith("\\}"):
@@ -291,6 +301,17 @@ def _matrix(factor: str, kind: str, body: str) -> Collection:
     return Collection("matrix", tuple(Collection("row", tuple(row)) for row in rows))
 
 
+def _vector(text: str) -> Collection | Quantity:
+    r"""The tuple of a sum of unit vectors: (1,0,-2) of \hat{i} - 2\hat{k}."""
+    if not same(parse(_AXIS.sub("{0}", text)), number(0)):
+        return _quantity(text)
+    items = []
+    for axis in "ijk" if "\\hat{k}" in text else "ij":
+        value = parse(_AXIS.sub("{0}", text.replace(f"\\hat{{{axis}}}", "{1}")))
+        items.append(Quantity(replace(value, flags=value.flags - expression.UNEVALUATED)))
+    return Collection("()", tuple(items))
+
+
 def _quantity(text: str) -> Quantity:
     r"""A scalar with its unit: 5.4 \text{ cents}, \$18.90, 62.5%, 36°, 3 \text{ million dollars}."""
     if _plain(text) in SPELLED:
@@ -305,10 +326,12 @@ def _quantity(text: str) -> Quantity:
         words = re.sub(r"\\text|[{}]", " ", match["unit"]).split()
         scale = _SCALES.get(words[0].lower()) if words else None
         unit_words = " ".join(words[1:] if scale else words)
-        if CHANGES.search(_SQUARED.sub(r"\1", unit_words.lower())):
+        stated = canonical_unit(unit_words)
+        uncounted = stated.startswith("?") and not COUNTS.search(unit_words)
+        if uncounted or CHANGES.search(_SQUARED.sub(r"\1", f"{unit} {unit_words}".lower())):
             raise Unreadable(f"words after a number: {unit_words}")
         text = match["value"]
-        unit = unit or canonical_unit(unit_words)
+        unit = unit or stated
     value = parse(text)
     if scale and value.exact is not None:
         value = number(value.exact * scale)
@@ -322,7 +345,10 @@ def _plain(text: str) -> str:
 
 
 def read(text: str) -> tuple[Value | None, str]:
-    """(value, "") of an answer, or (None, reason): "unparseable", "too_long" or "too_complex". Never raises."""
+    """(value, "") of an answer, or (None, reason): "unparseable", "too_long" or "too_complex". Never raises.
+
+    A whole text outside the grammar is a value, equal to the same text only. Its reason is "unparseable".
+    """
     if len(text) > MAX_ANSWER:
         return None, "too_long"
     try:
@@ -342,6 +368,8 @@ def _read(text: str, steps: tuple[int, ...], limit: int) -> tuple[Value | None, 
         except Unreadable:
             value = _plain(text) or None
             reason = "" if value else "unparseable"
+            if not value and _OUTSIDE.match(text) and _closes_at_end("(" + text + ")"):
+                value = text.replace(" ", "")
         except TooComplex:
             reason = "too_complex"
     return value, reason, limit - work.left
@@ -451,7 +479,7 @@ def matches(answer: Value, gold: Value, tolerance: float = 0.0, unit: str = "") 
         return _matches_collection(answer, gold, tolerance, unit)
     if isinstance(answer, Quantity) and isinstance(gold, str) and answer.value.exact is not None:
         digits, _, base = gold.partition("_")  # an answer may omit the base
-        decimal = base and re.fullmatch("[0-9.]+", digits) and not answer.value.flags
+        decimal = base.isdigit() and re.fullmatch("[0-9.]+", digits) and not answer.value.flags
         return bool(decimal) and answer.value.exact == Fraction(digits)
     return answer == gold
 
@@ -518,6 +546,9 @@ def _matches_quantity(answer: Quantity, gold: Quantity, tolerance: float, unit: 
     special, general = sorted((answer.unit, gold_unit), key=lambda u: u.startswith("unit"))  # cm^2, unit^2
     stands_for = "*" not in special and general == "unit" + "".join(special.partition("^")[1:])
     if special and general and special != general and not stands_for:
+        return False
+    ambiguous = answer.unit in {*"KMBT"} and not gold_unit  # 5 kelvin or 5 thousand
+    if ambiguous and answer.value.exact and 1 <= abs(answer.value.exact) < 1000:
         return False
     if not _worked_out(answer.value, gold.value):
         return False

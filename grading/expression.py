@@ -8,8 +8,10 @@ limit is not in the grammar: it restates the task.
 
     sum      = ["-"] product {("+" | "-") product}
     product  = power {["*" | "/" | "÷"] power}                  adjacent factors multiply
-    power    = primary {"!" | "°" | "^" exponent}
-    primary  = number | letter | f argument | \frac | \sqrt | \binom | "|" sum "|" | ⌊ sum ⌋ | "(" sum ")"
+    power    = postfixed {("⨯" | "•" | "⊗") postfixed}          products of vectors and matrices
+    postfixed = primary {"!" | "°" | "^" exponent}
+    primary  = number | letter ["(" sum ")"] | f argument | \frac | \sqrt | \binom | "|" sum "|" | ⌊ sum ⌋
+             | "(" sum ")"
 """
 
 import functools
@@ -208,20 +210,28 @@ ROUND = {"lfloor": lambda x: mp.floor(mp.mpf(x) + EPSILON), "lceil": lambda x: m
 _RATIONAL_OPERATIONS = (operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, abs)
 _WEIGHTS = dict.fromkeys(_RATIONAL_OPERATIONS, 1) | dict.fromkeys((mp.sqrt, mp.log, mp.log10, *ROUND.values()), 3)
 _OTHER_WEIGHT = 6  # units of work at one point for a sine and the like
-_TOKEN = re.compile(
+TOKEN = re.compile(
     r" *(?:(?P<number>(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?)"
     r"|\\?(?P<word>sqrt|pi|infinity|infty|inf|" + "|".join(sorted(FUNCTIONS, key=len, reverse=True)) + r")(?![A-Za-z])"
-    r"|(?P<symbol>(?:\\(?:angle|triangle) *(?:[A-Z] *(?:_ *(?:\{[^{}]*\}|\w))? *){1,4}"  # ∠ABC is one symbol
+    r"|(?P<symbol>(?:(?:[fghFG]|\\(?:Phi|phi|Gamma)) *\^ *\{ *-1 *\}(?= *\()"  # an inverse function
+    r"|d *(?:[mp-zA-Z]|\\(?:alpha|theta|lambda|mu|xi|rho|sigma|tau|phi|omega)(?![A-Za-z]))"  # x dy
+    r"|(?<![^ ])d[a-cf-hj-ln](?![A-Za-z])|\\text *\{ *[A-Za-z]{2,} *\}(?= *(?:_ *\{?\w\}? *)?\()"  # db, Li_2(x)
+    r"|\\(?:angle|triangle) *(?:[A-Z] *(?:_ *(?:\{[^{}]*\}|\w))? *){1,4}"  # ∠ABC is one symbol
     r"|\\(?:dot|ddot|hat|bar|vec|overrightarrow|tilde|overline|widehat) *(?:\{[^{}]*\}|[A-Za-z]|\\[a-z]+)"
     r"|\\text *\{ *[A-Za-z] *\}|[A-Z]{4,}|[A-Za-z]|\\(?:hbar|ell|alpha|beta|gamma|delta|epsilon|zeta|eta|"
     r"theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon|phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Pi|Sigma|"
     r"Upsilon|Phi|Psi|Omega)(?![A-Za-z]))"
     r"(?: *_ *(?:\{[^{}]*\}|[A-Za-z0-9]|\\[a-z]+)| *')*)"
-    r"|\\(?P<command>[A-Za-z]+)|(?P<sign>[-+*/÷^_!|()\[\]{}°]))"
+    r"|\\(?P<command>[A-Za-z]+)|(?P<sign>[-+*/÷⨯•⊗^_!|()\[\]{}°]))"
 )
 _ARGUMENT = re.compile(
-    r" *\( *(?:(?P<letter>[A-Za-z]|\\[a-z]+)|(?P<number>[0-9]+)|(?:[A-Za-z0-9.-]+|\\[a-z]+)"
+    r" *\( *(?:(?P<letter>[A-Za-z]|\\[a-z]+)|0|(?:[A-Za-z0-9.-]+|\\[a-z]+)"
     r"(?: *, *(?:[A-Za-z0-9.-]+|\\[a-z]+))+) *\)"
+)
+_CALL = re.compile(  # of a symbol, "@" and the text behind it, whose bracket holds its argument; h(a+b) is a product
+    r"(?:[fu]|\\zeta|\\Gamma|\\delta|[A-Za-z]{2,}|[^@]*\^-1)(?:_[^@]*|'*)@ *\("
+    r"|(?![ei]@)(?P<any>[^@]*)@ *\( *-?[0-9.]+ *(?:(?!(?P=any))[a-z])? *\)"  # a(2) and p(2x)
+    r"|(?P<name>(?:[ghFGHIJKPQVWYvyLTUB]|\\)[^@]*)@ *\((?![^()]*(?P=name)) *-?[^()+-]+\)"
 )
 _LONG_WORD = re.compile(r"(?=[A-Z]*[a-z])[A-Za-z]{4}")
 
@@ -232,7 +242,7 @@ def tokenize(text: str) -> list[tuple[str, str]]:
     i = 0
     text = text.rstrip()
     while i < len(text):
-        match = _TOKEN.match(text, i)
+        match = TOKEN.match(text, i)
         if not match:
             raise Unreadable(f"unknown: {text[i : i + 10]!r}")
         if len(tokens) == MAX_TOKENS:
@@ -250,23 +260,19 @@ def tokenize(text: str) -> list[tuple[str, str]]:
             value = re.sub(r"\\text|[{} ]", "", value)
             value = value.replace("'", "") + "'" * value.count("'")
             argument = _ARGUMENT.match(text, i)
-            if argument and _names_function(value, argument):
+            if argument and argument["letter"] != value:  # f(x), C(5,2) and I(0); x(x) is a product
                 i = argument.end()
                 shown = argument[0].replace(" ", "")
                 if shown == "(0)":
                     value += "_0"  # I(0) is I_0
                 elif value[-1] != "'" or not argument["letter"]:  # x'(t) is x'
                     value += shown
+            elif _CALL.match(value + "@" + text[i:]):
+                kind = "call"
         elif kind == "sign" or value in ("rfloor", "rceil"):
             kind = value
         tokens.append((kind, value))
     return tokens
-
-
-def _names_function(name: str, argument: re.Match) -> bool:
-    """Whether a symbol and its argument are one symbol: f(x) and I(0) are; x(x+1), n(n) and a(2) are products."""
-    is_call = argument["number"] in (None, "0") or name in "fghFGHIPVQuvy"
-    return is_call and argument["letter"] != name
 
 
 class Parser:
@@ -317,9 +323,15 @@ class Parser:
     def starts_factor(self) -> bool:
         if self.kind == "number":  # (n-2) 2^n, but not 3 5
             return self.tokens[self.i - 1][0] in (")", "]", "symbol")
-        return self.kind in ("symbol", "(", "[", "{", "command") or (self.kind == "|" and not self.in_bars)
+        return self.kind in ("symbol", "call", "(", "[", "{", "command") or (self.kind == "|" and not self.in_bars)
 
     def power(self) -> Scalar:
+        value = self.postfixed()
+        while self.kind in "⨯•⊗":
+            value = multiplied(self.next()[0], value, self.postfixed())
+        return value
+
+    def postfixed(self) -> Scalar:
         value = self.primary()
         while True:
             if self.accept("!"):
@@ -370,6 +382,8 @@ class Parser:
         elif kind == "symbol":
             value = CONSTANTS[text] if text in ("e", "i") else letter(text, self.work.steps)
             self.work.letters.add(text)
+        elif kind == "call":
+            value = self.called(text)
         elif kind in CLOSING:
             value = self.closed(CLOSING[kind])
         elif kind == "|":
@@ -395,6 +409,15 @@ class Parser:
             value = replace(value, flags=value.flags | UNEVALUATED)
         self.depth -= 1
         return value
+
+    def called(self, name: str) -> Scalar:
+        """ζ(3) or f(2x): a symbol for the name and the value of the argument, so it equals ζ(6/2) and no multiple."""
+        self.next()
+        argument = self.closed(")")
+        self.work.spend(10 * len(argument.points))
+        shown = argument.exact or [mp.nstr(point, 30) for point in argument.points]
+        value = letter(f"{name}({shown})", self.work.steps)
+        return value if argument.constant else replace(value, name="")
 
     def call(self, name: str) -> Scalar:
         r"""\sin^2 x, \log_2 8, \cos 2\pi t, \ln(x). An argument without brackets ends at the next sign or function."""
@@ -426,6 +449,21 @@ def times(a: Scalar, b: Scalar) -> Scalar:
         if low == 1 < high == 10 ** round(math.log10(high)):
             return apply(operator.mul, a, b)
     return apply(operator.mul, a, b, flags=UNEVALUATED)
+
+
+def multiplied(sign: str, a: Scalar, b: Scalar) -> Scalar:
+    """a⨯b, a•b or a⊗b, the products of vectors and of matrices: no products of values, but bilinear.
+
+    ⨯ is antisymmetric, • is symmetric, and ⊗ is neither: the values of one factor belong to the next sample point.
+    """
+    if a.constant or b.constant:
+        raise Unreadable("a number in a product of vectors")
+    turned = [replace(factor, values=factor.values[1:] + factor.values[:1]) for factor in (a, b)]
+    product = apply(operator.mul, a, turned[1])
+    swapped = apply(operator.mul, turned[0], b)
+    if sign == "⊗":
+        return product
+    return apply(operator.sub if sign == "⨯" else operator.add, product, swapped)
 
 
 def apply(f, *args: Scalar, flags: frozenset = frozenset()) -> Scalar:

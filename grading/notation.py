@@ -9,11 +9,12 @@ import re
 import unicodedata
 
 _SIGNS = {  # Unicode look-alikes
-    **dict.fromkeys("−–—‐‑﹣", "-"), **dict.fromkeys("×·⋅∙∗", "*"), **dict.fromkeys("⁄∕", "/"), "∶": ":", "∣": "|",
+    **dict.fromkeys("−–—‐‑﹣", "-"), "∗": "*", **dict.fromkeys("·⋅∙•", r"\cdot "),
+    **dict.fromkeys("×⨯", r"\times "), **dict.fromkeys("⁄∕", "/"), "∶": ":", "∣": "|",
     **dict.fromkeys("′’", "'"), **dict.fromkeys("⟨〈", "("), **dict.fromkeys("⟩〉", ")"), "⩽": "≤", "⩾": "≥", "º": "°",
     "π": r"\pi ", "∞": r"\infty ", "√": r"\sqrt ", "∛": r"\sqrt[3] ", "∅": r"\{\}", "ℝ": r"\R ", "∠": r"\angle ",
     "Å": " angstrom ", "\u212b": " angstrom ", "\u00b5": r"\mu ", "…": r"\ldots ", "⌊": r"\lfloor ", "⌋": r"\rfloor ",
-    "⌈": r"\lceil ", "⌉": r"\rceil ",
+    **dict.fromkeys("✓✔✅∴", " "), "٫": ".", "٬": ",", "٪": "%", "⌈": r"\lceil ", "⌉": r"\rceil ",
 }  # fmt: skip
 for _letter in "αβγδεζηθικλμνξρστυφχψωΓΔΘΛΞΣΦΨΩ":
     _name = unicodedata.name(_letter).split()[-1]
@@ -26,10 +27,11 @@ _WIDE = re.compile("[\uff01-\uff5e\U0001d400-\U0001d7ff½¼¾⅓⅔⅕⅖⅗⅘�
 _COMMANDS_BY_SPELLING = {
     "": "boxed fbox left right displaystyle textstyle limits underline mathbf boldsymbol bm mathit mathcal bf it rm "
         "big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr",
-    " ": "quad qquad",
+    " ": "quad qquad checkmark therefore",
     r"\frac": "dfrac tfrac cfrac", r"\binom": "dbinom tbinom", "°": "circ degree degrees", "'": "prime",
     "≤": "leqslant leq le", "≥": "geqslant geq ge", "<": "lt", ">": "gt", "≠": "neq ne", "≈": "approx simeq", "∈": "in",
-    "∪": "cup", "±": "pm", "∓": "mp", "*": "times cdot ast", "÷": "div", "|": "vert lvert rvert mid", ":": "colon",
+    "∪": "cup", "±": "pm", "∓": "mp", "*": "times cdot ast", "⨯": "vtimes", "•": "vcdot", "÷": "div", ":": "colon",
+    "|": "vert lvert rvert mid",
     "(": "langle", ")": "rangle", r"\{": "lbrace", r"\}": "rbrace", r"\{\}": "emptyset varnothing",
     " angstrom ": "AA", r"\ldots ": "dots cdots dotsc", r"\setminus ": "backslash", r"(-\infty ,\infty )": "R",
     r"\epsilon ": "varepsilon", r"\phi ": "varphi", r"\theta ": "vartheta", r"\rho ": "varrho", r"\sigma ": "varsigma",
@@ -47,10 +49,30 @@ def _compiled(*rewrites: tuple[str, str]) -> list[tuple[re.Pattern, str]]:
     return [(re.compile(pattern), new) for pattern, new in rewrites]
 
 
+_VECTOR = (
+    r"\\(?:nabla|(?:mathbf|vec|hat|overrightarrow) *(?:\{ *(?:\\[a-z]+|[A-Za-z])[A-Za-z' ]*\}|[A-Za-z]|\\[a-z]+))"
+    r"(?: *_ *(?:\{[^{}]*\}|\w))?'*"
+)
+_MATRICES = re.compile(  # capitals side by side, one of them inverted or transposed
+    r"(?<![A-Za-z\\])(?<![A-Z] )(?=(?:[A-Z] *)*[A-Z] *\^ *(?:T\b|\\top|\{ *(?:-1|T|\\top) *\}))"
+    r"(?:[A-Z](?: *\^ *(?:[T0-9]|\\top|\{[^{}]*\}))? *){2,}"
+)
+# Before all other rewrites, if a text has vectors: their products, products of bold matrices, unit vectors.
+_OF_VECTORS = _compiled(
+    (r"\\(?:boldsymbol|bm)(?![a-z])|\\textbf(?= *\{ *[a-z] *\})", r"\\mathbf"),
+    (rf"({_VECTOR}[ )}}]*)\\(times|cdot)(?= *[({{]*-?[0-9]*d? *{_VECTOR})", r"\1\\v\2"),
+    (r"(\\mathbf *\{ *[A-Za-z] *\}(?: *\^ *(?:T|\\top|\{[^{}]*\}))?) *(?=\\mathbf *\{ *[A-Za-z] *\})", r"\1⊗"),
+    (r"\{ *\\mathbf *\{ *([ijk]) *\} *\}", r"{\1}"),
+    (r"\\mathbf *\{ *(\\(?:hat|vec) *\{[^{}]*\}) *\}", r"\1"),
+    (r"\\mathbf *\{ *(i(?= *\}.*\\mathbf *\{ *[jk] *\})|[jk]) *\}", r"\\hat{\1}"),
+    (r"\\(?:hat|vec|widehat) *(?:\{ *\\?([ijk])(?:math)? *\}|([ijk])(?![A-Za-z]))", r"\\hat{\1\2}"),
+)
 # Before single commands are replaced: delimiters and spacing.
 _REWRITES = _compiled(
     (r"(?s)^\s*\$?(\*\*|__|\*|`)([^*`]*[^*`\\])\1\$?\s*$", r"\2"),  # Markdown
-    (r"\\(?:mathbf|boldsymbol|bm|mathcal|mathit) *\{ *([A-Za-z]) *\}", r"\1 "),
+    (r"\\(?:mathrm|text|operatorname) *\{ *d *\}(?= *[A-Za-z\\])", "d "),  # dy
+    (r"(?<![\\A-Za-z])([A-Za-z]) *\\circ *(?=[A-Za-z])", r"\1⊗"),  # f after g
+    (r"\\(?:mathbf|mathcal|mathit) *\{ *([A-Za-z]) *\}", r" \1 "),
     (r"\\(?:text)?color *\{[^{}]*\}|\bm *(?=\\angle)", ""),
     (r"\\phantom *(?:\{[^{}]*\}|[^{}\\ ])|\\hspace\{[^{}]*\}|np\.|(?<=\\\\)\[[-0-9. a-z]*\]", ""),  # \\[4pt] ends a row
     (r"(?<=[0-9])(?:,\\! ?|\{,\})(?=[0-9]{3})|(?<!\\)\\!", ""),  # 10,\!080 and 10{,}080
@@ -80,8 +102,11 @@ _REWRITES_AFTER = _compiled(
     # derivatives: \dot{x}, dy/dt, also of the second order
     (rf"\\dot{_OF_SYMBOL}", r"\1\2'"),
     (rf"\\ddot{_OF_SYMBOL}", r"\1\2''"),
-    (rf"\\frac *\{{ *d *({SYMBOL}) *\}} *\{{ *d *{SYMBOL} *\}}", r"\1' "),
+    (rf"\\frac *\{{ *d *({SYMBOL})(?: *\( *[a-z] *\))? *\}} *\{{ *d *{SYMBOL} *\}}", r"\1' "),
     (rf"\\frac *\{{ *d{_SQUARE} *({SYMBOL}) *\}} *\{{ *d *{SYMBOL}{_SQUARE} *\}}", r"\1'' "),
+    (rf"\bd *({SYMBOL}) */ *d *{SYMBOL}(?![A-Za-z])", r"\1' "),
+    # Γ^2(1/4) and J_0^2(2)
+    (r"(f|\\(?:zeta|Gamma)) *(\^ *(?:\{ *[0-9n] *\}|[0-9n])) *(\([^()]*\))", r"\1\3\2"),
     (r"([A-Za-z]) *(\^ *(?:\{[^{}]*\}|[0-9a-z])) *(_ *(?:\{[^{}]*\}|[0-9A-Za-z]))", r"\1\3\2"),  # v^2_0
     # names in text: functions, points, numerals with a base, constants
     (r"\\text\*? *\{ *(sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|ln|log|exp) *\}", r"\\\1 "),
@@ -113,8 +138,9 @@ _SPELLINGS = {  # of a unit, besides itself
     "g": "gram grams", "kg": "kilogram kilograms", "lb": "lbs pound pounds", "oz": "ounce ounces", "erg": "ergs",
     "s": "sec secs second seconds", "min": "mins minute minutes", "h": "hr hrs hour hours", "day": "days",
     "week": "weeks", "month": "months", "year": "years yr yrs", "L": "l liter liters", "mL": "ml milliliters",
-    "N": "newton newtons", "J": "joule joules", "K": "kelvin", "Hz": "hz hertz", "V": "volt volts", "W": "watt watts",
-    "Pa": "pascal pascals", "mol": "mole moles", "pc": "parsec parsecs", "arcsec": "arcseconds", "mi/h": "mph",
+    "N": "newton newtons", "J": "joule joules", "K": "kelvin", "M": "molar", "Hz": "hz hertz", "V": "volt volts",
+    "W": "watt watts", "Pa": "pascal pascals", "mol": "mole moles", "pc": "parsec parsecs", "arcsec": "arcseconds",
+    "mi/h": "mph",
 }  # fmt: skip
 UNITS = {word: unit for unit, words in _SPELLINGS.items() for word in (unit, *words.split())}  # spelling -> unit
 NAMES = "|".join(word for word in UNITS if len(word) > 1 and word not in ("Pa", "pc", "°C", "°F"))  # also without \text
@@ -136,7 +162,19 @@ CHANGES = re.compile(  # words that change the value of the number before them
     rf"\b(?:{'|'.join(SPELLED)}|\w+teen|\w+ty|not|no|or|and|mod|modulo|to|if|when|where|for|with|is|isn|are|but|than|"
     r"half|halves|[ap]\.m|quarters?|\w+ths?|thirds?|squared|cubed|factorial|times|maybe|perhaps|plus|minus|negative|"
     r"below|above|at|of|about|wrong|incorrect|false|except|unless|over|choose|tens|scores?|pairs?|(?:hundred|thousand|"
-    r"million|billion|trillion|dozen)s?|lakh|crore|minimum|maximum|more|fewer|less)\b"
+    r"million|billion|trillion|dozen)s?|lakhs?|crores?|myriads?|minimum|maximum|more|fewer|less|"
+    r"bn|mn|tn|trn|mil|mill|mio|mln|thou|grand|gross|lac|bps|always|has|was|does|fails?|inverses?|reciprocals?|"
+    r"opposites?|negatives?|complements?|conjugates?|halves|doubles|triples|logs|roots?|powers?|inclusive|exclusive)\b|"
+    r"\b[kmb] [a-z]{3}|[$€£] [kmbt]\b"
+)
+# The last word behind a number counts things: a noun in the plural, or one of these. A compound of units has / or ^.
+COUNTS = re.compile(
+    r"(?i)[/^]|(?:[a-z][a-z][^aisu]s|[a-z]{4}as|people|persons?|child(?:ren)?|m[ae]n|wom[ae]n|mice|geese|teeth|sheep|fish|"
+    r"deer|dice|total|each|apiece|altogether|left|remaining|only|exactly|way|solution|integer|number|value|point|digit|"
+    r"student|teacher|player|ticket|triangle|piece|side|edge|page|book|coin|box|ball|dog|cat|car|apple|egg|tree|meal|game|"
+    r"question|multiple|grade|acre|gallon|quart|pint|ton|tonne|gm|sq|bit|byte|degree|"
+    r"old|tall|long|wide|high|deep|away|apart|later|ago|yen|yuan|won|au|ly|rpm|bpm|psi|atm|mmhg|torr|kwh|btu|dyn|gauss|amu|"
+    r"hp|kph|kmh|fps|mag|dex|jy|dbm?)[ .)]*$"
 )
 _TITLE_WORDS = re.compile(  # words that an answer may leave out before "="
     r"(?:(?:an?|the|of|for|in|is|final|total|correct|answer|result|solution|value|amount|number|ways|sum|difference|product|"
@@ -157,14 +195,17 @@ def normalise(text: str) -> str:
     if text.isdigit() and text.isascii():
         return text
     if not text.isascii():
+        text = re.sub(r"\d", lambda m: str(unicodedata.digit(m[0])), text)  # of any script
         text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: "^{" + m[0].translate(_SUPERSCRIPTS) + "}", text)
         text = re.sub("(?<=[0-9])(?=[½¼¾⅓⅔⅕⅖⅗⅘⅙⅚⅛⅜⅝⅞])", " ", text)  # 3½ is not 31/2
         text = _WIDE.sub(lambda m: unicodedata.normalize("NFKC", m[0]), text.translate(_SIGNS)).translate(_SIGNS)
-    for pattern, new in _REWRITES:
+    vectors = re.search("bf|bm|bold|vec|hat|overright|nabla", text)
+    for pattern, new in _OF_VECTORS + _REWRITES if vectors else _REWRITES:
         text = pattern.sub(new, text)
     text = _COMMAND.sub(lambda m: _COMMANDS[m[1]], text)
     for pattern, new in _REWRITES_AFTER:
         text = pattern.sub(new, text)
+    text = _MATRICES.sub(lambda m: re.sub("(?<=[A-Zp}]) *(?=[A-Z])", "⊗", m[0]), text)
     if not re.search(r"[(\[]|\\\{", text):  # within brackets a comma separates
         text = _THOUSANDS.sub(lambda m: re.sub("[, ]", "", m[0]), text)
     text = _MIXED.sub(_fraction_of_mixed, _REPEATING.sub(_fraction_of_period, text))

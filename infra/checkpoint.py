@@ -135,9 +135,9 @@ def state_tensors(optimizers: Optimizers) -> dict[str, Tensor]:
 
 
 def refuse_other_run(facts: dict, s: Settings, fingerprints: dict[str, str], out: Path) -> None:
-    """Raises SettingError if a checkpoint belongs to a run with other settings, other data or another initial model.
+    """Raises SettingError if a checkpoint belongs to a run with other settings, data, code or another initial model.
 
-    `fingerprints` are those of "data" and "model": both may have moved to another path since.
+    `fingerprints` are those of "data", "model", "reward" and "task": all may have moved to another path since.
     """
     schedule = METHODS[s.method].schedule
     for name, value in asdict(s).items():
@@ -145,12 +145,18 @@ def refuse_other_run(facts: dict, s: Settings, fingerprints: dict[str, str], out
         reason = ""
         if name == "steps" and schedule:
             reason = f", and {s.method} changes {schedule} over all steps"
-        if value != saved and (reason or not may_change_on_resume(name)):
+        is_moved = name == "reward" and value.rpartition(":")[2] == str(saved).rpartition(":")[2]  # by its function
+        if value != saved and not is_moved and (reason or not may_change_on_resume(name)):
             values = f"{name} is {value!r}, the run in {out} has {saved!r}"
             raise SettingError(f"{values}{reason}: use that, or another --out")
-    sources = {"data": "task, rl_data, sft_data or eval_data", "model": "model: its weights or its tokenizer"}
+    sources = {
+        "data": "task, rl_data, sft_data or eval_data",
+        "model": "model: its weights or its tokenizer",
+        "reward": f"reward: the code of {s.reward}",
+        "task": f"task: the code of {s.task}",
+    }
     for kind, text in sources.items():
-        if facts.get(kind) != fingerprints[kind]:
+        if facts.get(kind, "") != fingerprints[kind]:
             raise SettingError(f"{text} changed since the run in {out} began: restore them, or use another --out")
     if facts["step"] > s.total_steps:
         last = f"the last step is {s.total_steps}"

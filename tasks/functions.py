@@ -1,35 +1,75 @@
-"""The user's own Python: `--task FILE.py:FUNCTION` and `--reward FILE.py:FUNCTION`."""
+"""The user's own Python: `--task FILE.py:FUNCTION` and `--reward FILE.py:FUNCTION`.
 
+While it runs, an import means what it means in a script: a module beside the file, or else an installed one. The
+project's `rewards`, `settings` and `tasks` can be imported as well, where no module beside the file has their name.
+"""
+
+import hashlib
 import importlib
 import math
+import os
+import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
+from importlib.machinery import PathFinder
 from pathlib import Path
+from types import ModuleType
 
 from rewards import built_in_reward
 from settings import SettingError
 from tasks.task import Problem
 
+ROOT = Path(__file__).resolve().parents[1]
+FOR_USERS = {"rewards", "settings", "tasks"}  # the project's modules that users' files import: see docs/data.md
+
 
 @contextmanager
 def user_code(setting: str, spec: str) -> Iterator[None]:
-    """A block that runs the user's code, whose errors end the program with Python's traceback.
+    """A block that runs the user's code with its own modules. Its errors end the program with Python's traceback.
 
     `infra/run.py:one_line_errors` prints OSError and FloatingPointError in one line. Those of the user become the
     cause of a RuntimeError, so that the traceback with the user's file and line is printed.
     """
+    folder = Path(spec.rpartition(":")[0]).resolve().parent
+    path = [*sys.path]
+    sys.path[:] = [str(folder), *(entry for entry in path if os.path.abspath(entry) != str(ROOT))]
+    names, modules = modules_beside(folder)
+    sys.path.append(str(ROOT))
+    hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    sys.modules.update(modules)
     try:
         yield
     except (OSError, FloatingPointError) as error:
         raise RuntimeError(f"{setting}: {spec} raised {type(error).__name__}") from error
+    finally:
+        modules.update({name: sys.modules[name] for name in names if name in sys.modules})
+        sys.modules.update(hidden)
+        # Pickle, also in another process, finds modules of the user's whose name is free.
+        sys.path[:] = dict.fromkeys([*path, *sys.path])
+
+
+@lru_cache
+def modules_beside(folder: Path) -> tuple[set[str], dict[str, ModuleType]]:
+    """(names that mean other modules in a folder of the user's than in the project, those modules once imported)."""
+    if folder == ROOT:
+        return set(), {}
+    # The project's name of an installed package, such as evaluate of PyPI, means the package.
+    names = {module.name for module in pkgutil.iter_modules([str(ROOT)]) if PathFinder.find_spec(module.name)}
+    names -= FOR_USERS
+    for module in pkgutil.iter_modules([str(folder)]):
+        names.add(module.name)
+        for source in folder.glob(f"{module.name}/**/*.py"):
+            names.add(".".join(source.relative_to(folder).with_suffix("").parts))
+    return names, {}
 
 
 def load_function(setting: str, spec: str) -> Callable:
     """The function that `spec` names as FILE.py:FUNCTION. Imports the file, once per process.
 
-    The module has the file's name, so pickle finds it. Its folder is appended to sys.path, so it can import helpers.
-    Raises SettingError, which names `setting`, for another form, a missing file or function, and a name that is taken.
+    Raises SettingError, which names `setting`, for another form and a missing file or function.
     """
     file, _, name = spec.rpartition(":")
     if not file.endswith(".py") or not name:
@@ -37,18 +77,33 @@ def load_function(setting: str, spec: str) -> Callable:
     path = Path(file).resolve()
     if not path.is_file():
         raise SettingError(f"{setting}: there is no file {file!r}")
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
     with user_code(setting, spec):
         module = importlib.import_module(path.stem)
-    # The folder is the last in sys.path: a module of the project, of a package or of Python takes precedence.
-    found = getattr(module, "__file__", None)
-    if found is None or Path(found).resolve() != path:
-        raise SettingError(f"{setting}: another module is named {path.stem!r}: rename {file}")
     function = getattr(module, name, None)
     if not callable(function):
         raise SettingError(f"{setting}: {file} has no function {name!r}")
     return function
+
+
+def code_fingerprint(spec: str) -> str:
+    """A hash of FUNCTION, of the text of FILE.py, and of what it imports from beside it. Empty for no FILE.py."""
+    file, _, function = spec.rpartition(":")
+    if not file:
+        return ""
+    path = Path(file).resolve()
+    texts: dict[Path, str] = {}
+    waiting = [path]
+    while waiting:
+        source = waiting.pop()
+        if source in texts or not source.is_file():
+            continue
+        texts[source] = source.read_text(errors="replace")
+        for names in re.findall(r"(?m)^\s*(?:from|import)\b(.*)", texts[source]):
+            for name in re.findall(r"\w+", names):
+                waiting += [path.with_name(f"{name}.py"), *path.parent.glob(f"{name}/**/*.py")]
+    own = texts.pop(path)  # without its name: the file may have moved
+    helpers = sorted((str(source.relative_to(path.parent)), text) for source, text in texts.items())
+    return hashlib.sha256(repr((function, own, helpers)).encode()).hexdigest()
 
 
 def load_reward(spec: str) -> Callable[[str, Problem], float]:

@@ -10,7 +10,7 @@ from infra import parallel
 from infra.model import load, model_fingerprint, stop_tokens
 from ops.packed import Row
 from settings import METHODS, SettingError, Settings
-from tasks.functions import load_reward
+from tasks.functions import code_fingerprint, load_reward
 from tasks.named import load_task
 from tasks.prompts import encode_prompt, end_of_turn
 from tasks.task import Problem, Task, fingerprint, pair, prepare
@@ -34,7 +34,7 @@ class Loaded:
     reward: Callable[[str, Problem], float]
     demonstrations: list[Row]  # D_SFT as token ids
     demonstrations_of: dict[str, list[Row]]  # by question, for methods that pair prompts with them
-    fingerprints: dict[str, str]  # of the data, and of the initial weights and the tokenizer
+    fingerprints: dict[str, str]  # of the data, of the initial weights and the tokenizer, and of the user's code
 
 
 def load_training(s: Settings) -> Loaded:
@@ -59,9 +59,15 @@ def load_training(s: Settings) -> Loaded:
         device = torch.device("cpu") if s.shard and world > 1 else None
         model, tokenizer, stop = load_model(s.model, task.template, device)
     positions = model.config.max_position_embeddings
-    demonstrations = prepare(task, tokenizer, s.max_new_tokens, positions, METHODS[s.method].sft)
-    demonstrations_of = pair(task, demonstrations, s.method) if METHODS[s.method].paired else {}
-    fingerprints = dict(data=fingerprint(task), model=model_fingerprint(model, tokenizer))
+    method = METHODS[s.method]
+    demonstrations = prepare(task, tokenizer, s.max_new_tokens, positions, method.sft, method.rl)
+    demonstrations_of = pair(task, demonstrations, s.method) if method.paired else {}
+    fingerprints = dict(
+        data=fingerprint(task, with_extra=bool(s.reward)),
+        model=model_fingerprint(model, tokenizer),
+        reward=code_fingerprint(s.reward),
+        task=code_fingerprint(s.task),
+    )
     return Loaded(task, model, tokenizer, stop, reward, demonstrations, demonstrations_of, fingerprints)
 
 
@@ -70,7 +76,8 @@ def describe_data(task: Task, tokenizer, stop: list[int], demonstrations: list[R
     decode = tokenizer.decode
     counts = f"{len(task.problems)} prompts, {len(demonstrations)} demonstrations, "
     counts += f"{len(task.evaluation)} evaluation problems"
-    first = encode_prompt(tokenizer, task.problems[0].question, task.instruction, task.template)
+    shown = (task.problems or task.demonstrations)[0]
+    first = encode_prompt(tokenizer, shown.question, task.instruction, task.template)
     lines = {"data": "\n          ".join([counts, *task.notes]), "prompt": f"the first prompt: {decode(first)!r}"}
     if demonstrations:
         prompt, response = demonstrations[0]

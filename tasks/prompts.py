@@ -15,6 +15,8 @@ TEMPLATES = {  # SimpleRL's, which the paper uses; the question is inserted and 
     f"{INSTRUCTION}<|im_end|>\n<|im_start|>assistant\n",
     "plain": "Question:\n{question}\nAnswer:\nLet's think step by step.\n",  # the demonstrations must contain a box
 }
+# A question that asks for a box itself: \boxed alone, an empty box, or a box of "answer"
+ASKS_FOR_BOX = re.compile(r"\\boxed(?!\s*\{)|\\boxed\s*\{([\s.…]*\}|[^}]*(answer|答案))", re.IGNORECASE)
 ADVICE = f"choose one with --template, {' or '.join(TEMPLATES)}"
 PROBE = "PROBE"  # text of a message that no template contains
 TODAY = datetime(2024, 7, 26)  # in every template that prints a date: Llama-3.2's own where there is no clock
@@ -23,12 +25,16 @@ THOUGHT = re.compile("think|thought|reason|answer|solution", re.IGNORECASE)  # i
 
 
 def prompt_text(tokenizer, question: str, instruction: str, template: str = "") -> str:
-    """The prompt by a template in TEMPLATES or, if `template` is empty, by the chat template with the instruction."""
+    """The prompt by a template in TEMPLATES or, if `template` is empty, by the chat template with the instruction.
+
+    INSTRUCTION is left out behind a question that asks for a box itself.
+    """
+    repeated = INSTRUCTION if ASKS_FOR_BOX.search(question) else ""
     if template:
         if template not in TEMPLATES:
             raise ModelError(f"template: there is no {template!r}; choose from {', '.join(TEMPLATES)}")
-        return TEMPLATES[template].replace("{question}", question)
-    text = _chat(tokenizer, question + instruction, prompted=True)
+        return TEMPLATES[template].replace(repeated, "").replace("{question}", question)
+    text = _chat(tokenizer, question + instruction.replace(repeated, ""), prompted=True)
     if question.strip() not in text:
         raise ModelError(f"the model's chat template drops or changes the question {question[:40]!r}: {ADVICE}")
     return text

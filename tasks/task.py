@@ -1,9 +1,13 @@
 """The task: problems for RL, demonstrations for SFT, and evaluation problems that occur in neither."""
 
 import hashlib
+import json
 import re
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from functools import lru_cache
+from unicodedata import normalize
 
 import numpy as np
 
@@ -17,6 +21,10 @@ Drawn = tuple[str, str, str]  # (question, worked steps, answer) of a built-in t
 BOX = "\\boxed{"  # begins the answer of a built-in task's demonstration
 EVAL_SEED = 2509_06948  # of the evaluation problems of the built-in tasks, which are the same for every run
 NGRAM = 13  # consecutive words that a training question may not share with an evaluation question
+SENTENCE = re.compile(r"\n|(?<=[.:])\s|(?<=[!?。])")  # where one ends
+# A word, a character of a script without spaces, or a sign, but none that ends a sentence
+CHARACTER = "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"  # of Thai to Khmer, Japanese, Chinese
+WORD = re.compile(rf"{CHARACTER}|(?:(?!{CHARACTER})\w)+|[^\w\s.?。]|\.(?=\d)")
 
 
 def _check_text(**fields) -> None:
@@ -98,26 +106,68 @@ def encode_demonstration(tokenizer, row: Demonstration, instruction: str, templa
 
 
 def decontaminate(task: Task) -> None:
-    """Drops problems and demonstrations that share NGRAM consecutive words with an evaluation question; adds notes."""
-    evaluated = set()
-    for question in [*(p.question for p in task.evaluation), *task.kept_apart]:
-        evaluated.update(ngrams(question))
+    """Drops problems and demonstrations with a question of the evaluation, or with NGRAM words of one; adds notes.
+
+    What many questions share, such as an instruction or a story with other numbers, does not count.
+    """
+    evaluated = [*(p.question for p in task.evaluation), *task.kept_apart]
+    common = frequent(evaluated) | frequent([row.question for row in [*task.problems, *task.demonstrations]])
+    known = set()
+    like = defaultdict(list)  # text without common sentences -> all sentences of each question with this text
+    for question in evaluated:
+        own, *runs = ngrams(question, common)
+        like[own].append(set(sentences(question)))
+        known.update(run for run in runs if without_numbers(run) not in common)
 
     def without_evaluated(rows: list, setting: str) -> list:
-        clean = [row for row in rows if evaluated.isdisjoint(ngrams(row.question))]
-        note_dropped(task.notes, setting, rows, clean, f"share {NGRAM} words in a row with an evaluation problem")
+        clean = []
+        shared = []
+        for row in rows:
+            own, *runs = ngrams(row.question, common)
+            all_sentences = set(sentences(row.question))
+            found = [run for run in runs if run in known]
+            # An instruction consists of common sentences, which one of two equal questions may lack.
+            if any(other <= all_sentences or all_sentences <= other for other in like.get(own, ())):
+                found = [own or row.question]
+            if found:
+                shared.append(found[0])
+            else:
+                clean.append(row)
+        reason = f"share {NGRAM} words in a row, or all, with an evaluation problem, first {''.join(shared[:1])!r:.99}"
+        note_dropped(task.notes, setting, rows, clean, reason)
         return clean
 
     task.problems = without_evaluated(task.problems, "rl_data")
     task.demonstrations = without_evaluated(task.demonstrations, "sft_data")
 
 
-def ngrams(text: str) -> list[tuple[str, ...]]:
-    """All runs of NGRAM words of a text, without punctuation; a shorter text is one run, with its punctuation."""
-    words = re.findall(r"\w+", text.lower())
-    if len(words) < NGRAM:
-        return [tuple(text.lower().split())]  # with its signs: 1+2 differs from 1-2
-    return [tuple(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
+def frequent(questions: list[str]) -> set[str]:
+    """The sentences of 5 words, and runs with any numbers, of more than a tenth of the questions and more than 2."""
+    distinct = list(dict.fromkeys(questions))
+    sample = distinct[:: 1 + len(distinct) // 1000]
+    count = Counter()
+    for question in sample:
+        long = (sentence for sentence in sentences(question) if sentence.count(" ") > 3)  # "B knight" says too little
+        count.update({*long, *map(without_numbers, ngrams(question)[1:])})
+    return {part for part, number in count.items() if number > max(2, len(sample) / 10)}
+
+
+def ngrams(question: str, common: Collection[str] = ()) -> list[str]:
+    """The sentences of a question that are not common, as one text, followed by all runs of NGRAM words in it."""
+    own = " ".join(sentence for sentence in sentences(question) if sentence not in common)
+    words = [word for word in own.split() if word[0].isalnum()]
+    return [own, *(" ".join(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1))]
+
+
+@lru_cache(maxsize=1)
+def sentences(text: str) -> tuple[str, ...]:
+    """The words and signs of each sentence, with spaces between: 1 + 2 equals 1+2 and differs from 1-2."""
+    pieces = SENTENCE.split(normalize("NFKC", text).lower())
+    return tuple(filter(None, (" ".join(WORD.findall(piece)) for piece in pieces)))
+
+
+def without_numbers(text: str) -> str:
+    return re.sub(r"\d+", "0", text)
 
 
 def check_evaluation(
@@ -134,10 +184,13 @@ def check_evaluation(
         raise DataError(f"eval_data: {too_long} prompts exceed {limit}: lower max_new_tokens or remove them")
 
 
-def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_demonstrations: bool = True) -> list[Row]:
+def prepare(
+    task: Task, tokenizer, max_new_tokens: int, positions: int, with_demonstrations: bool = True,
+    with_problems: bool = True,
+) -> list[Row]:  # fmt: skip
     """Drops contaminated and too long rows of the task; returns its demonstrations as (prompt ids, response ids).
 
-    Nothing is shortened. Raises DataError if no row is left or an evaluation prompt is too long.
+    Nothing is shortened. Raises DataError if an evaluation prompt is too long, or no row is left of what is trained.
     """
     check_evaluation(task.evaluation, tokenizer, task.instruction, max_new_tokens, positions, task.template)
     decontaminate(task)
@@ -147,7 +200,9 @@ def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_dem
     for p in progress(task.problems, "encoding prompts"):
         if len(encode_prompt(tokenizer, p.question, task.instruction, task.template)) <= room:
             problems.append(p)
-    note_dropped(task.notes, "rl_data", task.problems, problems, f"prompts exceed {room} tokens")
+    note_dropped(
+        task.notes, "rl_data", task.problems, problems, f"prompts exceed {room} tokens, {positions} less max_new_tokens"
+    )
 
     end = end_of_turn(tokenizer, task.template)
     demonstrations = []
@@ -157,7 +212,7 @@ def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_dem
         if len(prompt) <= room and len(response) <= max_new_tokens:
             demonstrations.append(d)
             encoded.append((prompt, response))
-    reason = f"demonstrations exceed {max_new_tokens} tokens"
+    reason = f"demonstrations exceed max_new_tokens={max_new_tokens}"
     note_dropped(task.notes, "sft_data", task.demonstrations, demonstrations, reason)
 
     # Wrong demonstrations are kept, since some tasks test whether a method can ignore them.
@@ -169,15 +224,26 @@ def prepare(task: Task, tokenizer, max_new_tokens: int, positions: int, with_dem
 
     task.problems = problems
     task.demonstrations = demonstrations
+    note_several_golds(task)
     empty = ""
-    if not problems:
+    if with_problems and not problems:
         empty = "rl_data"
     elif with_demonstrations and not demonstrations:
         empty = "sft_data"
     if empty:
         reasons = "".join(f" ({note})" for note in task.notes if note.startswith(empty))
-        raise DataError(f"{empty}: no usable row is left; is max_new_tokens={max_new_tokens} right?{reasons}")
+        raise DataError(f"{empty}: no usable row is left{reasons}")
     return encoded
+
+
+def note_several_golds(task: Task) -> None:
+    """Adds a note on questions of D_RL with several golds."""
+    different = {(p.question, p.answer) for p in task.problems}
+    golds = Counter(question for question, _ in different)
+    several = [p.question for p in task.problems if golds[p.question] > 1]
+    if several:
+        text = f"{len(set(several))} questions have several golds, all are trained"
+        task.notes.append(f"rl_data: {text}: first {several[0]!r:.99}")
 
 
 def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, list[Row]]:
@@ -226,7 +292,11 @@ class Stream:
         return taken
 
 
-def fingerprint(task: Task) -> str:
-    """A hash of the text of problems, demonstrations, evaluation problems and prompts."""
-    parts = (task.problems, task.demonstrations, task.evaluation, task.instruction, task.template)
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+def fingerprint(task: Task, with_extra: bool = False) -> str:
+    """A hash of the text of problems, demonstrations, evaluation problems and prompts, and of the problems' `extra`."""
+    text = repr((task.problems, task.demonstrations, task.evaluation, task.instruction, task.template))
+    if with_extra:
+        # Of an object that is no JSON value its type: its text may have an address, which differs between processes.
+        extra = [p.extra for p in task.problems]
+        text += json.dumps(extra, skipkeys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -26,7 +26,7 @@ import bridge
 import evaluate
 import infra.model
 import settings
-from infra import export, parallel
+from infra import checkpoint, export, parallel
 from infra.files import DataError, printable
 from infra.model import stop_tokens
 from infra.run import RunFolder, one_line_errors, print0, progress
@@ -112,6 +112,29 @@ def test_sft_and_rl_prompts_are_equal_and_the_end_of_turn_is_trained(adds_bos, c
     assert prompt.count(SPECIAL.index("<bos>")) == writes_bos == (prompt[0] == SPECIAL.index("<bos>"))
     assert tokenizer.decode(response) == f"<think>three</think>\\boxed{{3}}{end}"
     assert tokenizer.decode(prompt).count("What is 1+2?") == 1
+
+
+@pytest.mark.parametrize(
+    ("question", "asks"),
+    [
+        ("What is 1+2? Put your final answer within \\boxed{}.", True), ("Answer in \\boxed{ }: 1+2?", True),
+        ("Present the answer in LaTeX format: \\boxed{Your answer}\n1+2?", True), ("Box it with \\boxed. 1+2?", True),
+        ("1+2? End with $\\boxed{...}$.", True), ("1+2? \\boxed{\\text{answer}}", True),
+        ("请将答案放在\\boxed{}中：1+2", True),
+        ("What is \\boxed{x} if \\boxed{2} is 4?", False), ("Fill \\boxed{\\phantom{2}}+1=2.", False),
+        ("A boxed set?", False),
+        ("Let $\\boxed{N}$ mean the answer.", False), ("Half of \\boxed{.5}?", False),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("template", ["", "qwen-boxed", "plain"])
+def test_a_question_that_asks_for_a_box_gets_no_second_instruction(question, asks, template):
+    text = prompts.prompt_text(make(CHATML), question, prompts.INSTRUCTION, template)
+    other = prompts.prompt_text(make(CHATML), "OTHER", prompts.INSTRUCTION, template)
+    if asks:
+        other = other.replace(prompts.INSTRUCTION, "")
+    assert text == other.replace("OTHER", question)
+    own = prompts.prompt_text(make(CHATML), question, "\nBox it.", template)
+    assert ("Box it." in own) == (template == ""), "an instruction of the user's is left as it is"
 
 
 def test_the_named_templates_equal_simplerl_s_letter_by_letter():
@@ -871,15 +894,82 @@ def test_thirteen_shared_words_are_contamination_and_twelve_are_not():
     task = Task([Problem(q, "1") for q in asked], [Demonstration(q, "\\boxed{1}") for q in asked], evaluation)
     tasks.decontaminate(task)
     assert [p.question for p in task.problems] == [d.question for d in task.demonstrations] == [*asked[1:2], *asked[3:]]
+    shared = " ".join(words[3:16])
     assert task.notes == [
-        f"{name}: 2 of 5 share 13 words in a row with an evaluation problem: dropped"
+        f"{name}: 2 of 5 share 13 words in a row, or all, with an evaluation problem, first '{shared}': dropped"
         for name in ("rl_data", "sft_data")
     ]
 
 
 def test_a_question_of_just_thirteen_words_is_compared_by_words():
     words = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    assert tasks.ngrams(words + ".") == tasks.ngrams(words.upper()) == [tuple(words.split())]
+    assert tasks.ngrams(words + ".")[1:] == tasks.ngrams(words.upper())[1:] == [words]
+
+
+def clean(trained, evaluated):
+    """(questions that decontamination keeps, its note or "")."""
+    task = Task([Problem(q, "1") for q in trained], [], [Problem(q, "1") for q in evaluated])
+    tasks.decontaminate(task)
+    return [p.question for p in task.problems], "".join(task.notes)
+
+
+ASK = "Solve the following problem step by step. The last line of your response should be of the form Answer: $Answer "
+ASK += "(without quotes) where $Answer is the answer to the problem."
+SUMS = [f"What is {i} plus {i * 7 % 11}?" for i in range(36)]
+STORY = "A farmer has {} cows in a big barn near the river and each of them gives {} litres of milk on every day of "
+STORIES = [(STORY + "the long week. How many litres of milk does he sell?").format(i, i % 5 + 2) for i in range(36)]
+STYLES = {
+    "in front": lambda i, q: f"{ASK}\n\n{q}", "on the same line": lambda i, q: f"{ASK} {q}",
+    "behind": lambda i, q: f"{q}\n{ASK}", "of some": lambda i, q: f"{ASK}\n\n{q}" if i % 6 == 0 or i > 31 else q,
+    "around": lambda i, q: f'{ASK}\n\n{q}\n\nRemember to put your answer on its own line after "Answer:".',
+    "of the evaluation": lambda i, q: f"{ASK}\n\n{q}" if i > 31 else q,
+    "of the training": lambda i, q: f"{ASK}\n\n{q}" if i < 32 else q,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("questions", [SUMS, STORIES])
+@pytest.mark.parametrize("style", STYLES)
+def test_an_instruction_or_a_story_that_many_questions_share_is_no_contamination_and_hides_none(style, questions):
+    asked = [STYLES[style](i, q) for i, q in enumerate(questions)]
+    assert clean(asked[:32], asked[32:]) == (asked[:32], "")
+    repeated = [STYLES[style](0, q) for q in questions[32:]]  # behind the instruction if some of the training are
+    kept, note = clean(asked[:32] + repeated, asked[32:])
+    assert kept == asked[:32]
+    own = " ".join(tasks.sentences(questions[32]))[:90]
+    assert note.startswith("rl_data: 4 of 36 share 13 words in a row, or all, with an evaluation problem, first")
+    assert own in note or style == "of some"
+
+
+def test_an_instruction_of_few_rows_is_named_and_no_data_set_is_emptied_by_one_of_most(tmp_path):
+    other = [f"Name the {i}th prime." for i in range(90)]
+    kept, note = clean([f"{ASK} {SUMS[0]}", *other], [f"{ASK} {SUMS[1]}"])
+    assert kept == other
+    assert "1 of 91 share 13 words in a row, or all, with an evaluation problem, first 'solve the foll" in note
+    rows = [{"question": f"{ASK}\n{q}", "answer": "1"} for q in SUMS]
+    task = named.from_files(write(tmp_path / "a.jsonl", rows), "", "", 4)
+    tasks.prepare(task, make(CHATML), 32, 1000, False)
+    assert len(task.problems) == 32
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "equal"),
+    [
+        ("What is 3 plus 4", "What is 3 plus 4 ?", True), ("what is  3 plus 4?", "What is 3 plus 4.", True),
+        ("1 + 2", "1+2", True), ("1+2", "1-2", False), ("What is 3.4?", "What is 34?", False),
+        ("What is 1 2/3?", "What is 12/3?", False), ("What is 5!?", "What is 5?", False),
+        ("小明有３个苹果，又买了4个，一共有几个？", "小明有3个苹果,又买了4个,一共有几个?", True),
+        ("小明有3个苹果。", "小明有4个苹果。", False),
+        ("听着：" + "小明在商店里买了三个又大又红的苹果。", "小明在商店里买了三个又大又红的苹果。多少钱？", True),
+        ("りんごを三つとみかんを四つ買いました。いくつ？", "昨日、りんごを三つとみかんを四つ買いました。", True),
+        ("สมชายมีแอปเปิลสามผลในตะกร้า", "เมื่อวานสมชายมีแอปเปิลสามผล", True),
+        ("한 상자에 사과가 세 개 있다", "한 상자에 사과가 네 개 있다", False),
+        ("एक टोकरी में तीन सेब हैं और राम खाता है", "एक टोकरी में तीन सेब हैं और मोहन खाता है", False),
+        ("Cafe\u0301 ouvert ?", "Café ouvert?", True),
+    ],
+)  # fmt: skip
+def test_short_questions_and_every_script_are_compared_without_spaces_and_case_but_with_signs(one, other, equal):
+    assert clean([one, "another"], [other])[0] == (["another"] if equal else [one, "another"])
+    assert clean([other, "another"], [one])[0] == (["another"] if equal else [other, "another"])
 
 
 def test_the_built_in_task_shares_no_words_with_its_evaluation():
@@ -922,6 +1012,32 @@ def test_benchmarks_are_evaluation_sets_under_their_names(tmp_path, monkeypatch)
         named.from_files(train, "", "amc23", 2)
 
 
+def test_sft_alone_needs_no_rl_data(tmp_path):
+    rows = [{"question": f"What is {i} plus {i}?", "solution": f"\\boxed{{{2 * i}}}"} for i in range(12)]
+    path = write(tmp_path / "a.jsonl", rows)
+    chats = write(tmp_path / "b.jsonl", [{"question": "Who is he?", "response": "He is a bird."}])
+    test = write(tmp_path / "c.jsonl", [{"question": "What is 77 plus 1?", "answer": "78"}])
+    for flags, counts in (
+        (["--sft-data", path, "--eval-problems", "4"], (8, 8, 4)),
+        (["--sft-data", path, "--eval-data", test], (12, 12, 1)),
+        (["--sft-data", chats, "--eval-data", test], (0, 1, 1)),
+    ):  # fmt: skip
+        s, _ = settings.parse(["--method", "sft", "--model", "m", *flags])
+        task = named.load_task(s)
+        method = settings.METHODS[s.method]
+        encoded = tasks.prepare(task, make(CHATML), 80, 1000, method.sft, method.rl)
+        assert (len(task.problems), len(encoded), len(task.evaluation)) == counts
+        lines = loading.describe_data(task, make(CHATML), [0], encoded)
+        assert f"{counts[0]} prompts, {counts[1]} demonstrations, {counts[2]} evaluation problems" in lines["data"]
+    for flags in (
+        ["--method", "sft_rl", "--sft-data", path],
+        ["--sft-data", path],
+        ["--method", "sft", "--eval-data", test],
+    ):
+        with pytest.raises(settings.SettingError, match="_data needs rl_data"):
+            settings.parse(flags)
+
+
 def real(name):
     if not (DATA / name).exists():
         pytest.skip(f"shared/data/{name} is absent")
@@ -941,8 +1057,7 @@ def test_decontamination_finds_math_500_in_the_test_set_that_contains_it(math_pr
     tasks.decontaminate(task)
     assert not held_out & {" ".join(r.question.split()) for r in (*task.problems, *task.demonstrations)}
     for before, after in ((math_problems, task.problems), (demonstrations, task.demonstrations)):
-        assert 500 <= len(before) - len(after) <= 800
-        assert len(after) > 4000
+        assert len(before) - len(after) == 588, "500 and their variants"
 
 
 def test_math_s_levels_are_groups_and_its_other_fields_are_kept(math_problems):
@@ -1112,6 +1227,162 @@ def test_a_file_with_task_and_reward_is_one_module_that_finds_helpers_and_pickle
     assert functions.load_reward(f"{path}:of_task")("text", task.problems[0]) == 4.0
 
 
+def put(folder, **files):
+    """Writes files of Python; `a__b` is a/b.py. Returns the folder."""
+    for name, text in files.items():
+        path = folder / (name.replace("__", "/", 1) + ".py")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+def reward_of(folder, name="own"):
+    return functions.load_reward(f"{folder}/{name}.py:f")("text", PROBLEM)
+
+
+F = "def f(response, problem):\n    "
+DATACLASS = "from __future__ import annotations\nfrom dataclasses import dataclass\n"
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        dict(own="import rewards\n" + F + "return rewards.SEVEN", rewards="SEVEN = 7"),
+        dict(own=F + "import settings\n    return settings.SEVEN", settings="SEVEN = 7"),
+        dict(own=F + "from evaluate import SEVEN\n    return SEVEN", evaluate="SEVEN = 7"),
+        dict(own="from helping import f", rewards="SEVEN = 7",
+             helping="from rewards import SEVEN\n" + F + "return SEVEN"),
+        dict(own="import tasks.mine\n" + F + "return tasks.mine.SEVEN", tasks____init__="", tasks__mine="SEVEN = 7"),
+        dict(own="from tasks import mine\nfrom tasks.task import Problem as P\n" + F
+             + "return 7 * isinstance(problem, P)",
+             tasks____init__="from . import mine", tasks__mine="from .other import S", tasks__other="S = 1"),
+        dict(own="from plot import *\n" + F + "return SEVEN", plot="import lora\nSEVEN = 7", lora="import plot"),
+        dict(own="from random import SEVEN\n" + F + "return SEVEN", random="SEVEN = 7"),
+        dict(own="from infra.a import SEVEN\n" + F + "return SEVEN", infra____init__="",
+             infra__a="from infra.b import SEVEN", infra__b="SEVEN = 7"),
+        dict(own=DATACLASS + "import pickle\nfrom rewards import P\n@dataclass\nclass Q(P):\n    y: int\n" + F
+             + "q = pickle.loads(pickle.dumps(Q(3, 4)))\n    return q.x + q.y",
+             rewards=DATACLASS + "@dataclass\nclass P:\n    x: int"),
+    ],
+)  # fmt: skip
+def test_a_module_beside_a_user_s_file_may_have_the_name_of_the_project_s_or_of_python_s(tmp_path, own, files):
+    before = {
+        name: sys.modules.get(name) for name in ("rewards", "settings", "evaluate", "plot", "tasks.task", "random")
+    }
+    name = f"own_{tmp_path.name}"
+    put(tmp_path, **{name if key == "own" else key: text for key, text in files.items()})
+    assert reward_of(tmp_path, name) == 7
+    assert {key: sys.modules.get(key) for key in before} == before
+    import rewards
+
+    assert rewards.is_correct("\\boxed{2}", "2").correct
+
+
+def test_the_project_s_documented_modules_can_be_imported_where_no_file_beside_has_their_name(tmp_path, own):
+    text = "from settings import Settings\nfrom tasks.task import Problem\nimport settings as conf\n" + F
+    put(
+        tmp_path, documented=text + "from rewards import is_correct\n    return is_correct('\\\\boxed{1}', '1').correct"
+    )
+    assert reward_of(tmp_path, "documented") == 1
+    put(tmp_path, tasks__notes="no Python", relative="from . import documented\n" + F + "return 1")
+    with pytest.raises(ImportError, match="attempted relative import with no known parent package"):
+        reward_of(tmp_path, "relative")
+
+
+@pytest.mark.parametrize("name", ["rewards", "evaluate", "settings", "bridge", "json", "same"])
+def test_user_files_and_helpers_of_one_name_in_two_folders_are_two_modules(tmp_path, own, name):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for number, folder in enumerate(folders):
+        late = F + f"import same_helper\n    from {name} import NUMBER\n    return 2 * same_helper.NUMBER + NUMBER"
+        put(folder, **{name: f"NUMBER = {number}\n" + late, "same_helper": f"NUMBER = {number}"})
+    rewards_of = [functions.load_reward(f"{folder}/{name}.py:f") for folder in folders]
+    assert [reward("text", PROBLEM) for reward in rewards_of * 2] == [0, 3, 0, 3]
+
+
+def test_task_and_reward_of_one_folder_share_the_modules_beside_them(tmp_path, own):
+    helper = "from dataclasses import dataclass\n@dataclass\nclass Point:\n    x: int\n"
+    makes = (
+        MAKES
+        + "from rewards import Point\ndef t(s):\n    return Task([Problem('q', '1', extra={'p': Point(3)})], [D], [P])"
+    )
+    put(
+        tmp_path,
+        rewards=helper,
+        a_task=makes,
+        a_reward=F + "import rewards\n    return isinstance(problem.extra['p'], rewards.Point)",
+    )
+    task = named.load_task(settings.Settings(task=f"{tmp_path}/a_task.py:t"))
+    assert functions.load_reward(f"{tmp_path}/a_reward.py:f")("text", task.problems[0]) == 1
+
+
+def test_an_installed_package_takes_precedence_over_a_module_of_the_project_that_no_page_promises(tmp_path, own):
+    site = put(
+        tmp_path / "site", evaluate____init__="from .loading import load", evaluate__loading="load = 7", settings=""
+    )
+    sys.path.append(str(site))
+    imports = "import evaluate\nfrom settings import Settings\n"
+    put(tmp_path / "own", metric=imports + F + "from evaluate import loading\n    return evaluate.load + loading.load")
+    assert reward_of(tmp_path / "own", "metric") == 14
+    assert sys.modules["evaluate"] is evaluate
+
+
+def test_an_error_in_a_helper_with_a_name_of_the_project_s_shows_its_file_and_line(tmp_path, own):
+    put(tmp_path, own_error="import plot\n" + F + "return 1", plot="\n1 / 0\n")
+    with pytest.raises(ZeroDivisionError) as raised:
+        reward_of(tmp_path, "own_error")
+    assert f'File "{tmp_path}/plot.py", line 2' in "".join(traceback.format_exception(raised.value))
+    put(tmp_path, plot="")
+    assert reward_of(tmp_path, "own_error") == 1
+
+
+SPAWNS = """import multiprocessing
+import helper_of_spawned
+class Point:
+    x = 3
+def double(point):
+    from rewards import is_correct
+    return 2 * point.x + helper_of_spawned.ONE
+def f(response, problem):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.map(double, [Point()])[0]
+"""
+
+
+def test_another_process_unpickles_classes_and_functions_of_a_user_s_file(tmp_path, own, monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", None)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", None, raising=False)
+    put(tmp_path, own_spawns=SPAWNS, helper_of_spawned="ONE = 1")
+    assert reward_of(tmp_path, "own_spawns") == 7
+
+
+CODE = dict(
+    own="import helping\nfrom pack import inner\nimport json\n" + F + "from late import g\n    return g()",
+    helping="A = 1", late="import later, math\ndef g():\n    return 1", later="C = 1", unused="D = 1",
+    pack____init__="from .inner import E", pack__inner="import deep\nE = 1", deep="G = 1", loose__text="H = 1",
+)  # fmt: skip
+
+
+def test_the_fingerprint_of_a_function_covers_what_its_file_imports_from_beside_it(tmp_path):
+    spec = f"{put(tmp_path / 'a', **CODE)}/own.py:f"
+    first = functions.code_fingerprint(spec)
+    assert first == functions.code_fingerprint(f"{put(tmp_path / 'moved', **CODE)}/own.py:f")
+    (tmp_path / "moved" / "own.py").rename(tmp_path / "moved" / "renamed.py")
+    assert first == functions.code_fingerprint(f"{tmp_path}/moved/renamed.py:f")
+    for number, name in enumerate(CODE):
+        changed = put(tmp_path / f"b{number}", **CODE | {name: CODE[name] + "\n"})
+        is_used = name not in ("unused", "loose__text")
+        assert (functions.code_fingerprint(f"{changed}/own.py:f") != first) == is_used, name
+    swapped = put(tmp_path / "swapped", **CODE | {"later": CODE["deep"], "deep": CODE["later"]})
+    assert functions.code_fingerprint(f"{swapped}/own.py:f") != first
+    assert functions.code_fingerprint(f"{tmp_path}/a/own.py:g") != first
+    without_init = put(tmp_path / "c", own="from loose.text import H\nimport data", loose__text="H = 1")
+    (without_init / "data").mkdir()
+    first = functions.code_fingerprint(f"{without_init}/own.py:f")
+    put(without_init, loose__text="H = 2")
+    assert functions.code_fingerprint(f"{without_init}/own.py:f") != first
+    assert functions.code_fingerprint("") == functions.code_fingerprint("arithmetic") == ""
+
+
 @pytest.mark.parametrize(
     ("error", "line"),
     [
@@ -1143,13 +1414,11 @@ def test_an_error_while_the_user_s_file_is_loaded_ends_in_a_traceback_too(own):
 
 def test_a_function_that_cannot_be_loaded_is_refused_in_one_line_that_names_the_setting(tmp_path, own):
     path = own("f = 3\n")
-    (tmp_path / "rewards.py").touch()
     for spec, message in (
         ("own", "'own' must be FILE.py:FUNCTION"), ("own.py", "'own.py' must be FILE.py:FUNCTION"),
         ("own.txt:f", "'own.txt:f' must be FILE.py:FUNCTION"), ("own.py:", "'own.py:' must be FILE.py:FUNCTION"),
         ("nowhere.py:f", "there is no file 'nowhere.py'"), (f"{path}:g", f"{path} has no function 'g'"),
         (f"{path}:f", f"{path} has no function 'f'"),
-        (f"{tmp_path}/rewards.py:f", f"another module is named 'rewards': rename {tmp_path}/rewards.py"),
     ):  # fmt: skip
         with pytest.raises(settings.SettingError, match=f"^reward: {re.escape(message)}$"):
             functions.load_reward(spec)
@@ -1191,3 +1460,53 @@ def test_a_run_uses_its_reward_function_and_prints_its_first_prompt(tmp_path, ow
     assert "trained tokens in ⟦ ⟧: 'Q:" in printed
     with pytest.raises(SystemExit, match=r"bridge\.py: reward: .*\.py:none must return a finite number"):
         bridge.main([*flags, "--reward", f"{path}:none", "--out", str(tmp_path / "other")])
+
+
+CHANGES = {
+    "the text": (dict(own=F + "return -len(response)"), "", r"reward: the code of .*own\.py:f changed since the run"),
+    "a helper": (dict(helping="ONE = 2"), "", r"reward: the code of .*own\.py:f changed since the run in .* began"),
+    "a helper of the task": (dict(asking="COLUMN = 'other'"), "", r"task: the code of .*ask\.py:t changed since"),
+    "a column": (dict(), "weight", r"task, rl_data, sft_data or eval_data changed since the run in .* began"),
+    "another function": (dict(reward="own.py:g"), "", r"reward is '.*own\.py:g', the run in .* has '.*own\.py:f'"),
+    "the built-in one": (dict(reward=""), "", r"reward is '', the run in .* has '.*own\.py:f': use that"),
+    "moved": (dict(moved="yes"), "", ""), "nothing": (dict(), "", ""), "a file beside": (dict(unused="1"), "", ""),
+}  # fmt: skip
+ASKS = (
+    MAKES
+    + """from asking import COLUMN
+def t(s):
+    import json
+    from pathlib import Path
+    rows = json.loads((Path(__file__).parent / "rows.json").read_text())
+    return Task([Problem(r["q"], r["a"], extra=r) for r in rows], [], [Problem("9+9", "18")], "")
+"""
+)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_resumed_run_notices_that_its_reward_or_what_this_reads_changed(tmp_path, own, monkeypatch, change):
+    files, column, message = CHANGES[change]
+    code = dict(own="from helping import ONE\n" + F + "return ONE\ng = f", helping="ONE = 1", asking="COLUMN = 'w'")
+    rows = [{"q": f"{i}+1", "a": str(i + 1), "weight": i} for i in range(8)]
+
+    def begin(folder, reward="own.py:f", moved="", **changed):
+        """(settings, fingerprints) of a run, whose process imports the files anew."""
+        folder = put(tmp_path / (moved or folder), ask=ASKS, **code | changed)
+        (folder / "rows.json").write_text(json.dumps(rows))
+        functions.modules_beside.cache_clear()
+        for name in ("own", "ask", *code):
+            sys.modules.pop(name, None)
+        reward = reward and f"{folder}/{reward}"
+        s = settings.Settings(model="arithmetic-smoke", method="rl", task=f"{folder}/ask.py:t", reward=reward)
+        return s, loading.load_training(s).fingerprints
+
+    s, fingerprints = begin("a")
+    facts = json.loads(json.dumps({"step": 1, "settings": vars(s)} | fingerprints))
+    for row in rows:
+        row |= {column: 3} if column else {}
+    s, fingerprints = begin("a", **files)
+    if message:
+        with pytest.raises(settings.SettingError, match=f"^{message}"):
+            checkpoint.refuse_other_run(facts, s, fingerprints, tmp_path)
+    else:
+        checkpoint.refuse_other_run(facts, s, fingerprints, tmp_path)

@@ -564,7 +564,7 @@ def weights_of_losses(method, steps):
 def test_only_a_method_whose_updates_follow_the_number_of_steps_refuses_another_number_on_resume(method):
     follows = weights_of_losses(method, 4) != weights_of_losses(method, 8)
     assert follows == (method == "chord") == bool(METHODS[method].schedule)
-    fingerprints = {"data": "d", "model": "m"}
+    fingerprints = {"data": "d", "model": "m", "reward": "", "task": ""}
     s = Settings(method=method, steps=4)
     facts = {"step": 2, "settings": asdict(s)} | fingerprints
     checkpoint.refuse_other_run(facts, s, fingerprints, Path("out"))

@@ -159,9 +159,12 @@ def test_evaluation_problems_in_training_are_dropped_and_an_empty_rest_is_refuse
     assert len(tasks.prepare(task, tokenizer, 20, 64, True)) == 1
     assert task.problems == small_task().problems
     for name, note in zip(("rl_data", "sft_data"), task.notes, strict=True):
-        assert note == f"{name}: 1 of 2 share 13 words in a row with an evaluation problem: dropped"
+        assert (
+            note
+            == f"{name}: 1 of 2 share 13 words in a row, or all, with an evaluation problem, first '3 + 3': dropped"
+        )
     for name, leak in (("rl", {"problems": [problem]}), ("sft", {"demonstrations": [demonstration]})):
-        with pytest.raises(DataError, match=rf"{name}_data: no usable row is left.*1 of 1 share 13 words"):
+        with pytest.raises(DataError, match=rf"{name}_data: no usable row is left \({name}_data: 1 of 1 share 13 w"):
             tasks.prepare(small_task(**leak), tokenizer, 20, 64, True)
 
 
@@ -170,8 +173,10 @@ def test_long_demonstrations_are_counted_and_dropped_instead_of_shortened(tokeni
     task = small_task(demonstrations=[*small_task().demonstrations, long])
     (kept,) = tasks.prepare(task, tokenizer, 20, 64, True)
     assert tokenizer.decode(kept[1], skip_special_tokens=True) == "1+2=3;\\boxed{3}"
-    assert "1 of 2 demonstrations exceed 20 tokens: dropped" in task.notes[0]
-    with pytest.raises(DataError, match="sft_data: no usable row is left; is max_new_tokens=20 right"):
+    assert "1 of 2 demonstrations exceed max_new_tokens=20: dropped" in task.notes[0]
+    with pytest.raises(
+        DataError, match=r"sft_data: no usable row is left \(sft_data: 1 of 1 .* exceed max_new_tokens=20"
+    ):
         tasks.prepare(small_task(demonstrations=[long]), tokenizer, 20, 64, True)
     assert tasks.prepare(small_task(demonstrations=[long]), tokenizer, 20, 64, False) == []
 
@@ -181,7 +186,7 @@ def test_prompts_without_room_for_an_answer_are_dropped_in_training_and_refused_
     task = small_task(problems=[*small_task().problems, endless])
     tasks.prepare(task, tokenizer, 20, 64, True)
     assert task.problems == small_task().problems
-    assert "1 of 2 prompts exceed 44 tokens: dropped" in task.notes[0]
+    assert "1 of 2 prompts exceed 44 tokens, 64 less max_new_tokens: dropped" in task.notes[0]
     with pytest.raises(DataError, match=r"eval_data: 1 prompts exceed 44 tokens.*lower max_new_tokens"):
         tasks.prepare(small_task(evaluation=[endless]), tokenizer, 20, 64, True)
 
@@ -207,6 +212,27 @@ def test_empty_sets_are_refused(tokenizer):
         tasks.prepare(small_task(), tokenizer, 64, 64, True)
     with pytest.raises(DataError, match="eval_data: no usable row"):
         tasks.prepare(small_task(evaluation=[]), tokenizer, 20, 64, True)
+
+
+def test_questions_with_several_golds_are_counted(tokenizer):
+    rows = [("1+1", "2"), ("1+4", "5"), ("1+1", "2"), ("1+2", "3"), ("1+4", "6"), ("1+4", "5")]
+    task = small_task(problems=[Problem(*row) for row in rows])
+    tasks.prepare(task, tokenizer, 20, 64, True)
+    assert task.notes == ["rl_data: 1 questions have several golds, all are trained: first '1+4'"]
+    assert len(task.problems) == 6
+
+
+def test_a_fingerprint_has_extra_only_if_a_reward_reads_it_and_no_address_of_an_object():
+    def of(extra, **options):
+        return tasks.fingerprint(small_task(problems=[Problem("1+1", "2", extra=extra)]), **options)
+
+    first = of({"tests": [1, None, {"a": 2.5}]}, with_extra=True)
+    for other in ({"tests": [1, None, {"a": 2.0}]}, {"cases": [1, None, {"a": 2.5}]}, {}, {"tests": "1"}):
+        assert of(other, with_extra=True) != first
+        assert of(other) == of({})
+    assert of({"o": object(), "s": {1, 2}, (1, 2): 3}, with_extra=True) == of(
+        {"o": object(), "s": set()}, with_extra=True
+    )
 
 
 def test_a_stream_visits_every_item_once_per_epoch_and_resumes_from_its_position():
