@@ -408,7 +408,7 @@ def test_a_reward_without_a_statement_of_what_is_right_is_refused_by_the_methods
         assert all(sample["right"] is None for sample in lines(tmp_path / "run" / "samples.jsonl"))
 
 
-@pytest.mark.parametrize("method", ["chord", *PAIRED])
+@pytest.mark.parametrize("method", PAIRED)
 def test_each_baseline_resumes_bit_for_bit(tmp_path, method):
     flags = ["--method", method, "--save-every", "5", "--eval-every", "1"]
     run(tmp_path / "through", *flags, steps=3)

@@ -486,7 +486,7 @@ def test_the_bars_of_a_group_stand_above_its_name_whatever_groups_other_runs_hav
     value = {group: 0.1 * i for i, group in enumerate(dict.fromkeys((*first, *second)), 1)}
     of_runs = [{group: value[group] for group in groups} for groups in (first, second)]
     runs = [fake_run(tmp_path / str(i), evals=[of_run] if of_run else []) for i, of_run in enumerate(of_runs)]
-    ax = drawn(monkeypatch, *runs)["accuracy by group, at the end"]
+    ax = drawn(monkeypatch, *runs)["accuracy by group, last evaluation"]
     names = [text.get_text() for text in ax.get_xticklabels()]
     assert names == list(value)
     assert len(ax.patches) == len(first) + len(second)
