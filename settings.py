@@ -285,7 +285,7 @@ def check_value(name: str, value: str | int | float | bool) -> None:
 
 
 def check(s: Settings) -> Settings:
-    """Returns `s`, for SFT alone with rl_data. Raises SettingError for a value that no run can use."""
+    """Returns `s`; for SFT alone its rl_data are the sft_data. Raises SettingError for a value that no run can use."""
     for rule in fields(Settings):
         check_value(rule.name, getattr(s, rule.name))
     if 0 < s.shadow_ratio_cap < 1:
