@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cache
 from itertools import product
 
-from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, check_eval_problems, draw_distinct, ngrams
+from tasks.task import BOX, EVAL_SEED, Demonstration, Drawn, Problem, Task, check_eval_problems, draw_distinct, marks
 
 PEOPLE = "ABCDE"
 KINDS = ("knave", "knight")
@@ -103,7 +103,7 @@ def distinct_puzzles(rng: random.Random, sizes: tuple[int, ...], count: int, hel
         return puzzle(rng, sizes[i % len(sizes)])
 
     def taken(question: str) -> bool:
-        return not held_out.isdisjoint(ngrams(question))
+        return not held_out.isdisjoint(marks(question))
 
     return draw_distinct(draw, count, taken)
 
@@ -122,7 +122,7 @@ def evaluation(per_size: int) -> list[Problem]:
 @cache
 def held_out() -> frozenset[str]:
     """The n-grams of all evaluation problems."""
-    return frozenset(g for p in evaluation(EVAL_MAX) for g in ngrams(p.question))
+    return frozenset(g for p in evaluation(EVAL_MAX) for g in marks(p.question))
 
 
 def task(seed: int, eval_per_size: int, demonstrations: int = PROMPTS, useless: float = 0.5) -> Task:

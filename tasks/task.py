@@ -3,10 +3,9 @@
 import hashlib
 import json
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import lru_cache
 from unicodedata import normalize
 
 import numpy as np
@@ -112,33 +111,28 @@ def decontaminate(task: Task) -> None:
     """
     evaluated = [*(p.question for p in task.evaluation), *task.kept_apart]
     common = frequent(evaluated) | frequent([row.question for row in [*task.problems, *task.demonstrations]])
-    known = set()
-    like = defaultdict(list)  # text without common sentences -> all sentences of each question with this text
-    for question in evaluated:
-        own, *runs = ngrams(question, common)
-        like[own].append(set(sentences(question)))
-        known.update(run for run in runs if without_numbers(run) not in common)
+    known = {mark for question in evaluated for mark in marks(question, common)}
 
     def without_evaluated(rows: list, setting: str) -> list:
         clean = []
-        shared = []
+        shared = ""
         for row in rows:
-            own, *runs = ngrams(row.question, common)
-            all_sentences = set(sentences(row.question))
-            found = [run for run in runs if run in known]
-            # An instruction consists of common sentences, which one of two equal questions may lack.
-            if any(other <= all_sentences or all_sentences <= other for other in like.get(own, ())):
-                found = [own or row.question]
-            if found:
-                shared.append(found[0])
-            else:
+            found = next((mark for mark in marks(row.question, common) if mark in known), "")
+            shared = shared or found
+            if not found:
                 clean.append(row)
-        reason = f"share {NGRAM} words in a row, or all, with an evaluation problem, first {''.join(shared[:1])!r:.99}"
+        reason = f"share {NGRAM} words in a row, or all, with an evaluation problem, first {shared!r:.99}"
         note_dropped(task.notes, setting, rows, clean, reason)
         return clean
 
     task.problems = without_evaluated(task.problems, "rl_data")
     task.demonstrations = without_evaluated(task.demonstrations, "sft_data")
+
+
+def marks(question: str, common: Collection[str] = ()) -> list[str]:
+    """Of the sentences that are not common: all runs of NGRAM words, and the whole text in brackets."""
+    own = [sentence for sentence in sentences(question) if sentence not in common] or sentences(question)
+    return [*(run for run in runs(own) if without_numbers(run) not in common), f"[{' '.join(own)}]"]
 
 
 def frequent(questions: list[str]) -> set[str]:
@@ -147,23 +141,22 @@ def frequent(questions: list[str]) -> set[str]:
     sample = distinct[:: 1 + len(distinct) // 1000]
     count = Counter()
     for question in sample:
-        long = (sentence for sentence in sentences(question) if sentence.count(" ") > 3)  # "B knight" says too little
-        count.update({*long, *map(without_numbers, ngrams(question)[1:])})
+        pieces = sentences(question)
+        long = {sentence for sentence in pieces if sentence.count(" ") > 3}  # "B knight" says too little
+        count.update(long | {without_numbers(run) for run in runs(pieces)})
     return {part for part, number in count.items() if number > max(2, len(sample) / 10)}
 
 
-def ngrams(question: str, common: Collection[str] = ()) -> list[str]:
-    """The sentences of a question that are not common, as one text, followed by all runs of NGRAM words in it."""
-    own = " ".join(sentence for sentence in sentences(question) if sentence not in common)
-    words = [word for word in own.split() if word[0].isalnum()]
-    return [own, *(" ".join(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1))]
+def runs(pieces: list[str]) -> list[str]:
+    """All NGRAM words in a row of sentences, without signs."""
+    words = [word for word in " ".join(pieces).split() if word[0].isalnum()]
+    return [" ".join(words[start : start + NGRAM]) for start in range(len(words) - NGRAM + 1)]
 
 
-@lru_cache(maxsize=1)
-def sentences(text: str) -> tuple[str, ...]:
+def sentences(text: str) -> list[str]:
     """The words and signs of each sentence, with spaces between: 1 + 2 equals 1+2 and differs from 1-2."""
     pieces = SENTENCE.split(normalize("NFKC", text).lower())
-    return tuple(filter(None, (" ".join(WORD.findall(piece)) for piece in pieces)))
+    return [sentence for piece in pieces if (sentence := " ".join(WORD.findall(piece)))]
 
 
 def without_numbers(text: str) -> str:

@@ -903,7 +903,7 @@ def test_thirteen_shared_words_are_contamination_and_twelve_are_not():
 
 def test_a_question_of_just_thirteen_words_is_compared_by_words():
     words = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    assert tasks.ngrams(words + ".")[1:] == tasks.ngrams(words.upper())[1:] == [words]
+    assert tasks.marks(words + ".") == tasks.marks(words.upper()) == [words, f"[{words}]"]
 
 
 def clean(trained, evaluated):

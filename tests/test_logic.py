@@ -13,7 +13,7 @@ from sampler import Sampler
 from settings import PRESETS, SettingError, Settings, check
 from settings import parse as parse_settings
 from tasks import logic, named
-from tasks.task import encode_demonstration, ngrams, prepare
+from tasks.task import encode_demonstration, marks, prepare
 
 LIMIT = PRESETS["logic"]["max_new_tokens"]
 
@@ -113,8 +113,8 @@ def test_the_task_is_a_function_of_its_seed_with_a_demonstration_for_every_promp
 def test_no_evaluation_problem_occurs_in_training(task, tokenizer):
     questions = {p.question for p in task.evaluation}
     assert len(questions) == len(task.evaluation)
-    grams = {g for q in questions for g in ngrams(q)}
-    assert all(grams.isdisjoint(ngrams(p.question)) for p in task.problems)
+    grams = {g for q in questions for g in marks(q)}
+    assert all(grams.isdisjoint(marks(p.question)) for p in task.problems)
     prepared = prepare(logic.task(0, 100), tokenizer, LIMIT, 256)
     assert len(prepared) == logic.PROMPTS, "the checks before training drop nothing"
 

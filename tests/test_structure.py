@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import lines
+from mutants import MUTANTS
 
 import bridge
 import evaluate
@@ -125,3 +126,8 @@ def test_no_file_imports_matplotlib_before_it_draws():
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 assert "matplotlib" not in ast.unparse(node), f"{path.name} must import it inside a function"
+
+
+def test_every_mutant_breaks_a_line_that_its_file_has_once():
+    for file, line, _ in MUTANTS:
+        assert (ROOT / file).read_text().count(line) == 1, f"{file}: {line}"

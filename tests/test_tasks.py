@@ -161,7 +161,7 @@ def test_evaluation_problems_in_training_are_dropped_and_an_empty_rest_is_refuse
     for name, note in zip(("rl_data", "sft_data"), task.notes, strict=True):
         assert (
             note
-            == f"{name}: 1 of 2 share 13 words in a row, or all, with an evaluation problem, first '3 + 3': dropped"
+            == f"{name}: 1 of 2 share 13 words in a row, or all, with an evaluation problem, first '[3 + 3]': dropped"
         )
     for name, leak in (("rl", {"problems": [problem]}), ("sft", {"demonstrations": [demonstration]})):
         with pytest.raises(DataError, match=rf"{name}_data: no usable row is left \({name}_data: 1 of 1 share 13 w"):
