@@ -369,6 +369,7 @@ CASES = [
     ("x^3+3x-6", "x^3+3x", False, "the constant is lost"),
     ("x", "x + 10^{-20}", False, "a tiny summand"),
     ("x", "x + x(x-1)(x-2)(x-3)(x-4)", False, "equal at small integers only"),
+    ("x^2", "x(x)", True, "a letter is no function of itself"),
     ("1", "(-1)^n", False, "equal at even integers only"),
     (r"\frac{2}{3} \frac{C}{S}", r"\frac{2C}{3S}", True, "a product of fractions"),
     (r"\frac{2}{3} \frac{C}{S}", r"\frac{2S}{3C}", False, "the letters upside down"),
