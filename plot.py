@@ -56,14 +56,12 @@ def draw(runs: list[Path], out: Path) -> None:
     width = 0.8 / len(runs)
     color_of_phase = {}
     place_of_group = {}  # runs may have other groups, or the same in another order
-    rewards = [0.0, 1.0]
     names = labels(runs)
     for i, (run, name) in enumerate(zip(runs, names, strict=True)):
         color = f"C{i}"
         metrics = read_log(run / "metrics.jsonl")
         evals = read_log(run / "evals.jsonl")
         curve(reward, metrics, "reward", name, color)
-        rewards += [record["reward"] for record in metrics if record.get("reward") is not None]
         curve(length, metrics, "response_tokens", name, color)
         curve(gain, metrics, "cooperative_gain", name, color)
         accuracies(accuracy, evals, "policy", color, marker="o", ms=3, label=name)
@@ -84,7 +82,8 @@ def draw(runs: list[Path], out: Path) -> None:
 
     by_group.set_xticks([place + 0.4 - width / 2 for place in place_of_group.values()], place_of_group)
     seconds.set_yticks(range(len(runs)), names)
-    if min(rewards) == 0 and max(rewards) == 1:  # none is beyond; others have a scale of their own
+    lowest, highest = reward.dataLim.intervaly
+    if lowest >= 0 and highest <= 1:  # rewards beyond have a scale of their own
         reward.set_ylim(0, 1)
     for ax in figure.axes:
         ax.spines[["top", "right"]].set_visible(False)
