@@ -204,3 +204,93 @@ def test_a_bootstrap_draw_keeps_the_number_of_runs_of_each_task():
     draws = claims.resampled(scores, 0)
     assert draws.shape == (claims.DRAWS, 2, 10)
     assert (draws == scores).all(), "runs of one task never stand in for runs of the other"
+
+
+TABLES = (ROOT / "bench/results/tables.md").read_text()
+
+
+def table_of(preset, name):
+    """{label: cells} of a table of bench/results/tables.md, and the titles of its columns."""
+    (body,) = re.findall(rf"^## {preset}: {name}\n.*?\n(\| \|.*?)\n(?:\n|\Z)", TABLES, re.MULTILINE | re.DOTALL)
+    head, _, *lines = body.splitlines()
+    titles = [title.strip() for title in head.strip("|").split("|")][1:]
+    return {
+        cells[0]: dict(zip(titles, cells[1:], strict=True)) for cells in (x.strip("| ").split(" | ") for x in lines)
+    }
+
+
+def shown(numbers, sign=""):
+    """A mean and its interval as the tables print them."""
+    middle, half = mean(numbers), STUDENT[len(numbers) - 1] * stdev(numbers) / len(numbers) ** 0.5
+    digits = 1 if abs(middle) >= 10 or sign else 2
+    return f"{middle:{sign}.{digits}f} ± {half:.{digits}f}"
+
+
+@pytest.mark.parametrize("preset", ["chains", "logic"])
+def test_the_main_table_follows_from_the_raw_rows(preset):
+    table = table_of(preset, "main")
+    assert len(table) == 14
+    ours = values(preset, "bridge")
+    for label, cells in table.items():
+        accuracy = values(preset, label)
+        assert cells["trained"] == shown(list(accuracy.values()))
+        assert cells["pass@1"] == shown(list(values(preset, label, NUMBERS["pass@1"]).values()))
+        if label != "bridge":
+            assert cells["difference"] == shown([accuracy[seed] - ours[seed] for seed in accuracy], "+")
+
+
+@pytest.mark.parametrize("preset", ["chains", "logic"])
+def test_the_table_of_shadows_follows_from_the_raw_rows(preset):
+    half = winner(preset, "bridge, λ 0.5")
+    rows_of_table = {
+        "bridge, λ 0.5": ("bridge", half), "w on SFT (no_meta)": ("no_meta", half),
+        "w on SFT + RL (mix_lora)": ("mix_lora", half), "no w (mix)": ("mix", {"alpha": half["alpha"], "mu": "1"}),
+        "bridge, own rollouts": ("bridge", half | {"shadow-rollouts": "own"}),
+        "bridge, θ̂ = θ + one step": ("bridge", half | {"shadow-rollouts": "one_step"}),
+        "bridge, shared, PPO's clip": ("bridge", half | {"shadow-ratio-cap": "0"}),
+    }  # fmt: skip
+
+    def of(label, number):
+        method, flags = rows_of_table[label]
+        chosen = [r for r in rows(preset) if (r["method"], r["flags"], r["kind"]) == (method, flags, "final")]
+        return {r["seed"]: number(r, preset) for r in chosen if r["seed"] < 10}
+
+    def shadow(run, preset):
+        last = run["evals"][-1]["shadow"]
+        return 100 * mean(last[g] for g in groups(last, preset))
+
+    table = table_of(preset, "shadow")
+    assert list(table) == list(rows_of_table)
+    reference = of("bridge, λ 0.5", endpoint)
+    for label, cells in table.items():
+        accuracy = of(label, endpoint)
+        assert cells["trained"] == shown(list(accuracy.values()))
+        if label != "bridge, λ 0.5":
+            assert cells["difference"] == shown([accuracy[s] - reference[s] for s in accuracy], "+")
+        if rows_of_table[label][0] == "bridge":
+            assert cells["the shadow"] == shown(list(of(label, shadow).values()))
+            gain = of(label, lambda run, _: mean(run["curves"]["cooperative_gain"][-2:]))
+            assert cells["logged gain, last steps"] == shown(list(gain.values()))
+
+
+def test_both_tasks_together_follow_from_the_raw_rows():
+    def scores(label):
+        of_tasks = []
+        for preset in ("chains", "logic"):
+            method, flags = settings_of(preset, label)
+            run = next(r for r in rows(preset) if (r["method"], r["flags"], r["kind"]) == (method, flags, "final"))
+            start = run["evals"][0]["policy"]
+            base = 100 * mean(start[g] for g in groups(start, preset))
+            of_tasks.append([(x - base) / (100 - base) for x in values(preset, label).values()])
+        return of_tasks
+
+    ours = scores("bridge")
+    lines = [line.strip("| ").split(" | ") for line in claims.both_table().splitlines()[2:]]
+    assert len(lines) == 14
+    for label, iqm, better in lines:
+        theirs = scores(label)
+        middle = sorted(x for of_task in theirs for x in of_task)[5:15]
+        assert iqm.startswith(f"{mean(middle):.2f} (")
+        if label != "bridge":
+            pairs = [mean((a > b) + (a == b) / 2 for a in ours[t] for b in theirs[t]) for t in (0, 1)]
+            assert better.startswith(f"{mean(pairs):.2f} (")
