@@ -472,6 +472,7 @@ def train(run: Run, start: int) -> None:
                 save(run, k + 1, best)
         if stopped and not is_last:  # not stop.requested, which a signal may have set since, on one rank
             stop.exit(k + 1)
+    stop.release()
 
 
 def log_step(

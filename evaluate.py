@@ -12,6 +12,7 @@ built-in task. The same command continues an interrupted evaluation.
 
 import argparse
 import os
+import re
 import sys
 import zlib
 from collections import defaultdict
@@ -207,15 +208,24 @@ def regrade(path: Path, out: str | None) -> str:
 # What is evaluated
 
 
-def load_settings(run: Path) -> Settings | None:
-    """The settings of a finished run, None for another folder. Raises DataError for an unfinished or damaged run."""
-    if not (run / "metrics.jsonl").exists():
+def is_run(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists()
+
+
+def load_settings(source: Path) -> Settings | None:
+    """The settings of a finished run, or of the run whose model/ or model-step-N/ this is; None for another model.
+
+    Raises DataError for an unfinished or damaged run.
+    """
+    if re.fullmatch(r"model(-step-\d+)?", source.name) and is_run(source.parent):
+        return settings_of(source.parent / "config.json")
+    if not is_run(source):
         return None
-    if not (run / "model").is_dir():
-        exported = ", ".join(map(str, sorted(run.glob("model-step-*")))) or "none"
+    if not (source / "model").is_dir():
+        exported = ", ".join(map(str, sorted(source.glob("model-step-*")))) or "none"
         text = "the run has not finished, --resume continues it; models of earlier steps, to evaluate"
-        raise DataError(f"{run} has no model/ yet: {text}: {exported}")
-    return settings_of(run / "config.json")
+        raise DataError(f"{source} has no model/ yet: {text}: {exported}")
+    return settings_of(source / "config.json")
 
 
 def find_task(args: argparse.Namespace, s: Settings | None) -> Task:
@@ -293,7 +303,7 @@ def pick_dtype() -> torch.dtype:
 
 def policies(source: str, s: Settings | None, template: str) -> Iterator[tuple[str, nn.Module, object, list[int]]]:
     """(title, model, tokenizer, stop ids) of a run's base model, policy and shadow, or of one model."""
-    if s is None:
+    if not is_run(Path(source)):
         yield source, *load_model(source, template)
         return
     yield f"base model {s.model}", *load_model(s.model, template)
@@ -355,7 +365,7 @@ def run(args: argparse.Namespace) -> None:
     for note in task.notes:
         print0(note)
     with parallel.rank0_first():  # rank 0 downloads the model, then the other ranks read it from the disk
-        source = f"{args.source}/model" if s else args.source
+        source = f"{args.source}/model" if is_run(Path(args.source)) else args.source
         model, tokenizer, stop = load_model(source, task.template)
 
     sampling = choose_sampling(args, s)
@@ -377,7 +387,8 @@ def run(args: argparse.Namespace) -> None:
         "data": {group: describe(own) for group, own in problems.items()},
     }
     if s:
-        header["step"] = s.total_steps
+        _, exported, step = os.path.normpath(args.source).rpartition("/model-step-")
+        header["step"] = int(step) if exported else s.total_steps
     out = result_file(args, s)
     with alone(out, out.with_name(f".{out.name}.lock")):
         records = results.open_results(out, header) if parallel.rank() == 0 else None
@@ -417,7 +428,10 @@ def result_file(args: argparse.Namespace, s: Settings | None) -> Path:
     data = args.benchmarks or Path(args.data).stem  # empty: the run's own problems or the built-in task
     name = f"answers-{data.replace(',', '+')}-{args.protocol}.jsonl" if data else f"answers-{args.protocol}.jsonl"
     folder = Path(args.source)
-    return folder / name if s else Path("evals") / folder.name / name
+    if is_run(folder):
+        return folder / name
+    of_run = folder.resolve().parent.name if s else ""  # the models of all runs have the same names
+    return Path("evals", of_run, folder.name, name)
 
 
 def answer_missing(

@@ -163,7 +163,9 @@ def alone(path: Path, lock: Path) -> Iterator[None]:
     """
     is_first = parallel.rank() == 0
     is_taken = False
+    made = False
     if is_first:
+        made = not lock.parent.exists()
         lock.parent.mkdir(parents=True, exist_ok=True)
     with open(lock if is_first else os.devnull, "a") as file:
         try:
@@ -172,6 +174,7 @@ def alone(path: Path, lock: Path) -> Iterator[None]:
             os.register_at_fork(after_in_child=file.close)  # a child may outlive this process
             if is_first:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                is_taken = os.fstat(file.fileno()).st_nlink == 0  # its owner has just deleted it
         except BlockingIOError:
             is_taken = True
         except (ImportError, OSError):
@@ -184,7 +187,8 @@ def alone(path: Path, lock: Path) -> Iterator[None]:
             if is_first:
                 with suppress(OSError):
                     lock.unlink()
-                    lock.parent.rmdir()  # a failed set-up has left nothing else in it
+                    if made:
+                        lock.parent.rmdir()  # a failed set-up has left nothing else in it
 
 
 def stop_if_diverged(metrics: dict[str, float], step: int, folder: Path) -> None:
@@ -293,11 +297,17 @@ class StopSignal:
 
     def __init__(self):
         self.requested: signal.Signals | None = None
+        self.before: dict[int, object] = {}  # the handlers to restore
         with suppress(ValueError):  # a thread can install none
             for number in signal.Signals:
                 is_nohup = number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
                 if number.name in STOPS and not is_nohup:
-                    signal.signal(number, self._handle)
+                    self.before[number] = signal.signal(number, self._handle)
+
+    def release(self) -> None:
+        """Restores the handlers: a signal after the last step ends the process, or reaches a notebook's own."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _handle(self, number, frame) -> None:
         self.requested = signal.Signals(number)

@@ -4,6 +4,7 @@ While it runs, an import means what it means in a script: a module beside the fi
 project's `rewards`, `settings` and `tasks` can be imported as well, where no module beside the file has their name.
 """
 
+import ast
 import hashlib
 import importlib
 import math
@@ -36,7 +37,7 @@ def user_code(setting: str, spec: str) -> Iterator[None]:
     folder = Path(spec.rpartition(":")[0]).resolve().parent
     path = [*sys.path]
     sys.path[:] = [str(folder), *(entry for entry in path if os.path.abspath(entry) != str(ROOT))]
-    names, modules = modules_beside(folder)
+    names, taken, modules = modules_beside(folder)
     sys.path.append(str(ROOT))
     hidden = {name: sys.modules.pop(name) for name in names if name in sys.modules}
     sys.modules.update(modules)
@@ -46,24 +47,32 @@ def user_code(setting: str, spec: str) -> Iterator[None]:
         raise RuntimeError(f"{setting}: {spec} raised {type(error).__name__}") from error
     finally:
         modules.update({name: sys.modules[name] for name in names if name in sys.modules})
+        for name in taken:
+            sys.modules.pop(name, None)
         sys.modules.update(hidden)
         # Pickle, also in another process, finds modules of the user's whose name is free.
         sys.path[:] = dict.fromkeys([*path, *sys.path])
 
 
 @lru_cache
-def modules_beside(folder: Path) -> tuple[set[str], dict[str, ModuleType]]:
-    """(names that mean other modules in a folder of the user's than in the project, those modules once imported)."""
+def modules_beside(folder: Path) -> tuple[set[str], set[str], dict[str, ModuleType]]:
+    """Names that mean modules of a folder of the user's, those of them that are taken, and the modules once imported.
+
+    A name is taken if an installed module has it, too.
+    """
     if folder == ROOT:
-        return set(), {}
+        return set(), set(), {}
     # The project's name of an installed package, such as evaluate of PyPI, means the package.
     names = {module.name for module in pkgutil.iter_modules([str(ROOT)]) if PathFinder.find_spec(module.name)}
     names -= FOR_USERS
-    for module in pkgutil.iter_modules([str(folder)]):
-        names.add(module.name)
-        for source in folder.glob(f"{module.name}/**/*.py"):
-            names.add(".".join(source.relative_to(folder).with_suffix("").parts))
-    return names, {}
+    # Three levels of packages, with or without __init__.py: the folder may be a home
+    for pattern in ("*.py", "*/*.py", "*/*/*.py", "*/*/*/*.py"):
+        for source in folder.glob(pattern):
+            parts = source.relative_to(folder).with_suffix("").parts
+            names.update(".".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    elsewhere = [entry for entry in sys.path if entry != str(folder)]
+    taken = {name for name in names if PathFinder.find_spec(name.partition(".")[0], elsewhere)}
+    return names, taken, {}
 
 
 def load_function(setting: str, spec: str) -> Callable:
@@ -98,9 +107,10 @@ def code_fingerprint(spec: str) -> str:
         if source in texts or not source.is_file():
             continue
         texts[source] = source.read_text(errors="replace")
-        for names in re.findall(r"(?m)^\s*(?:from|import)\b(.*)", texts[source]):
-            for name in re.findall(r"\w+", names):
-                waiting += [path.with_name(f"{name}.py"), *path.parent.glob(f"{name}/**/*.py")]
+        for node in ast.walk(ast.parse(texts[source])):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                for name in re.findall(r"\w+", ast.unparse(node)):
+                    waiting += [path.with_name(f"{name}.py"), *path.parent.glob(f"{name}/**/*.py")]
     own = texts.pop(path)  # without its name: the file may have moved
     helpers = sorted((str(source.relative_to(path.parent)), text) for source, text in texts.items())
     return hashlib.sha256(repr((function, own, helpers)).encode()).hexdigest()
@@ -127,7 +137,7 @@ def load_reward(spec: str) -> Callable[[str, Problem], float]:
             raise SettingError(f"reward: {spec} must return a finite number, {returned}")
         return float(value)
 
-    reward.right_from = right_from
+    reward.right_from = None if right_from is None else float(right_from)
     return reward
 
 

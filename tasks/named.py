@@ -121,7 +121,8 @@ def hold_out(task: Task, eval_problems: int) -> None:
     problem_of = {p.question: p for p in task.problems}
     if 2 * eval_problems >= len(problem_of):
         too_few = f"holding out eval_problems={eval_problems} of {len(problem_of)} questions keeps too few"
-        raise DataError(f"rl_data: {too_few}: lower eval_problems or give eval_data")
+        notes = "".join(f" ({note})" for note in task.notes)
+        raise DataError(f"rl_data: {too_few}: lower eval_problems or give eval_data{notes}")
     task.evaluation = list(problem_of.values())[-eval_problems:]
     held_out = {p.question for p in task.evaluation}
     task.problems = [p for p in task.problems if p.question not in held_out]

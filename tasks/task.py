@@ -110,7 +110,8 @@ def decontaminate(task: Task) -> None:
     What many questions share, such as an instruction or a story with other numbers, does not count.
     """
     evaluated = [*(p.question for p in task.evaluation), *task.kept_apart]
-    common = frequent(evaluated) | frequent([row.question for row in [*task.problems, *task.demonstrations]])
+    trained = [row.question for row in [*task.problems, *task.demonstrations]]
+    common = frequent(evaluated, least=3) | frequent(trained, least=5)
     known = {mark for question in evaluated for mark in marks(question, common)}
 
     def without_evaluated(rows: list, setting: str) -> list:
@@ -130,13 +131,22 @@ def decontaminate(task: Task) -> None:
 
 
 def marks(question: str, common: Collection[str] = ()) -> list[str]:
-    """Of the sentences that are not common: all runs of NGRAM words, and the whole text in brackets."""
-    own = [sentence for sentence in sentences(question) if sentence not in common] or sentences(question)
-    return [*(run for run in runs(own) if without_numbers(run) not in common), f"[{' '.join(own)}]"]
+    """All runs of NGRAM words between sentences that are common; in brackets the whole text, and without those."""
+    stretches: list[list[str]] = [[]]
+    for sentence in sentences(question):
+        if sentence in common:
+            stretches.append([])
+        else:
+            stretches[-1].append(sentence)
+    found = [run for stretch in stretches for run in runs(stretch) if without_numbers(run) not in common]
+    own = " ".join(sentence for stretch in stretches for sentence in stretch)
+    if own.count(" ") > 3:  # "What is the total" says too little
+        found.append(f"[{own}]")
+    return [*found, f"[{' '.join(sentences(question))}]"]
 
 
-def frequent(questions: list[str]) -> set[str]:
-    """The sentences of 5 words, and runs with any numbers, of more than a tenth of the questions and more than 2."""
+def frequent(questions: list[str], least: int) -> set[str]:
+    """The sentences of 5 words, and runs with any numbers, of `least` and more than a tenth of the questions."""
     distinct = list(dict.fromkeys(questions))
     sample = distinct[:: 1 + len(distinct) // 1000]
     count = Counter()
@@ -144,7 +154,7 @@ def frequent(questions: list[str]) -> set[str]:
         pieces = sentences(question)
         long = {sentence for sentence in pieces if sentence.count(" ") > 3}  # "B knight" says too little
         count.update(long | {without_numbers(run) for run in runs(pieces)})
-    return {part for part, number in count.items() if number > max(2, len(sample) / 10)}
+    return {part for part, number in count.items() if number >= max(least, len(sample) / 10)}
 
 
 def runs(pieces: list[str]) -> list[str]:
@@ -155,6 +165,7 @@ def runs(pieces: list[str]) -> list[str]:
 
 def sentences(text: str) -> list[str]:
     """The words and signs of each sentence, with spaces between: 1 + 2 equals 1+2 and differs from 1-2."""
+    text = re.sub("(?<=\\w)(?=[²³¹⁰-₉])", "^", text)  # 5² is no 52
     pieces = SENTENCE.split(normalize("NFKC", text).lower())
     return [sentence for piece in pieces if (sentence := " ".join(WORD.findall(piece)))]
 

@@ -1,5 +1,6 @@
 """CHORD, LUFFY, SRFT and HPT: numbers of the published loss functions, and what follows from their formulas."""
 
+import json
 import math
 
 import pytest
@@ -389,6 +390,15 @@ def test_what_is_right_must_be_stated_as_a_number(tmp_path, stated):
     file.write_text(f"def f(response, problem):\n    return 1\n\n\nf.right_from = {stated}\n")
     with pytest.raises(SettingError, match=r"py:f\.right_from must be a finite number, it is"):
         load_reward(f"{file}:f")
+
+
+@pytest.mark.parametrize("stated", ["np.float64(0.5)", "torch.tensor([0.5])", "True"])
+def test_what_is_right_may_be_a_number_of_another_library(tmp_path, stated):
+    file = tmp_path / f"other_{len(stated)}.py"
+    file.write_text(f"import numpy as np\nimport torch\n\n\ndef f(*_):\n    return 1\n\n\nf.right_from = {stated}\n")
+    right_from = load_reward(f"{file}:f").right_from
+    assert type(right_from) is float
+    assert json.dumps(right_from <= 1.0) == "true"
 
 
 @pytest.mark.parametrize("method", ["rl", "bridge", *PAIRED])

@@ -903,7 +903,7 @@ def test_thirteen_shared_words_are_contamination_and_twelve_are_not():
 
 def test_a_question_of_just_thirteen_words_is_compared_by_words():
     words = "one two three four five six seven eight nine ten eleven twelve thirteen"
-    assert tasks.marks(words + ".") == tasks.marks(words.upper()) == [words, f"[{words}]"]
+    assert set(tasks.marks(words + ".")) == set(tasks.marks(words.upper())) == {words, f"[{words}]"}
 
 
 def clean(trained, evaluated):
@@ -940,6 +940,33 @@ def test_an_instruction_or_a_story_that_many_questions_share_is_no_contamination
     assert own in note or style == "of some"
 
 
+TOM = (
+    "Tom has {} apples in a basket and walks to the big market with his friend. The weather is very nice on that day. "
+)
+TOM += "He buys more apples there and then comes home again with {} apples more."
+
+
+def test_a_sentence_that_all_stories_share_joins_no_words_before_it_to_those_behind_it():
+    trained = [TOM.format(i, i + 20) for i in range(100)]
+    assert clean(trained, [TOM.format(i, i + 31) for i in range(20)]) == (trained, "")
+
+
+def test_short_questions_about_other_passages_are_kept():
+    ask = ("What is the total?", "How many are left?", "Who has the most?", "How many are red?", "What is the mean?")
+    passages = [f"Passage {i} tells of things that only it has, such as {'x' * i}." for i in range(1, 7)]
+    questions = [[f"{passage} {q}" for q in ask] for passage in passages]
+    trained = [q for of_passage in questions[1:] for q in of_passage]
+    assert clean(trained, questions[0]) == (trained, "")
+    assert clean([*trained, questions[0][1]], questions[0])[0] == trained
+
+
+def test_an_evaluated_question_with_a_few_other_endings_is_dropped_from_a_small_set():
+    asked = "Ann and Ben share seven red and nine green apples with two of their friends in the park."
+    copies = [f"{asked} {end}" for end in ("Explain.", "Answer briefly.", "Think first.")]
+    others = [f"Name the {i}th prime." for i in range(20)]
+    assert clean([*others, *copies], [asked, "another"])[0] == others
+
+
 def test_an_instruction_of_few_rows_is_named_and_no_data_set_is_emptied_by_one_of_most(tmp_path):
     other = [f"Name the {i}th prime." for i in range(90)]
     kept, note = clean([f"{ASK} {SUMS[0]}", *other], [f"{ASK} {SUMS[1]}"])
@@ -957,6 +984,7 @@ def test_an_instruction_of_few_rows_is_named_and_no_data_set_is_emptied_by_one_o
         ("What is 3 plus 4", "What is 3 plus 4 ?", True), ("what is  3 plus 4?", "What is 3 plus 4.", True),
         ("1 + 2", "1+2", True), ("1+2", "1-2", False), ("What is 3.4?", "What is 34?", False),
         ("What is 1 2/3?", "What is 12/3?", False), ("What is 5!?", "What is 5?", False),
+        ("What is 5² + 1?", "What is 52 + 1?", False), ("x² + 1 = 0", "x^2+1=0", True),
         ("小明有３个苹果，又买了4个，一共有几个？", "小明有3个苹果,又买了4个,一共有几个?", True),
         ("小明有3个苹果。", "小明有4个苹果。", False),
         ("听着：" + "小明在商店里买了三个又大又红的苹果。", "小明在商店里买了三个又大又红的苹果。多少钱？", True),
@@ -1299,6 +1327,27 @@ def test_user_files_and_helpers_of_one_name_in_two_folders_are_two_modules(tmp_p
     assert [reward("text", PROBLEM) for reward in rewards_of * 2] == [0, 3, 0, 3]
 
 
+@pytest.mark.parametrize("files", [["helpers__util"], ["h__sub/__init__"], ["h____init__", "h__sub/deep"]])
+def test_packages_of_one_name_in_two_folders_are_two_packages_with_or_without_init(tmp_path, own, files):
+    module = files[-1].replace("/__init__", "").replace("__", ".").replace("/", ".")
+    for number, folder in enumerate((tmp_path / "a", tmp_path / "b")):
+        put(folder, **dict.fromkeys(files, f"NUMBER = {number}"))
+        put(folder, own_file=f"import {module} as p\n" + F + "return p.NUMBER")
+    rewards_of = [functions.load_reward(f"{folder}/own_file.py:f") for folder in (tmp_path / "a", tmp_path / "b")]
+    assert [reward("text", PROBLEM) for reward in rewards_of] == [0, 1]
+
+
+def test_a_helper_with_the_name_of_an_installed_package_does_not_reach_the_project(tmp_path, own):
+    for name in ("datasets", "wandb"):
+        sys.modules.pop(name, None)
+    put(tmp_path, datasets="SEVEN = 7", own_file="from datasets import SEVEN\n" + F + "return SEVEN")
+    assert reward_of(tmp_path, "own_file") == 7
+    import datasets
+
+    assert hasattr(datasets, "load_dataset")
+    assert reward_of(tmp_path, "own_file") == 7
+
+
 def test_task_and_reward_of_one_folder_share_the_modules_beside_them(tmp_path, own):
     helper = "from dataclasses import dataclass\n@dataclass\nclass Point:\n    x: int\n"
     makes = (
@@ -1381,6 +1430,19 @@ def test_the_fingerprint_of_a_function_covers_what_its_file_imports_from_beside_
     put(without_init, loose__text="H = 2")
     assert functions.code_fingerprint(f"{without_init}/own.py:f") != first
     assert functions.code_fingerprint("") == functions.code_fingerprint("arithmetic") == ""
+    ways = [
+        "try: import h\nexcept ImportError: pass",
+        "import math, \\\n    h",
+        "from h import (\n    H)",
+        "import h as g",
+    ]
+    for number, way in enumerate(ways):
+        folder = put(tmp_path / f"way{number}", own=f'"""from notes of mine"""\n{way}', h="H = 1", notes="")
+        first = functions.code_fingerprint(f"{folder}/own.py:f")
+        put(folder, notes="other = 1")
+        assert functions.code_fingerprint(f"{folder}/own.py:f") == first, "a text imports nothing"
+        put(folder, h="H = 2")
+        assert functions.code_fingerprint(f"{folder}/own.py:f") != first, way
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,21 @@ def test_the_error_for_an_absent_benchmark_names_the_file_to_provide(tmp_path):
 # Result files
 
 
+@pytest.mark.parametrize("name", ["model-step-2", "model"])
+def test_a_model_in_a_run_folder_is_evaluated_on_the_problems_of_its_run(finished_run, tmp_path, monkeypatch, name):
+    shutil.copytree(finished_run("--method", "bridge", "--steps", "2"), tmp_path / "mine")
+    (tmp_path / "mine" / "model").rename(tmp_path / "mine" / name)
+    monkeypatch.chdir(tmp_path)
+    config = json.loads(Path("mine/config.json").read_text())
+    config["settings"] |= {"task": "chains", "eval_problems": 3, "steps": 9}  # as of an extended run
+    Path("mine/config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", f"mine/{name}"])
+    evaluate.main()
+    header, *answers = lines(tmp_path / "evals" / "mine" / name / "answers-paper.jsonl")
+    assert {a["group"] for a in answers} == {f"n={n}" for n in range(3, 10)}, "chains"
+    assert header["header"]["step"] == (2 if name == "model-step-2" else 9)
+
+
 def test_a_result_file_names_everything_its_numbers_depend_on_and_holds_every_answer(model, tmp_path, capsys):
     out = tmp_path / "a.jsonl"
     call(model, "--problems", 2, "--protocol", "sampled", "--samples", 3, "--max-new-tokens", 24, "--out", out)

@@ -617,6 +617,43 @@ def test_a_folder_has_one_process_at_a_time_and_a_killed_one_blocks_no_resume(tm
     assert not (out / ".lock").exists()
 
 
+def test_a_failed_set_up_keeps_a_folder_that_was_there_and_removes_one_that_it_made(tmp_path):
+    (tmp_path / "mine").mkdir()
+    for name in ("mine", "new/deep"):
+        assert "there is no file" in refused("--preset", "smoke", "--rl-data", "no.jsonl", "--sft-data", "no.jsonl",
+                                             "--out", tmp_path / name)  # fmt: skip
+    assert (tmp_path / "mine").is_dir()
+    assert not any((tmp_path / "mine").iterdir())
+    assert not (tmp_path / "new" / "deep").exists()
+
+
+def test_a_lock_that_its_owner_has_just_deleted_lets_nobody_in(tmp_path, monkeypatch):
+    lock = tmp_path / ".lock"
+    flock = fcntl.flock
+
+    def deleted_meanwhile(file, how):
+        lock.unlink()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", deleted_meanwhile)
+    with pytest.raises(SettingError, match="is in use by another process"), alone(tmp_path, lock):
+        pass
+
+
+def test_the_handlers_of_signals_are_restored_after_the_last_step(tmp_path):
+    def mine(number, frame):
+        pass
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+    before = {number: signal.signal(number, mine) for number in numbers}
+    try:
+        run(tmp_path / "run", "--eval-problems", "1", steps=1)
+        assert [signal.getsignal(number) for number in numbers] == [mine] * 3
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def test_every_rank_of_a_second_start_is_refused_and_leaves_the_folder_to_the_first(tmp_path):
     out = tmp_path / "run"
     with alone(out, out / ".lock"):
