@@ -123,7 +123,9 @@ def test_the_page_of_tables_is_what_the_finished_runs_print():
 
 def test_every_table_and_every_interval_of_the_other_pages_is_one_of_the_printed_ones():
     tables = (ROOT / "bench/results/tables.md").read_text() + claims.primary_table() + claims.claims_table()
-    pages = {name: (ROOT / name).read_text() for name in ("README.md", "docs/results.md", "docs/paper.md")}
+    pages = {
+        name: (ROOT / name).read_text() for name in ("README.md", "docs/results.md", "docs/paper.md", "docs/theory.md")
+    }
     shown = re.findall(r"^python bench/compare\.py .* --no-runs\n```\n\n((?:\|.*\n)+)", pages["docs/results.md"], re.M)
     assert shown
     assert all(table in tables for table in shown)
