@@ -38,6 +38,7 @@ PROTOCOLS = {
 }
 NAMES = "math500,minerva_math,olympiadbench,aime24,amc23,gsm8k,gpqa,mmlu_pro"  # see tasks/benchmarks.py
 BUILTIN_LIMIT = 96  # tokens per answer of a model on the problems of a built-in task
+EXPORTED = re.compile(r"model-step-(\d+)")  # the name of a model that infra/export.py wrote, with its step
 SAMPLES = 4  # answers per problem by the protocol "sampled", for problems of no benchmark
 
 
@@ -217,7 +218,7 @@ def load_settings(source: Path) -> Settings | None:
 
     Raises DataError for an unfinished or damaged run.
     """
-    if re.fullmatch(r"model(-step-\d+)?", source.name) and is_run(source.parent):
+    if (source.name == "model" or EXPORTED.fullmatch(source.name)) and is_run(source.parent):
         return settings_of(source.parent / "config.json")
     if not is_run(source):
         return None
@@ -387,8 +388,8 @@ def run(args: argparse.Namespace) -> None:
         "data": {group: describe(own) for group, own in problems.items()},
     }
     if s:
-        _, exported, step = os.path.normpath(args.source).rpartition("/model-step-")
-        header["step"] = int(step) if exported else s.total_steps
+        exported = EXPORTED.fullmatch(Path(args.source).name)
+        header["step"] = int(exported[1]) if exported else s.total_steps
     out = result_file(args, s)
     with alone(out, out.with_name(f".{out.name}.lock")):
         records = results.open_results(out, header) if parallel.rank() == 0 else None

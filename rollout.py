@@ -186,16 +186,16 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
     reward = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # [P, G] exact, as in has_signal
 
     advantage = grpo.group_advantages(reward, divide_by_std=s.aggregation_of_method != "dr_grpo")  # [P, G]
+    if method.asks_right:
+        is_right = torch.tensor([group.right for group in groups])  # [P, G]
     if s.method == "srft":
         entropy = torch.tensor([-sum(c.logps) / len(c.logps) for c in completions])  # [N] estimated
-        is_right = torch.tensor([group.right for group in groups])  # [P, G]
         advantage = baselines.srft_advantages(advantage, is_right, entropy.view_as(reward))
 
     # Sequences of weight 0 have no RL loss and no KL term.
     keep = torch.tensor([c.finish_reason != "length" or not s.overlong_mask for c in completions])  # [N]
     demonstrations = [group.demonstration for group in groups if method.paired]
     if s.method == "hpt":
-        is_right = torch.tensor([group.right for group in groups])  # [P, G]
         imitates = baselines.hpt_imitates(is_right)  # [P]
         keep &= ~imitates.repeat_interleave(reward.shape[1])
         demonstrations = [row for row, chosen in zip(demonstrations, imitates, strict=True) if chosen]

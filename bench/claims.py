@@ -15,7 +15,6 @@ from statistics import mean, stdev
 from typing import NamedTuple
 
 import compare
-import mpmath
 import numpy as np
 from compare import HALF, SEEDS, passed, runs_of, student, trained
 
@@ -129,14 +128,8 @@ def holm(ps: list[float]) -> list[float]:
 def detectable(differences: list[float]) -> float:
     """The true difference that a test at 5 % finds in 80 % of studies like this one, approximately."""
     n = len(differences)
-    return (student(n - 1) + upper_fifth(n - 1)) * stdev(differences) / n**0.5
-
-
-@cache
-def upper_fifth(freedom: int) -> float:
-    """The 80 % quantile of Student's t."""
-    tail = lambda t: mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.4  # noqa: E731
-    return float(mpmath.findroot(tail, (0.5, 2), solver="anderson"))
+    found = student(n - 1, beyond=0.4)  # the 80 % quantile
+    return (student(n - 1) + found) * stdev(differences) / n**0.5
 
 
 def verdict(differences: list[float], differs: bool) -> str:
@@ -263,20 +256,33 @@ def noise_rows() -> list[str]:
     return rows
 
 
+Estimate = tuple[float, float, float]  # a value, and the ends of its 95 % bootstrap interval
+
+
+def iqm_of(row: str) -> Estimate:
+    scores = normalised(row)
+    return float(iqm(scores)), *bootstrap(iqm(resampled(scores, 0)))
+
+
+def improvement_on(row: str) -> Estimate:
+    """Of the probability that a run of bridge is better."""
+    ours = normalised("bridge")
+    theirs = normalised(row)
+    draws = improvement(resampled(ours, 1), resampled(theirs, 0))
+    return float(improvement(ours, theirs)), *bootstrap(draws)
+
+
 def both_table() -> str:
     """IQM of normalised scores, and the probability that bridge improves on each row."""
-    ours = normalised("bridge")
     lines = ["| | IQM | P(bridge is better) |", "|---" * 3 + "|"]
     for row in compare.TRIALS:
-        scores = normalised(row)
-        low, high = bootstrap(iqm(resampled(scores, 0)))
-        cells = [row, f"{iqm(scores):.2f} ({low:.2f} to {high:.2f})"]
+        estimates = [iqm_of(row)]
         if row != "bridge":
-            low, high = bootstrap(improvement(resampled(ours, 1), resampled(scores, 0)))
-            cells.append(f"{improvement(ours, scores):.2f} ({low:.2f} to {high:.2f})")
-        else:
+            estimates.append(improvement_on(row))
+        cells = [f"{value:.2f} ({low:.2f} to {high:.2f})" for value, low, high in estimates]
+        if row == "bridge":
             cells.append("–")
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(f"| {' | '.join([row, *cells])} |")
     return "\n".join(lines)
 
 
@@ -285,19 +291,16 @@ def draw(out: Path) -> None:
     from matplotlib.figure import Figure
 
     rows = sorted(compare.TRIALS, key=lambda row: iqm(normalised(row)))
-    ours = normalised("bridge")
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
     for y, row in enumerate(rows):
-        scores = normalised(row)
         color = "tab:red" if row == "bridge" else "tab:blue"
-        low, high = bootstrap(iqm(resampled(scores, 0)))
-        left.plot([low, high], [y, y], color=color)
-        left.plot(iqm(scores), y, "o", color=color)
+        estimates = [(left, iqm_of(row))]
         if row != "bridge":
-            low, high = bootstrap(improvement(resampled(ours, 1), resampled(scores, 0)))
-            right.plot([low, high], [y, y], color=color)
-            right.plot(improvement(ours, scores), y, "o", color=color)
+            estimates.append((right, improvement_on(row)))
+        for ax, (value, low, high) in estimates:
+            ax.plot([low, high], [y, y], color=color)
+            ax.plot(value, y, "o", color=color)
     left.set(title="IQM of both tasks: 0 is the base model, 1 is all right", xlabel="normalised score")
     right.set(title="probability that a run of bridge is better", xlim=(-0.02, 1.02))
     right.axvline(0.5, color="0.6", lw=0.8)

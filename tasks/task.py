@@ -132,17 +132,18 @@ def decontaminate(task: Task) -> None:
 
 def marks(question: str, common: Collection[str] = ()) -> list[str]:
     """All runs of NGRAM words between sentences that are common; in brackets the whole text, and without those."""
+    pieces = sentences(question)
     stretches: list[list[str]] = [[]]
-    for sentence in sentences(question):
+    for sentence in pieces:
         if sentence in common:
             stretches.append([])
         else:
             stretches[-1].append(sentence)
     found = [run for stretch in stretches for run in runs(stretch) if without_numbers(run) not in common]
     own = " ".join(sentence for stretch in stretches for sentence in stretch)
-    if own.count(" ") > 3:  # "What is the total" says too little
+    if not is_short(own):
         found.append(f"[{own}]")
-    return [*found, f"[{' '.join(sentences(question))}]"]
+    return [*found, f"[{' '.join(pieces)}]"]
 
 
 def frequent(questions: list[str], least: int) -> set[str]:
@@ -152,7 +153,7 @@ def frequent(questions: list[str], least: int) -> set[str]:
     count = Counter()
     for question in sample:
         pieces = sentences(question)
-        long = {sentence for sentence in pieces if sentence.count(" ") > 3}  # "B knight" says too little
+        long = {sentence for sentence in pieces if not is_short(sentence)}
         count.update(long | {without_numbers(run) for run in runs(pieces)})
     return {part for part, number in count.items() if number >= max(least, len(sample) / 10)}
 
@@ -168,6 +169,11 @@ def sentences(text: str) -> list[str]:
     text = re.sub("(?<=\\w)(?=[²³¹⁰-₉])", "^", text)  # 5² is no 52
     pieces = SENTENCE.split(normalize("NFKC", text).lower())
     return [sentence for piece in pieces if (sentence := " ".join(WORD.findall(piece)))]
+
+
+def is_short(words: str) -> bool:
+    """Whether a text has fewer than 5 words and signs: "what is the total" is no question of one problem alone."""
+    return words.count(" ") < 4
 
 
 def without_numbers(text: str) -> str:

@@ -167,7 +167,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("tasks/functions.py", "if source in texts or not source.is_file():", "if texts:"),
     ("tasks/task.py", "for run in runs(stretch) if", "for run in [] if"),
     ("tasks/task.py", "            stretches.append([])", "            pass"),
-    ("tasks/task.py", 'if own.count(" ") > 3:', "if True:"),
+    ("tasks/task.py", "if not is_short(own):", "if True:"),
     ("tasks/task.py", "number >= max(least, len(sample) / 10)", "False"),
     ("tasks/task.py", "frequent(trained, least=5)", "frequent(trained, least=3)"),
     ("tasks/task.py", "if with_extra:", "if False:"),
