@@ -171,13 +171,12 @@ def rl_pass(
     """Adds this rank's part of ∇L_RL to .grad; all ranks receive the results of all tokens."""
     dtype = getattr(torch, s.dtype)
 
-    # Rows with equal tokens and reward run once, with the sum of their weights. Rows whose gradient is zero run
-    # without one, or not at all.
-    to_run = rollouts.rows_to_run(has_kl=s.kl_coef > 0)
-    weight = to_run.weight  # [T]
+    # Rows whose gradient is zero run without one, or not at all.
+    trained, scored = rollouts.rows_to_run(has_kl=s.kl_coef > 0)
+    weight = rollouts.weight  # [T]
     results = weight.new_zeros(len(fields(RLPass)), len(weight))  # [fields of RLPass, T]: one all-reduce for all
     seen = RLPass(*results)
-    for with_gradient, chosen in ((True, to_run.trained), (False, to_run.scored)):
+    for with_gradient, chosen in ((True, trained), (False, scored)):
         for rows, t in parallel.batches(rollouts.rows, s, chosen):
             ref_logp = None
             if reference is not None:
@@ -211,8 +210,7 @@ def rl_pass(
             seen.trained[t] = float(with_gradient)
 
     parallel.all_reduce([results])
-    # A row that did not run has the results of the equal row that did.
-    return RLPass(*results[:, to_run.source])
+    return seen
 
 
 def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> Tensor:

@@ -5,8 +5,8 @@ fp32 take 10 GB), so at most head.CHUNK rows of logits exist at a time. The forw
 three numbers per token; the backward pass computes each chunk's logits again. FLOPs of the head: 8RHV trained (the
 logits once forward and once again backward, then two matmuls for the gradients), 2RHV without gradients.
 
-Shapes: F tokens fed, R response tokens of all rows, H hidden size, V vocabulary size. Log-probs and entropies are in
-nats.
+Shapes: F tokens fed, T of them different (ops/packed.py), R response tokens of all rows, H hidden size, V vocabulary
+size. Log-probs and entropies are in nats.
 """
 
 import torch
@@ -32,8 +32,9 @@ def response_logprobs(
 
     # One function, so that FSDP gathers the head's weight for the same pass as the layers'.
     def forward(m: nn.Module) -> tuple[Tensor, Tensor]:
-        hidden, weight, targets = response_hidden(m, rows or [IDLE], dtype)
-        return token_logprobs(hidden, weight, targets, temperature)
+        hidden, weight, targets, source = response_hidden(m, rows or [IDLE], dtype)
+        logp, entropy = token_logprobs(hidden, weight, targets, temperature)
+        return logp[source], entropy[source]
 
     logp, entropy = run_forward(model, forward)
     if not rows:  # empty, but with the graph of the pass
@@ -41,11 +42,12 @@ def response_logprobs(
     return logp, entropy
 
 
-def response_hidden(model: nn.Module, rows: list[Row], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """(hidden states [R, H] that predict a response token, weight of the head [V, H], the response tokens [R]).
+def response_hidden(model: nn.Module, rows: list[Row], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(hidden states [N, H] that predict a response token, weight of the head [V, H], these tokens [N], source [R]).
 
     The last response token predicts nothing and is not fed; prompt tokens never reach the head:
         prompt a b, response c d   ->   fed a b c,   hidden(b) predicts c, hidden(c) predicts d
+    Responses that begin alike have N < R such pairs in common; source is the pair of each response token.
     """
     device = next(model.parameters()).device
     fed = [prompt + response[:-1] for prompt, response in rows]
@@ -55,10 +57,15 @@ def response_hidden(model: nn.Module, rows: list[Row], dtype: torch.dtype) -> tu
         predicts_response += [False] * (len(prompt) - 1) + [True] * len(response)
         targets += response
 
+    packed = pack(fed, device)
     with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-        hidden = hidden_states(model, pack(fed, device), dtype)  # [F, H]
-    chosen = torch.tensor(predicts_response).nonzero()[:, 0].to(device)  # [R], found on the host: no wait for the GPU
-    return hidden[chosen].to(dtype), model.get_output_embeddings().weight, torch.tensor(targets, device=device)
+        hidden = hidden_states(model, packed, dtype)  # [T, H]
+    # On the host, so that it does not wait for the GPU
+    predicts = packed.node[torch.tensor(predicts_response)]  # [R]
+    pairs, source = torch.unique(predicts << 32 | torch.tensor(targets), return_inverse=True)  # one number for both
+    chosen = (pairs >> 32).to(device)  # [N]
+    target = (pairs & (2**32 - 1)).to(device)  # [N]
+    return hidden[chosen].to(dtype), model.get_output_embeddings().weight, target, source.to(device)
 
 
 def token_logprobs(
@@ -99,26 +106,28 @@ class _TokenLogprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature):
-        W = weight.to(hidden.dtype)  # [V, H], rounded as in the sampler
+        W = head.rounded_weight(weight, hidden.dtype)  # [V, H], as in the sampler
+        N = len(hidden)
         logps = []
         entropies = []
         lses = []  # log-sum-exp of the logits divided by the temperature
-        for h, y in zip(hidden.split(head.CHUNK), targets.split(head.CHUNK), strict=True):
-            logits = head.project(h, W)  # [C, V] fp32
-            logp, entropy, lse = head.row_stats(logits, y, temperature)  # [C] each
+        for rows in head.blocks(N, len(W), hidden.device):
+            logits = head.project(hidden[rows], W)  # [C, V] fp32
+            logp, entropy, lse = head.row_stats(logits, targets[rows], temperature)  # [C] each
             logps.append(logp)
             entropies.append(entropy)
             lses.append(lse)
         entropy = torch.cat(entropies)  # [N]
         ctx.save_for_backward(hidden, weight, targets, entropy, torch.cat(lses))
         ctx.temperature = temperature
+        ctx.set_materialize_grads(False)  # a loss without the entropy has None as its gradient
         return torch.cat(logps), entropy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, g_logp, g_entropy):
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
-        W = weight.to(hidden.dtype)
+        W = head.rounded_weight(weight, hidden.dtype)
         d_hidden = torch.empty_like(hidden)
         d_weight = None
         if ctx.needs_input_grad[1]:
@@ -127,18 +136,13 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), head.CHUNK):
             chunk = slice(start, start + head.CHUNK)
             h = hidden[chunk]
-            logits = head.project(h, W)  # [C, V]
-            d_logits = head.row_gradients(  # [C, V]
-                logits,
-                targets[chunk],
-                lse[chunk],
-                entropy[chunk],
-                g_logp[chunk],
-                g_entropy[chunk],
-                ctx.temperature,
-                h.dtype,
-            )
-            d_hidden[chunk] = d_logits @ W
+            d_logits = h.new_empty(len(h), len(W))  # [C, V]
+            for rows in head.blocks(len(h), len(W), h.device):
+                logits = head.project(h[rows], W)
+                numbers = targets, lse, entropy, g_logp, g_entropy
+                of_rows = [x if x is None else x[chunk][rows] for x in numbers]
+                d_logits[rows] = head.row_gradients(logits, *of_rows, ctx.temperature, h.dtype)
+            d_hidden[chunk] = d_logits @ W.to(h.dtype)
             # The sum over chunks is kept in fp32, whatever the weight's type.
             if d_weight is not None:
                 head.accumulate_weight_gradient(d_weight, d_logits, h)

@@ -16,7 +16,6 @@ import grpo
 from infra import parallel
 from infra.model import pick_device
 from infra.run import Timer, empty_cache
-from ops.distinct import RowsToRun, rows_to_run
 from ops.packed import Row, response_offsets
 from sampler import Completion, Sampler
 from settings import METHODS, Settings
@@ -91,11 +90,24 @@ class Rollouts:
     def offsets(self) -> list[int]:  # [N+1] start of each row's response in [0, T), and T
         return response_offsets(self.rows)
 
-    def rows_to_run(self, has_kl: bool) -> RowsToRun:
-        """Equal rows run once; rows whose gradient is zero run without one, or not at all."""
-        return rows_to_run(
-            self.rows, self.advantage, self.weight, self.is_demonstration, self.reward, has_kl, self.score_rewarded
-        )
+    def rows_to_run(self, has_kl: bool) -> tuple[list[int], list[int]]:
+        """(rows with a gradient, rows without one whose log-probs are wanted) of a pass; it need not run the others.
+
+        A row has a gradient if a token of it has a weight and an advantage or a KL term (`has_kl`).
+        """
+        has_gradient = self.weight != 0  # [T]
+        if not has_kl:
+            has_gradient &= self.advantage != 0
+        of_row = [tokens.any() for tokens in has_gradient.cpu().tensor_split(self.offsets[1:-1])]  # [N]
+        trained = [i for i, has in enumerate(of_row) if has]
+        # FSDP's ranks must all run a backward pass: if no row has a gradient, row 0 is run anyway.
+        if not trained:
+            trained = [0]
+        scored = []
+        if self.score_rewarded:
+            rewarded = self.reward.flatten().nonzero()[:, 0].tolist()
+            scored = sorted({*rewarded} - {*trained})
+        return trained, scored
 
 
 def sample_rollouts(

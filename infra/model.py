@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 from transformers.utils import find_adapter_config_file
 
+from infra import cpu
 from infra.files import read_object, refuse_pointer, write_json
 from ops.packed import ModelError
 from settings import builtin_models
@@ -88,6 +89,7 @@ def load(name: str, device: torch.device | None = None):
     language model that this project can train. Its generation config suppresses the ids that are no token.
     """
     config = read_config(name)
+    cpu.tune(config.hidden_size)
     repository, revision = repository_of(name)
     options = {"trust_remote_code": False, "revision": revision}
     with _reading_model(name):

@@ -27,8 +27,9 @@ def rope_and_store_torch(qkv, cos, sin, head_norms, eps, kv, cells):
         q.copy_(F.rms_norm(q, (d,), head_norms[0], eps))
         k.copy_(F.rms_norm(k, (d,), head_norms[1], eps))
     rotated = qkv[:, : heads + kv_heads]
-    swapped = rotated.roll(d // 2, -1) * sin  # (x₁, x₂) → (−x₂·s, x₁·s)
-    rotated.copy_((rotated * cos).add_(swapped))
+    x = rotated.float()
+    swapped = x.roll(d // 2, -1).mul_(sin)  # (x₁, x₂) → (−x₂·s, x₁·s)
+    rotated.copy_(swapped.addcmul_(x, cos))
     kv.view(-1, d)[cells] = qkv[:, heads:]
     return q, k, v
 
@@ -132,8 +133,8 @@ def attend_torch(q, keys, values, length, scale, mask=None):
     if mask is None:
         mask = attention_mask(length, heads, kv_heads)
     longest = mask.shape[2] // kv_heads
-    k = keys[:n, :longest].flatten(1, 2)  # [n, L'·h_kv, d]
-    v = values[:n, :longest].flatten(1, 2)
+    k = keys[:n, :longest].flatten(1, 2).contiguous()  # [n, L'·h_kv, d]; a batch with gaps is multiplied slowly
+    v = values[:n, :longest].flatten(1, 2).contiguous()
     # The matmul multiplies each query head by the keys of all heads; the mask removes those of other heads.
     # One large matmul is faster than many small ones.
     logits = torch.bmm(q, k.transpose(1, 2))  # [n, h, L'·h_kv]

@@ -161,14 +161,20 @@ class Decoder:
     def prefill(self, cache: Cache, prompts: list[list[int]], slots: Tensor) -> Tensor:
         """Runs whole prompts, prompt i into slot slots[i], and returns the logits of their next tokens, [P, V] fp32."""
         packed = pack(prompts, self.model.device)
-        starts = packed.cu_seqlens.long()  # [P+1]
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=slots.device)  # [P]
+        node = packed.node.to(slots.device)  # [F]
+        slot = slots.repeat_interleave(lengths)  # [F]
+        slot_of_node = torch.empty_like(packed.ids[0]).index_copy_(0, node, slot)  # [T] one of the slots that need it
 
         def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return causal_attention(q, k, v, packed, self.layers[layer].scale)
 
-        slot = slots.repeat_interleave(starts.diff())  # [T]
-        hidden = self.forward(cache, packed.ids[0], packed.positions[0], slot, attention)  # [T, H]
-        return project(hidden[starts[1:] - 1], cache.lm_head)
+        hidden = self.forward(cache, packed.ids[0], packed.positions[0], slot_of_node, attention)  # [T, H]
+        # Prompts that begin alike share these tokens: the other slots get copies of their keys and values.
+        position = packed.positions[0, node]  # [F]
+        for kv in cache.kv:
+            kv[:, slot, position] = kv[:, slot_of_node[node], position]
+        return project(hidden[node[lengths.cumsum(0) - 1]], cache.lm_head)
 
     def decode(self, cache: Cache, ids: Tensor, position: Tensor) -> Tensor:
         """Feeds one token to each of the first n slots; ids, position [n] -> logits of the next tokens, [n, V] fp32."""

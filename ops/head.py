@@ -22,6 +22,7 @@ except ImportError:  # Triton has no wheel for this system: the PyTorch twins ru
 jit = triton.jit if triton else (lambda function: function)
 UPCAST = os.environ.get("TRITON_INTERPRET") == "1"  # the interpreter multiplies bf16 as if it were integers
 CHUNK = 2048  # C: a matmul of this many rows keeps a GPU busy; their fp32 logits take 1.2 GB at V = 152k
+CACHED = 2**23  # logits of one block on a CPU: 32 MiB in fp32 about stay in its cache
 # score_kernel's tile of logits and its steps along H. GROUP tiles of tokens share one tile of the weight in L2 cache.
 TILE = dict(TOKENS=128, WORDS=256, DEPTH=64, GROUP=8)
 
@@ -31,9 +32,21 @@ def use_kernels(x: Tensor) -> bool:
     return x.is_cuda and triton is not None
 
 
+def blocks(rows: int, V: int, device: torch.device) -> list[slice]:
+    """Rows of logits to compute at a time: CHUNK, fewer on a CPU, whose cache they should not leave."""
+    block = CHUNK if device.type == "cuda" else min(CHUNK, max(CACHED // V, 64))
+    return [slice(start, min(start + block, rows)) for start in range(0, rows, block)]
+
+
+def rounded_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight for `project`, rounded to `dtype`; on a CPU in fp32, to which each call would convert it."""
+    rounded = weight.to(dtype)
+    return rounded if rounded.is_cuda else rounded.float()
+
+
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits hidden·weightᵀ [N, V] in fp32, from hidden [N, H] and weight [V, H] of one dtype."""
-    if hidden.dtype == torch.float32 or not hidden.is_cuda:
+    if not hidden.is_cuda or hidden.dtype == torch.float32:
         with torch.autocast(hidden.device.type, enabled=False):
             return hidden.float() @ weight.float().T
     return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # bf16 tensor cores with fp32 sums
@@ -49,9 +62,10 @@ def accumulate_weight_gradient(d_weight: Tensor, d_logits: Tensor, hidden: Tenso
 
 def row_stats_torch(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     z = logits / temperature  # [C, V]
-    lse = z.logsumexp(-1)  # [C]
-    logp = z.gather(-1, targets[:, None])[:, 0] - lse
-    entropy = lse - ((z - lse[:, None]).exp() * z).sum(-1)  # H = lse − E[z]
+    log_pi = z.log_softmax(-1)
+    logp = log_pi.gather(-1, targets[:, None])[:, 0]  # [C]
+    lse = z.gather(-1, targets[:, None])[:, 0] - logp
+    entropy = -torch.linalg.vecdot(log_pi.exp(), log_pi)
     return logp, entropy, lse
 
 
@@ -94,11 +108,14 @@ def row_stats(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tens
 
 
 def row_gradients_torch(logits, targets, lse, entropy, g_logp, g_entropy, temperature, dtype) -> Tensor:
-    logp = logits / temperature - lse[:, None]  # [C, V] of every word
-    p = logp.exp()
-    d = -(g_logp[:, None] * p) - g_entropy[:, None] * p * (logp + entropy[:, None])
-    d.scatter_add_(1, targets[:, None], g_logp[:, None])  # in fp32: 1 − p of a likely target must not cancel
-    return (d / temperature).to(dtype)
+    g_logp = (g_logp / temperature)[:, None]
+    log_pi = (logits / temperature).sub_(lse[:, None])  # [C, V]
+    factor = -g_logp  # of π
+    if g_entropy is not None:
+        factor = factor - (g_entropy / temperature)[:, None] * (log_pi + entropy[:, None])
+    d = log_pi.exp_().mul_(factor)
+    d.scatter_add_(1, targets[:, None], g_logp)  # in fp32: 1 − π of a likely target must not cancel
+    return d.to(dtype)
 
 
 @jit
@@ -125,9 +142,11 @@ def row_gradients_kernel(
 
 
 def row_gradients(logits, targets, lse, entropy, g_logp, g_entropy, temperature, dtype) -> Tensor:
-    """∂L/∂logits [C, V] in `dtype`, from the loss's derivatives by logp and entropy, each [C]."""
+    """∂L/∂logits [C, V] in `dtype`, from the loss's derivatives by logp and entropy, [C]; the latter may be None."""
     if not use_kernels(logits):
         return row_gradients_torch(logits, targets, lse, entropy, g_logp, g_entropy, temperature, dtype)
+    if g_entropy is None:
+        g_entropy = torch.zeros_like(g_logp)
     C, V = logits.shape
     out = torch.empty(C, V, device=logits.device, dtype=dtype)
     row_gradients_kernel[(C,)](

@@ -12,16 +12,18 @@ from torch import Tensor
 
 from ops.head import jit, tl, use_kernels
 
+CACHED = 2**19  # probabilities that the twin handles at a time, 4 MiB in fp64
+
 
 def sample_tokens_torch(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    p = logits.to(torch.float64, copy=True).div_(temperature or 1.0).softmax(-1)  # [n, V]
+    p = (logits / (temperature or 1.0)).softmax(-1)  # [n, V]
     if temperature == 0:
         token = logits.argmax(-1, keepdim=True)  # [n, 1]
-        return token[:, 0], p.gather(1, token).log()[:, 0].float()
+        return token[:, 0], p.gather(1, token).log()[:, 0]
     u = u[:, None]
     pool = p  # [n, V] the masses of the tokens that the next draw may take: at first all of them
     while True:
-        cdf = pool.cumsum(-1)
+        cdf = pool.cumsum(-1, dtype=torch.float64)  # in fp32 the tail of a large vocabulary would be lost
         mark = u * cdf[:, -1:]
         token = torch.searchsorted(cdf, mark, right=True).clamp_(max=p.shape[1] - 1)  # the first with cdf > mark
         if top_p >= 1:
@@ -29,13 +31,13 @@ def sample_tokens_torch(logits: Tensor, u: Tensor, temperature: float, top_p: fl
         # A token is outside the nucleus if the tokens likelier than it have at least top_p together.
         mass = pool.gather(1, token)
         likelier = torch.where(pool > mass, pool, 0.0)
-        outside = likelier.sum(-1, keepdim=True) >= top_p
+        outside = likelier.sum(-1, keepdim=True, dtype=torch.float64) >= top_p
         if not outside.any():
             break
         # The place of the mark within the token's mass is the next uniform number.
         u = torch.where(outside, ((mark - (cdf.gather(1, token) - mass)) / mass).clamp(0, 1 - 2**-53), u)
         pool = torch.where(outside, likelier, pool)
-    return token[:, 0], p.gather(1, token).log()[:, 0].float()
+    return token[:, 0], p.gather(1, token).log()[:, 0]
 
 
 @jit
@@ -120,7 +122,13 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: float, top_p: float = 
     is enough. logp refers to the whole distribution. A row with NaN or +inf among its logits gets the log-prob NaN.
     """
     if not use_kernels(logits):
-        return sample_tokens_torch(logits, u, temperature, top_p)
+        # A few rows at a time, whose probabilities stay in the cache of a CPU
+        rows = max(1, CACHED // logits.shape[1])
+        parts = [
+            sample_tokens_torch(*x, temperature, top_p) for x in zip(logits.split(rows), u.split(rows), strict=True)
+        ]
+        tokens, logps = zip(*parts, strict=True)
+        return torch.cat(tokens), torch.cat(logps)
     n, V = logits.shape
     token = torch.empty(n, dtype=torch.long, device=logits.device)
     logp = torch.empty(n, device=logits.device)

@@ -308,7 +308,7 @@ def test_the_gradient_is_that_of_the_formula_on_all_rows_in_any_micro_batches(tm
     rollouts.advantage, rollouts.weight = of_row.repeat_interleave(lengths), torch.ones(int(lengths.sum())) / 500
     rollouts.is_demonstration = torch.tensor([False] * 4 + [True]).repeat(4).repeat_interleave(lengths)
     rollouts.sampler_logp = torch.zeros(len(rollouts.weight))
-    assert {3, 4} <= set(rollouts.rows_to_run(has_kl=False).trained)
+    assert {3, 4} <= set(rollouts.rows_to_run(has_kl=False)[0])
     ours, _ = theta_gradient(run, rollouts, [], 0.0, 1.0)
     logp, _ = response_logprobs(run.m.policy, rollouts.rows)
     p, A = logp.exp(), rollouts.advantage

@@ -213,7 +213,7 @@ def test_rewarded_rows_without_a_gradient_are_scored_only_for_the_gain_on_shared
     run = make_run(tmp_path, prompts_per_step=1, group_size=2, **changes)
     run.env.reward = lambda response, problem: 1.0
     rollouts = sample(run)
-    assert bool(rollouts.rows_to_run(has_kl=False).scored) == scored
+    assert bool(rollouts.rows_to_run(has_kl=False)[1]) == scored
 
 
 def test_the_shadow_starts_as_theta_and_is_never_set_back(tmp_path, monkeypatch):

@@ -12,7 +12,6 @@ import bridge
 import grpo
 import lora
 from logprob import response_logprobs
-from ops.distinct import rows_to_run
 from rollout import Rollouts
 from settings import METHODS, SettingError, Settings
 
@@ -122,7 +121,7 @@ def test_work_that_changes_nothing_is_not_done_and_gradients_and_results_are_tho
         torch.testing.assert_close(getattr(ours, name), expected.float() * run, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_each_completion_is_run_once_and_only_those_with_a_gradient_run_backward(monkeypatch):
+def test_only_rows_with_a_gradient_run_backward_and_those_without_reward_do_not_run(monkeypatch):
     s, fed = settings(), []
     m = fresh(s)
     rollouts = repetitive_rollouts(m.policy)
@@ -133,39 +132,20 @@ def test_each_completion_is_run_once_and_only_those_with_a_gradient_run_backward
         lambda model, rows, *rest: fed.append((rows, torch.is_grad_enabled())) or real(model, rows, *rest),
     )
     bridge.rl_pass(m.policy, rollouts, rollouts.old_logp, None, s)
-    first, last = rollouts.rows[:4], rollouts.rows[8:]
-    assert fed == [([first[0], first[1], first[3]], True), ([last[0], last[3]], False)]
+    assert fed == [(rollouts.rows[:4], True), (rollouts.rows[8:], False)]
     fed.clear()
     rollouts.score_rewarded = False
     bridge.rl_pass(m.policy, rollouts, rollouts.old_logp, None, s)
-    assert fed == [([first[0], first[1], first[3]], True)]
+    assert fed == [(rollouts.rows[:4], True)]
 
 
-def test_completions_of_equal_text_and_unequal_reward_are_not_merged():
+def test_a_row_whose_tokens_have_no_weight_has_no_gradient():
     rollouts = repetitive_rollouts(fresh(settings()).policy)
-    rollouts.reward[0, 2] = 0.5  # of the same text as sample 0: a reward function of one's own may be random
-    lengths = torch.tensor([len(r) for _, r in rollouts.rows])
-    rollouts.advantage = grpo.group_advantages(rollouts.reward).flatten().repeat_interleave(lengths)
-    rollouts.reward[2, 1] = 0.5  # of the same text and advantage as sample 8
-    to_run = rollouts.rows_to_run(has_kl=False)
-    assert (to_run.trained, to_run.scored) == ([0, 1, 2, 3], [8, 9, 11])
-
-
-def test_equal_tokens_of_another_prompt_are_not_merged():
-    ones = torch.ones(3)
-    to_run = rows_to_run([([1, 2], [3]), ([1], [2, 3])], ones, ones, ones > 1, torch.ones(1, 2), False, False)
-    assert (to_run.trained, to_run.source.tolist(), to_run.weight.tolist()) == ([0, 1], [0, 1, 2], [1, 1, 1])
-
-
-@pytest.mark.parametrize("differs", ["advantage", "weight", "is_demonstration", "reward", ""])
-def test_equal_rows_are_merged_only_if_all_their_numbers_are_equal(differs):
-    same, other = torch.ones(4), torch.tensor([1.0, 1, 2, 2])  # two tokens each
-    numbers = dict.fromkeys(("advantage", "weight", "is_demonstration"), same) | {"reward": same[None, ::2]}
-    if differs:
-        numbers[differs] = other[None, ::2] if differs == "reward" else other
-    to_run = rows_to_run([([1], [2, 3])] * 2, **numbers, has_kl=False, score_rewarded=False)
-    assert to_run.trained == ([0, 1] if differs else [0])
-    assert to_run.source.tolist() == ([0, 1, 2, 3] if differs else [0, 1, 0, 1])
+    lengths = [len(response) for _, response in rollouts.rows]
+    rollouts.weight[: lengths[0]] = 0.0
+    rollouts.weight[lengths[0] : lengths[0] + lengths[1] - 1] = 0.0  # all but the last token
+    assert rollouts.rows_to_run(has_kl=False) == ([1, 2, 3], [0, 8, 9, 10, 11])
+    assert rollouts.rows_to_run(has_kl=True) == ([1, 2, 3, *range(4, 12)], [0])
 
 
 def test_without_any_signal_gradients_are_zero_and_all_numbers_finite():
