@@ -40,7 +40,7 @@ def rows_to_run(
     has_gradient = numbers[1] != 0  # [T]
     if not has_kl:
         has_gradient &= numbers[0] != 0
-    kinds = is_demonstration[offsets[:-1]].tolist()
+    kinds = is_demonstration.cpu()[offsets[:-1]].tolist()
     rewards = reward.flatten().tolist()
 
     source = torch.arange(offsets[-1])
