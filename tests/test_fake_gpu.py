@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import bridge
+import sampler
 from infra.model import pick_device
 from ops import attention, decoder, head, packed, sample
 from rollout import Group, make_rollouts, statistics
-from sampler import Sampler
 from settings import Settings
 from tasks.task import Problem
 
@@ -153,7 +153,7 @@ def pretended_gpu(monkeypatch):
     monkeypatch.setattr(torch, "Generator", lambda place=None: generator())
     monkeypatch.setattr(torch, "autocast", lambda place, **options: autocast("cpu", **options))
     monkeypatch.setattr(packed, "varlen_attn", varlen_attention)
-    monkeypatch.setattr("sampler.graphed", lambda step, size: step)
+    monkeypatch.setattr(sampler, "graphed", lambda step, size: step)
     for module in (head, attention, sample):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel"):
@@ -166,12 +166,12 @@ def step(family: str, s: Settings) -> list[dict]:
     """Samples from a tiny model and updates it twice on the samples; metrics of both updates."""
     model = tiny_model(family).to(pick_device())
     model.generation_config.suppress_tokens = [36]
-    sampler = Sampler(model, [0], s.sampler_slots, getattr(torch, s.dtype))
+    engine = sampler.Sampler(model, [0], s.sampler_slots, getattr(torch, s.dtype))
     m = bridge.make_policies(model, s)
-    sampler.refresh(m.policy)
+    engine.refresh(m.policy)
     prompts = [[1, 2, 3], [4]]
     groups = []
-    for prompt, drawn in zip(prompts, sampler.generate(prompts, [(0,), (1,)], 2, s.max_new_tokens, 1.0), strict=True):
+    for prompt, drawn in zip(prompts, engine.generate(prompts, [(0,), (1,)], 2, s.max_new_tokens, 1.0), strict=True):
         rewards = [float(sum(completion.ids) % 3) for completion in drawn]
         groups.append(Group(0, Problem("", ""), prompt, drawn, ["", ""], rewards, [None, None]))
     rollouts = make_rollouts(groups, s, statistics(groups))
