@@ -51,6 +51,10 @@ def is_marked(x) -> bool:
     return isinstance(x, Tensor) and hasattr(x.untyped_storage(), "on_gpu")  # views share their storage
 
 
+def is_gpu(x) -> bool:
+    return isinstance(x, torch.device) and x.type == "cuda"
+
+
 def mark(x):
     for tensor in tensors_in(x):
         tensor.untyped_storage().on_gpu = True
@@ -91,10 +95,10 @@ class Places(TorchFunctionMode):
             return mixed_matmul(*args, **kwargs)
         moves = function is Tensor.to
         places = [*args[1:], *kwargs.values()] if moves else [kwargs.get("device")]
-        if "device" in kwargs:
-            kwargs = kwargs | {"device": HOST}
-        out = function(*(HOST if isinstance(x, torch.device) else x for x in args), **kwargs)
-        if is_marked(out) or not any(is_marked(x) or getattr(x, "type", "") == "cuda" for x in places):
+        to_gpu = any(is_marked(x) or is_gpu(x) for x in places)
+        args = [HOST if is_gpu(x) else x for x in args]
+        out = function(*args, **{name: HOST if is_gpu(x) else x for name, x in kwargs.items()})
+        if is_marked(out) or not to_gpu:
             return out
         return mark(out.clone() if moves else out)
 
