@@ -149,6 +149,9 @@ def row_gradients(logits, targets, lse, entropy, g_logp, g_entropy, temperature,
         g_entropy = torch.zeros_like(g_logp)
     C, V = logits.shape
     out = torch.empty(C, V, device=logits.device, dtype=dtype)
+    # autograd gives the gradient of a plain sum as one number with stride 0
+    g_logp = g_logp.contiguous()
+    g_entropy = g_entropy.contiguous()
     row_gradients_kernel[(C,)](
         logits, targets, lse, entropy, g_logp, g_entropy, out, V, logits.stride(0), out.stride(0), temperature,
         BLOCK=4096, num_warps=8,

@@ -16,11 +16,11 @@ ROOT = Path(__file__).parents[1]
 TESTS = {  # start of a path -> tests that concern it; they run first to last until one fails
     "grpo.py": ["test_grpo.py"],
     "baselines.py": ["test_baselines.py"],
-    "logprob.py": ["test_logprob.py", "test_sampler.py"],
+    "logprob.py": ["test_logprob.py", "test_sampler.py", "test_fake_gpu.py"],
     "lora.py": ["test_lora.py", "test_sampler.py", "test_parallel.py"],
     "sampler.py": ["test_sampler.py", "test_kernels.py"],
-    "ops/head.py": ["test_logprob.py", "test_kernels.py"],
-    "ops/packed.py": ["test_logprob.py", "test_sampler.py", "test_parallel.py"],
+    "ops/head.py": ["test_logprob.py", "test_kernels.py", "test_fake_gpu.py"],
+    "ops/packed.py": ["test_logprob.py", "test_sampler.py", "test_fake_gpu.py", "test_parallel.py"],
     "ops/distinct.py": ["test_update.py", "test_baselines.py"],
     "ops/sample.py": ["test_sampler.py", "test_kernels.py"],
     "ops/": ["test_sampler.py", "test_kernels.py"],
@@ -34,7 +34,7 @@ TESTS = {  # start of a path -> tests that concern it; they run first to last un
     "infra/export.py": ["test_export.py"],
     "infra/results.py": ["test_evaluate.py"],
     "infra/": ["test_parallel.py", "test_run.py"],
-    "bridge.py": ["test_update.py", "test_loop.py", "test_baselines.py", "test_report.py"],
+    "bridge.py": ["test_update.py", "test_loop.py", "test_baselines.py", "test_report.py", "test_fake_gpu.py"],
     "rollout.py": ["test_loop.py", "test_update.py", "test_baselines.py"],
     "grading/scores.py": ["test_evaluate.py"],
     "grading/": ["test_rewards.py"],
@@ -360,6 +360,11 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("bridge.py", "m.policy, m.shadow, k, timer)", "m.policy, m.shadow, 0, timer)"),
     ("bridge.py", "clip_and_step(m, update.stats, s, rl_weight)", "clip_and_step(m, update.stats, s)"),
     ("bridge.py", "            keep_old_logp(update, rollouts, rollouts_hat, s)\n", "\n"),
+    ("bridge.py", "results = weight.new_zeros(", "results = torch.zeros("),
+    ("logprob.py", "torch.tensor(targets, device=device)", "torch.tensor(targets)"),
+    ("ops/packed.py", "index=index.to(device)", "index=index"),
+    ("ops/head.py", "d_logits.T, hidden, out_dtype", "d_logits.T, hidden.float(), out_dtype"),
+    ("ops/head.py", "    g_logp = g_logp.contiguous()\n", "\n"),
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -104,3 +105,12 @@ def test_without_git_the_commit_is_empty_and_the_environment_can_give_it(monkeyp
     assert measure.commit() == ""
     monkeypatch.setenv("BRIDGE_COMMIT", "abc123")
     assert measure.commit() == "abc123"
+
+
+def test_the_page_has_the_predicted_speeds(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCH)
+    import predict
+
+    predict.main()
+    page = (BENCH.parent / "docs" / "scaling.md").read_text()
+    assert re.findall(r"^\| `.* H200 .*", page, re.MULTILINE) == capsys.readouterr().out.splitlines()

@@ -124,6 +124,14 @@ def test_kernels_give_a_loss_of_log_probs_and_entropies_its_fp64_value_and_gradi
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
+def test_the_gradient_of_a_plain_sum_which_autograd_stores_as_one_number_reaches_every_row(kernels):
+    hidden, weight, targets = head_inputs(9, 16, 103)
+    hidden.requires_grad_()
+    results = token_logprobs(hidden, weight, targets), exact(hidden, weight, targets)
+    ours, expected = (torch.autograd.grad(logp.sum() + entropy.sum(), hidden)[0] for logp, entropy in results)
+    torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
 # ---- ops/sample.py
 
 
