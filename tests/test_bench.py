@@ -10,7 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Forked, lines
+from conftest import VOCABULARY, Forked, lines, tiny_model
+
+import logprob
+from ops.packed import pack
+from sampler import Sampler
+from settings import Settings
 
 BENCH = Path(__file__).parents[1] / "bench"
 PARTS = {"head", "attention", "steps", "rollouts", "gap", "peers", "sampling", "built-in", "step", "training"}
@@ -114,3 +119,76 @@ def test_the_page_has_the_predicted_speeds(monkeypatch, capsys):
     predict.main()
     page = (BENCH.parent / "docs" / "scaling.md").read_text()
     assert re.findall(r"^\| `.* H200 .*", page, re.MULTILINE) == capsys.readouterr().out.splitlines()
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import limit
+
+    return limit
+
+
+def test_the_flops_of_a_pass_are_those_counted_by_hand(limit):
+    # Rows of 4 and 1 tokens, without their last ones; 3 response tokens; 1+2+3+4 and 1 pairs of a query and a key
+    rows = [([1, 2, 3], [4, 5]), ([6], [7])]
+    layer = 32 * (32 + 16 + 16) + 32 * 32 + 3 * 32 * 48  # weights: queries, keys, values; output; gate, up and down
+    by_hand = 6 * (2 * layer * 5 + VOCABULARY * 32 * 3) + 12 * 2 * 32 * 11  # attention's 32 channels in 2 layers
+    s = Settings(tokens_per_micro_batch=4)
+    trained = limit.work_of_pass(rows, s, None, [])
+    assert len(trained) == 2, "micro-batches"
+    assert limit.flops_and_bytes(tiny_model(), trained)[0] == by_hand
+    scored = limit.work_of_pass(rows, s, [], [0, 1])
+    assert limit.flops_and_bytes(tiny_model(), scored)[0] == by_hand / 3
+
+
+def test_rows_that_a_pass_skips_and_tokens_that_rows_share_are_no_work(limit):
+    rows = [([1, 2], [3, 4, 5]), ([1, 2], [3, 4, 5]), ([1, 2], [6]), ([7, 8, 9], [1])]
+    (work,) = limit.work_of_pass(rows, Settings(), [0, 1, 2], [])
+    assert (work.tokens, work.responses) == (4, 3 + 1), "fed 1 2 3 4; 3, 4, 5 and 6 are predicted"
+    assert work.pairs == 1 + 2 + 3 + 4
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5])
+def test_sampling_counts_a_prefix_that_samples_share_once(limit, temperature):
+    sampler = Sampler(tiny_model(), [VOCABULARY])  # none ends
+    with limit.recorded(sampler.decoder) as works:
+        (group,) = sampler.generate([[1, 2, 3]], [(0,)], 4, 6, temperature)
+    prefixes = {tuple(completion.ids[:n]) for completion in group for n in range(1, 6)}  # the last token is not fed
+    if temperature == 0:
+        assert len(prefixes) == 5, "greedy samples are equal"
+    else:
+        assert 5 < len(prefixes) < 4 * 5, "the samples part after some tokens"
+    assert [work.tokens for work in works] == [3, *(sum(len(p) == n for p in prefixes) for n in range(1, 6))]
+    assert sum(work.responses for work in works) == 1 + len(prefixes)
+    assert sum(work.pairs for work in works) == 1 + 2 + 3 + sum(3 + len(p) for p in prefixes)
+
+
+def test_the_limit_of_every_phase_is_measured_beside_peers(limit, tmp_path, monkeypatch, capsys):
+    fed = []  # tokens of each micro-batch of ours
+
+    def counted(sequences, device):
+        fed.append(len(pack(sequences, device).ids[0]))
+        return pack(sequences, device)
+
+    monkeypatch.setattr(logprob, "pack", counted)
+    program = tmp_path / "llama-batched-bench"
+    program.write_text("""#!/bin/sh\necho loading\necho '{"t": 0.5}'\n""")
+    program.chmod(0o755)
+    out = tmp_path / "rows.jsonl"
+    words = ["limit.py", "--quick", "--out", out, "--llama-bench", program, "--gguf", "tiny.gguf", "--group-size", "2"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    limit.main()
+    rows = {(row["phase"], row["implementation"]): row for row in lines(out)}
+    peers = {("rl", "transformers"), ("sft", "transformers"), ("decode", "transformers"), ("decode", "llama.cpp, tiny")}
+    phases = ("rl", "shadow", "sft", "sample", "decode")
+    assert rows.keys() == peers | {(phase, name) for phase in phases for name in ("ours", "matmuls")}
+    assert rows["decode", "llama.cpp, tiny"]["ms"] == 500, "the program's own time"
+    assert rows["decode", "ours"]["tokens"] == 8 * 2 * 80, "no completion ends"
+    counts = [rows[phase, "ours"]["tokens"] for phase in ("rl", "shadow", "sft")]
+    assert sum(fed) == 2 * sum(counts), "two turns; groups of equal rewards and shared tokens are not fed"
+    for (phase, _), row in rows.items():
+        assert row["floor ms"] == rows[phase, "matmuls"]["ms"]
+        assert row["GFLOP"] >= rows[phase, "matmuls"]["GFLOP"], "attention is in no matmul of the floor"
+    assert "omitted" not in capsys.readouterr().out
