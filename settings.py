@@ -256,7 +256,7 @@ PRESETS: dict[str, dict] = {
     "smollm2": dict(model="HuggingFaceTB/SmolLM2-135M-Instruct", task="legs", steps=60,
                     prompts_per_step=8, group_size=8, sft_batch=8,
                     alpha=1e-4, beta=1e-3, max_new_tokens=48, eval_problems=50, eval_every=20, save_every=30,
-                    sft_steps=20, dtype="bfloat16", sampler_slots=64, tokens_per_micro_batch=2048),
+                    sft_steps=20, dtype="bfloat16", sampler_slots=64),
     "logic": dict(model="logic-laptop", task="logic", steps=75, max_new_tokens=96, eval_problems=250),
 }  # fmt: skip
 KEEP = ("first", "all", "none")  # groups of each step whose tokens a run keeps; it changes no result
