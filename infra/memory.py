@@ -13,8 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from infra.model import read_config, reading, repository_of
-from ops import head
-from ops.packed import SHORT
+from ops import head, packed
 from settings import METHODS, SettingError, Settings
 
 GiB = 2**30
@@ -140,7 +139,7 @@ def sampling(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> Parts:
 
 def has_matrix(cuda: bool, row: int) -> bool:
     """Whether attention keeps the [L, L] matrix of each head (ops/packed.py), L being the tokens of a row."""
-    return not cuda and row <= SHORT
+    return not cuda and row <= packed.SHORT
 
 
 def saved_by_layer(m: Shapes, b: int, cuda: bool, row: int) -> int:
