@@ -135,6 +135,14 @@ def test_extreme_uniforms_pick_the_ends_of_the_vocabulary():
     assert tokens.tolist() == [1, 2]
 
 
+def test_tokens_whose_probability_is_lost_in_an_fp32_sum_are_drawn_from_their_place():
+    logits = torch.tensor([0.0] + [-18.0] * 8)  # probabilities of 2⁻²⁶ after one near 1
+    p = logits.softmax(-1).double()
+    middles = (p.cumsum(-1) - p / 2) / p.sum()
+    tokens, _ = sample_tokens(logits.expand(9, -1), middles, 1.0)
+    assert tokens.tolist() == list(range(9))
+
+
 def test_tokens_drawn_a_few_rows_at_a_time_are_those_drawn_at_once(monkeypatch):
     g = torch.Generator().manual_seed(0)
     logits = torch.randn(7, 11, generator=g)
