@@ -1,6 +1,6 @@
 """The memory of each GPU by part, computed before anything is loaded: `python bridge.py --dry-run` prints it.
 
-It assumes that every prompt has PROMPT tokens and every response max_new_tokens tokens.
+It assumes that every prompt has PROMPT tokens and every response max_new_tokens tokens, and that no two share tokens.
 T: tokens of a micro-batch; R: response tokens among them; H: hidden size; b: bytes of a number in `dtype`.
 """
 
@@ -13,11 +13,12 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from infra.model import read_config, reading, repository_of
+from ops import head, packed
 from settings import METHODS, SettingError, Settings
 
 GiB = 2**30
 Parts = dict[str, float]  # part -> bytes
-CHUNK, PREFILL_TOKENS = 2048, 16384  # as in ops/head.py and sampler.py
+PREFILL_TOKENS = 16384  # as in sampler.py
 PROMPT = 200  # assumed: tokens of every prompt
 LIBRARIES = 1.5 * GiB
 LOST = 0.05  # fraction of the memory that is lost between allocations
@@ -136,17 +137,37 @@ def sampling(s: Settings, m: Shapes, world: int, prompt: int = PROMPT) -> Parts:
     }
 
 
-def saved_by_layer(m: Shapes, b: int, padded: bool) -> int:
-    """Bytes per token that autograd saves in one layer; `padded` attention also copies its output."""
+def has_matrix(cuda: bool, row: int) -> bool:
+    """Whether attention keeps the [L, L] matrix of each head (ops/packed.py), L being the tokens of a row."""
+    return not cuda and row <= packed.SHORT
+
+
+def saved_by_layer(m: Shapes, b: int, cuda: bool, row: int) -> int:
+    """Bytes per token that autograd saves in one layer, in rows of so many tokens."""
     # two norms; fp32: x, x̂ and their product in each; bf16: x in fp32, x̂, and casts of the product for five linears
     channel = 4 * 6 if b == 4 else 2 * (4 + 2) + 5 * 2
     norms = 8 + channel * m.hidden
     if m.head_norms:
         norms += 4 * (m.heads + m.kv_heads) + (8 if b == 4 else 6) * (m.q + m.kv)
-    attention = 4 * m.heads + b * (2 * m.q + 2 * m.kv)  # log-sum-exp, queries, outputs, keys, values
-    if padded:
-        attention += b * m.q
+    attention = b * (2 * m.q + 2 * m.kv)  # queries, outputs, keys, values
+    if has_matrix(cuda, row):
+        attention += b * m.heads * row
+    else:
+        attention += 4 * m.heads  # log-sum-exp
+        if not cuda or b == 4:
+            attention += b * m.q  # the padded output
     return norms + attention + b * 4 * m.mlp
+
+
+def logits_on_cpu(R: int, V: int, b: int, d_weight: int) -> int:
+    """Bytes of logits, their gradients and the weight's, at the larger moment of the head's two passes on a CPU."""
+    block = 4 * head.blocks(R, V, torch.device("cpu"))[0].stop * V  # bytes of a tensor in fp32
+    chunk = min(head.CHUNK, R)
+    forward = 5 * block  # PyTorch's statistics make five tensors
+    # The gradients are copied to fp32 for the weight's; those in fp32 wait for the first ones of the next chunk.
+    copied = 4 * V * (chunk if b == 2 else min(head.CHUNK, R - chunk))
+    backward = d_weight + b * V * chunk + block + max(copied, block)
+    return max(forward, backward)
 
 
 def micro_batch(s: Settings, world: int, prompt: int) -> tuple[int, int]:
@@ -167,27 +188,35 @@ def training(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMP
     adapter = METHODS[s.method].adapter
     b = getattr(torch, s.dtype).itemsize
     H = m.hidden
+    row = prompt + s.max_new_tokens
     T, R = micro_batch(s, world, prompt)
 
     # activations
     checkpointed = min(s.checkpoint_layers, m.layers)
     stored = m.layers - checkpointed  # layers that keep all activations
     recomputed = max(stored, 1)  # a checkpointed layer has its activations during its backward pass
-    layer = saved_by_layer(m, b, padded=not cuda or b == 4) * T
+    layer = saved_by_layer(m, b, cuda, row) * T
     inputs = checkpointed * b * H * T
     final_norm = (8 if b == 4 else 6) * H * T
     # gradients of the MLP's activations, and of the largest weight in `dtype` and fp32
     largest_weight = max(out * into for _, out, into in m.linears)
     in_flight = b * (3 * m.mlp + 2 * H) * T + (4 + b) * largest_weight
+    if has_matrix(cuda, row):
+        # or later, when the MLP's activations are freed: two gradients of the [L, L] matrix
+        in_flight = max(in_flight, b * (2 * m.heads * row - 4 * m.mlp) * T)
 
     # copies of a layer's weights: autocast's bf16 ones; in fp32 only the sums θ + s·B·A are new
     copies = b * m.linear / m.layers if b == 2 or adapter else 0
 
     # vocabulary head: hidden and d_hidden [R, H], the weight's cast, its gradient in fp32, logits and their gradients
     d_weight = 4 * m.vocabulary * H
-    cast = b * m.vocabulary * H if b == 2 else 0
-    logits = min(CHUNK, R) * m.vocabulary * (4 + b if cuda else 7 * 4)  # PyTorch's version makes seven tensors
-    head = 2 * b * R * H + cast + d_weight + logits
+    if cuda:
+        cast = b * m.vocabulary * H if b == 2 else 0
+        logits = d_weight + min(head.CHUNK, R) * m.vocabulary * (4 + b)
+    else:
+        cast = 4 * m.vocabulary * H if b == 2 else 0  # rounded to bf16, in fp32
+        logits = logits_on_cpu(R, m.vocabulary, b, d_weight)
+    in_vocabulary_head = 2 * b * R * H + cast + logits
     waiting = d_weight if m.tied else 0  # until the embedding's gradient is added
 
     # the three largest moments
@@ -199,7 +228,7 @@ def training(s: Settings, m: Shapes, world: int, cuda: bool, prompt: int = PROMP
     in_head = {
         "activations": stored * layer + inputs + final_norm,
         "copies of weights": stored * copies,
-        "vocabulary head": head,
+        "vocabulary head": in_vocabulary_head,
     }
     in_layer = {
         "activations": recomputed * layer + inputs + in_flight,

@@ -276,6 +276,31 @@ def test_losses_have_the_value_and_gradients_of_the_definition_and_of_fp64(monke
             torch.testing.assert_close(a.double(), b.double(), rtol=1e-4, atol=2e-4)  # logits reach 25
 
 
+@pytest.mark.parametrize("loss_of", [sft, entropy_bonus])
+def test_blocks_of_a_chunk_change_no_value_and_no_gradient(monkeypatch, loss_of):
+    monkeypatch.setattr(head, "CHUNK", 7)
+    monkeypatch.setattr(head, "blocks", lambda rows, *_: [slice(i, min(i + 3, rows)) for i in range(0, rows, 3)])
+    hidden, weight, targets = head_inputs()
+    results = []
+    for definition in (token_logprobs, exact):
+        logp, entropy = definition(hidden, weight, targets, 0.7)
+        gradients = torch.autograd.grad(loss_of(logp, entropy), (hidden, weight))
+        results.append([x.double() for x in (logp, entropy, *gradients)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=2e-4)
+
+
+def test_blocks_cover_all_rows_once_and_on_a_cpu_their_logits_take_at_most_32_mib():
+    for kind, V, count in (("cuda", 152_000, 5000), ("cpu", 50_000, 5000), ("cpu", 37, 5000), ("cpu", 50_000, 100)):
+        parts = head.blocks(count, V, torch.device(kind))
+        assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
+        longest = max(part.stop - part.start for part in parts)
+        assert longest <= head.CHUNK
+        if kind == "cuda" or V == 37:
+            assert longest == head.CHUNK
+        else:
+            assert 4 * longest * V <= 32 * 2**20
+
+
 def test_a_tied_head_gets_its_gradient_as_head_and_as_embedding():
     _, weight, targets = head_inputs()
     hidden = torch.tanh(weight[:11])

@@ -16,7 +16,7 @@ import sampler
 from infra import memory
 from infra.model import checkpoint_layers
 from logprob import response_hidden
-from ops import head
+from ops import head, packed
 from ops.packed import ModelError
 from settings import METHODS, PRESETS, SettingError, Settings, check
 
@@ -59,8 +59,8 @@ def test_config_of_passes_the_revision_on(monkeypatch):
     assert not any(options["trust_remote_code"] for _, options in calls), "and nobody is asked"
 
 
-def test_the_stated_constants_equal_those_of_head_and_sampler():
-    assert (memory.CHUNK, memory.PREFILL_TOKENS) == (head.CHUNK, sampler.PREFILL_TOKENS)
+def test_the_stated_constant_equals_the_samplers():
+    assert memory.PREFILL_TOKENS == sampler.PREFILL_TOKENS
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,11 @@ def test_weights_gradients_moments_and_caches_equal_the_allocated_bytes(family, 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 @pytest.mark.parametrize("checkpointed", [0, 1, 2])
-def test_the_bytes_that_autograd_saves_in_a_forward_pass_are_computed_within_five_percent(dtype, family, checkpointed):
+@pytest.mark.parametrize("short", [39, 40])  # with 39 attention keeps no [L, L] matrix
+def test_the_bytes_that_autograd_saves_in_a_forward_pass_are_computed_within_five_percent(
+    dtype, family, checkpointed, short, monkeypatch
+):
+    monkeypatch.setattr(packed, "SHORT", short)
     model, saved = tiny_model(family), {}
     m, weights = memory.shapes(model.config), {p.untyped_storage().data_ptr() for p in model.parameters()}
     checkpoint_layers(model, checkpointed)
@@ -124,14 +128,14 @@ def test_the_bytes_that_autograd_saves_in_a_forward_pass_are_computed_within_fiv
             saved[t.untyped_storage().data_ptr()] = t
         return t
 
-    rows = [([1] * 20, [2] * 21)] * 10  # 400 tokens are fed
+    rows = [([i] * 20, [2] * 21) for i in range(10)]  # 400 tokens are fed, none is shared
     with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
         response_hidden(model, rows, getattr(torch, dtype))
     measured = sum(t.untyped_storage().nbytes() for t in saved.values())
     b = 4 if dtype == "float32" else 2
     casts = (2 - checkpointed) / 2 * 2 * m.linear if b == 2 else 0
     final_norm = (8 if b == 4 else 6) * m.hidden
-    layers = (2 - checkpointed) * memory.saved_by_layer(m, b, padded=True) + checkpointed * b * m.hidden
+    layers = (2 - checkpointed) * memory.saved_by_layer(m, b, False, 40) + checkpointed * b * m.hidden
     index = 8 * 210  # int64 positions of the hidden states that predict a response token
     assert measured == pytest.approx(400 * (layers + final_norm) + casts + index, rel=0.05)
 
@@ -160,12 +164,20 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize(("method", "dtype"), [("sft", "bfloat16"), ("mix_lora", "float32")])
 @pytest.mark.parametrize(
-    ("checkpointed", "count", "vocabulary", "above"),
-    [(0, 10, 256, 1.05), (4, 10, 256, 1.25), (4, 2, 8192, 1.05)],  # largest: a layer, a recomputed layer, the head
+    ("checkpointed", "count", "prompt", "vocabulary", "chunk", "above"),
+    [
+        (0, 10, 40, 256, 2048, 1.05),
+        (4, 10, 40, 256, 2048, 1.25),  # a recomputed layer
+        (0, 4, 340, 256, 2048, 1.05),  # the [L, L] matrices
+        (4, 2, 40, 8192, 2048, 1.05),  # the vocabulary head, forward
+        (4, 4, 40, 8192, 120, 1.05),  # and backward, with two chunks of two blocks
+    ],
 )
 def test_the_peak_of_a_forward_and_backward_pass_is_computed_closely_and_not_below(
-    method, dtype, checkpointed, count, vocabulary, above
+    method, dtype, checkpointed, count, prompt, vocabulary, chunk, above, monkeypatch
 ):
+    monkeypatch.setattr(head, "CHUNK", chunk)
+    monkeypatch.setattr(head, "CACHED", 512 * chunk)
     model = AutoModelForCausalLM.from_config(Qwen2Config(
         vocab_size=vocabulary, hidden_size=128, intermediate_size=350, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0,
@@ -173,12 +185,12 @@ def test_the_peak_of_a_forward_and_backward_pass_is_computed_closely_and_not_bel
     model.set_attn_implementation("packed")
     s = check(Settings(method=method, dtype=dtype, checkpoint_layers=checkpointed, sft_batch=count, group_size=2,
                        prompts_per_step=count // 2, max_new_tokens=60, tokens_per_micro_batch=4000))  # fmt: skip
-    policies, rows = bridge.make_policies(model, s), [([1] * 40, [2] * 60)] * count
+    policies, rows = bridge.make_policies(model, s), [([i] * prompt, [2] * 60) for i in range(count)]
     bridge.sft_pass(policies.policy, rows, 1.0, s)  # makes the gradients
     existing = [p for parameters in policies.parameters.values() for p in parameters]
     with LiveBytes([*existing, *(p.grad for p in existing)]) as live:
         bridge.sft_pass(policies.policy, rows, 1.0, s)
-    computed = sum(memory.training(s, memory.shapes(model.config), 1, cuda=False, prompt=40).values())
+    computed = sum(memory.training(s, memory.shapes(model.config), 1, cuda=False, prompt=prompt).values())
     assert 0.98 < computed / live.peak < above
 
 

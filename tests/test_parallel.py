@@ -130,7 +130,7 @@ def test_two_sharded_ranks_equal_one_where_rows_are_scored_without_gradients_in_
     run(tmp_path / "one", 1, steps=3, before=make_some_groups_all_right)
     run(tmp_path / "two", 2, "--shard", steps=3, before=make_some_groups_all_right)
     assert all(0 < m["zero_std_groups"] < 1 and m["reward"] > 0 for m in lines(tmp_path / "one" / "metrics.jsonl"))
-    assert_equal(tmp_path / "one", tmp_path / "two", 1e-6)
+    assert_equal(tmp_path / "one", tmp_path / "two", 1e-5)  # weights that are not gathered again: 3e-3
 
 
 def test_after_a_pass_without_gradients_every_parameter_of_a_sharded_model_is_a_slice():

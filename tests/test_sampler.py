@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lora
 from logprob import response_logprobs
+from ops import sample
 from ops.decoder import share_storage_copy
 from ops.packed import ModelError
 from ops.sample import sample_tokens
@@ -134,6 +135,25 @@ def test_extreme_uniforms_pick_the_ends_of_the_vocabulary():
     assert tokens.tolist() == [1, 2]
 
 
+def test_tokens_whose_probability_is_lost_in_an_fp32_sum_are_drawn_from_their_place():
+    logits = torch.tensor([0.0] + [-18.0] * 8)  # probabilities of 2⁻²⁶ after one near 1
+    p = logits.softmax(-1).double()
+    middles = (p.cumsum(-1) - p / 2) / p.sum()
+    tokens, _ = sample_tokens(logits.expand(9, -1), middles, 1.0)
+    assert tokens.tolist() == list(range(9))
+
+
+def test_tokens_drawn_a_few_rows_at_a_time_are_those_drawn_at_once(monkeypatch):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(7, 11, generator=g)
+    u = torch.rand(7, generator=g, dtype=torch.float64)
+    for top_p in (1.0, 0.7):
+        at_once = sample_tokens(logits, u, 0.7, top_p)
+        monkeypatch.setattr(sample, "CACHED", 2 * 11)
+        torch.testing.assert_close(sample_tokens(logits, u, 0.7, top_p), at_once, rtol=0, atol=0)
+        monkeypatch.undo()
+
+
 def test_refresh_copies_theta_plus_the_adapter():
     policy, sampler = tiny_model(seed=1), Sampler(tiny_model(), STOP)
     w = lora.create(policy, ["q_proj", "down_proj"], 4, 0)
@@ -163,6 +183,17 @@ def test_each_prompt_runs_once_for_all_its_samples(monkeypatch):
     sampler.generate(PROMPTS, KEYS, 8, 2, 1.0)
     assert fed[0] == sum(map(len, PROMPTS))
     assert fed[1] <= 8 * len(PROMPTS)
+
+
+def test_prompts_that_begin_alike_are_fed_once_and_get_the_samples_that_they_get_alone(any_model, monkeypatch):
+    prompts = [[3, 1, 2], [4], [3, 1, 2, 5], [3, 1], [3, 1, 2], [3, 6]]
+    keys = [(0, 7, i) for i in range(len(prompts))]
+    sampler = Sampler(any_model, STOP)
+    alone = [sampler.generate([prompt], [key], 2, 8, 1.0)[0] for prompt, key in zip(prompts, keys, strict=True)]
+    fed = tokens_fed(sampler, monkeypatch)
+    together = sampler.generate(prompts, keys, 2, 8, 1.0)
+    assert fed[0] == 6, "3 1 2 5 of the first, 4, and 6 of the last"
+    assert [[c.ids for c in group] for group in together] == [[c.ids for c in group] for group in alone]
 
 
 @pytest.mark.parametrize("slots", [8, 100])
