@@ -128,7 +128,10 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx, g_logp, g_entropy):
         hidden, weight, targets, entropy, lse = ctx.saved_tensors
         W = head.rounded_weight(weight, hidden.dtype)
+        if g_logp is None:  # a loss of the entropy alone
+            g_logp = torch.zeros_like(lse)
         d_hidden = torch.empty_like(hidden)
+        d_logits = hidden.new_empty(min(len(hidden), head.CHUNK), len(W))  # [C, V] of one chunk after another
         d_weight = None
         if ctx.needs_input_grad[1]:
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
@@ -136,16 +139,15 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(hidden), head.CHUNK):
             chunk = slice(start, start + head.CHUNK)
             h = hidden[chunk]
-            d_logits = h.new_empty(len(h), len(W))  # [C, V]
+            d = d_logits[: len(h)]
             for rows in head.blocks(len(h), len(W), h.device):
-                logits = head.project(h[rows], W)
                 numbers = targets, lse, entropy, g_logp, g_entropy
                 of_rows = [x if x is None else x[chunk][rows] for x in numbers]
-                d_logits[rows] = head.row_gradients(logits, *of_rows, ctx.temperature, h.dtype)
-            d_hidden[chunk] = d_logits @ W.to(h.dtype)
+                head.row_gradients(head.project(h[rows], W), *of_rows, ctx.temperature, out=d[rows])
+            d_hidden[chunk] = d @ W.to(h.dtype)
             # The sum over chunks is kept in fp32, whatever the weight's type.
             if d_weight is not None:
-                head.accumulate_weight_gradient(d_weight, d_logits, h)
+                head.accumulate_weight_gradient(d_weight, d, h)
         if d_weight is not None:
             d_weight = d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None

@@ -164,9 +164,9 @@ def logits_on_cpu(R: int, V: int, b: int, d_weight: int) -> int:
     block = 4 * head.blocks(R, V, torch.device("cpu"))[0].stop * V  # bytes of a tensor in fp32
     chunk = min(head.CHUNK, R)
     forward = 5 * block  # PyTorch's statistics make five tensors
-    # The gradients are copied to fp32 for the weight's; those in fp32 wait for the first ones of the next chunk.
-    copied = 4 * V * (chunk if b == 2 else min(head.CHUNK, R - chunk))
-    backward = d_weight + b * V * chunk + block + max(copied, block)
+    # The weight's gradient takes an fp32 copy of those in bf16.
+    copied = 4 * V * chunk if b == 2 else 0
+    backward = d_weight + b * V * chunk + max(copied, 2 * block)
     return max(forward, backward)
 
 

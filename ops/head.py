@@ -107,7 +107,7 @@ def row_stats(logits: Tensor, targets: Tensor, temperature: float) -> tuple[Tens
     return logp, entropy, lse
 
 
-def row_gradients_torch(logits, targets, lse, entropy, g_logp, g_entropy, temperature, dtype) -> Tensor:
+def row_gradients_torch(logits, targets, lse, entropy, g_logp, g_entropy, temperature, out) -> None:
     g_logp = (g_logp / temperature)[:, None]
     log_pi = (logits / temperature).sub_(lse[:, None])  # [C, V]
     factor = -g_logp  # of π
@@ -115,7 +115,7 @@ def row_gradients_torch(logits, targets, lse, entropy, g_logp, g_entropy, temper
         factor = factor - (g_entropy / temperature)[:, None] * (log_pi + entropy[:, None])
     d = log_pi.exp_().mul_(factor)
     d.scatter_add_(1, targets[:, None], g_logp)  # in fp32: 1 − π of a likely target must not cancel
-    return d.to(dtype)
+    out.copy_(d)
 
 
 @jit
@@ -141,14 +141,14 @@ def row_gradients_kernel(
         tl.store(D + row * d_stride + column, (d / temperature).to(D.dtype.element_ty), mask=inside)
 
 
-def row_gradients(logits, targets, lse, entropy, g_logp, g_entropy, temperature, dtype) -> Tensor:
-    """∂L/∂logits [C, V] in `dtype`, from the loss's derivatives by logp and entropy, [C]; the latter may be None."""
+def row_gradients(logits, targets, lse, entropy, g_logp, g_entropy, temperature, out) -> None:
+    """Writes ∂L/∂logits to out [C, V], from the loss's derivatives by logp and entropy, [C]; the latter may be None."""
     if not use_kernels(logits):
-        return row_gradients_torch(logits, targets, lse, entropy, g_logp, g_entropy, temperature, dtype)
+        row_gradients_torch(logits, targets, lse, entropy, g_logp, g_entropy, temperature, out)
+        return
     if g_entropy is None:
         g_entropy = torch.zeros_like(g_logp)
     C, V = logits.shape
-    out = torch.empty(C, V, device=logits.device, dtype=dtype)
     # autograd gives the gradient of a plain sum as one number with stride 0
     g_logp = g_logp.contiguous()
     g_entropy = g_entropy.contiguous()
@@ -156,7 +156,6 @@ def row_gradients(logits, targets, lse, entropy, g_logp, g_entropy, temperature,
         logits, targets, lse, entropy, g_logp, g_entropy, out, V, logits.stride(0), out.stride(0), temperature,
         BLOCK=4096, num_warps=8,
     )  # fmt: skip
-    return out
 
 
 @jit

@@ -330,6 +330,13 @@ def test_tokens_without_weight_and_with_extreme_logits_get_no_gradient_and_no_na
     assert weight.grad.isfinite().all()
 
 
+def test_a_loss_of_the_entropy_alone_has_the_gradient_of_the_definition():
+    hidden, weight, targets = head_inputs()
+    ours = torch.autograd.grad(token_logprobs(hidden, weight, targets, 0.7)[1].sum(), (hidden, weight))
+    theirs = torch.autograd.grad(token_logprobs_naive(hidden, weight, targets, 0.7)[1].sum(), (hidden, weight))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
 def test_a_single_token_is_enough():
     hidden, weight, targets = head_inputs(N=1)
     sft(*token_logprobs(hidden, weight, targets)).backward()
