@@ -192,3 +192,19 @@ def test_the_limit_of_every_phase_is_measured_beside_peers(limit, tmp_path, monk
         assert row["floor ms"] == rows[phase, "matmuls"]["ms"]
         assert row["GFLOP"] >= rows[phase, "matmuls"]["GFLOP"], "attention is in no matmul of the floor"
     assert "omitted" not in capsys.readouterr().out
+
+
+def test_a_checkout_beside_itself_makes_the_same_steps(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import pair
+
+    out = tmp_path / "rows.jsonl"
+    words = ["pair.py", BENCH.parent, "--out", out, "--steps", "1", "--preset", "smoke"]
+    monkeypatch.setattr(sys, "argv", list(map(str, words)))
+    pair.main()
+    old, new = lines(out)
+    assert (old["checkout"], new["checkout"], old["x old"]) == ("old", "new", 1)
+    assert old["tokens"] == new["tokens"] > 0
+    phases = [name for name in new if name.endswith(" ms")]
+    assert phases == ["sample ms", "rl ms", "shadow ms", "sft ms", "reduce ms", "optimizer ms"]
+    assert all(row["ms"] > max(row[name] for name in phases) and row["peak GiB"] > 0.1 for row in (old, new))
