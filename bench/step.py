@@ -375,18 +375,28 @@ def sweep_rows(table: Table, s: Settings, steps: int, quick: bool) -> None:
 
 
 def draw(file: Path, out: Path) -> None:
-    """A panel for each quantity of the newest sweep in `file`; grey lines grow in proportion."""
+    """A panel for each quantity of the newest sweep in `file`; grey lines grow in proportion.
+
+    Beside the newest commit's sweep that of the commit before it is drawn, pale.
+    """
     from matplotlib.figure import Figure
 
     rows = [row for row in map(json.loads, file.read_text().splitlines()) if row["part"] == "sweep"]
+    commits = list(dict.fromkeys(row["commit"] for row in rows))[-2:]
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     for ax, (varied, (title, key, label)) in zip(figure.subplots(1, 3, sharey=True), PANELS.items(), strict=True):
-        points = {row[key]: row for row in rows if row["varied"] == varied}  # the last row of a point counts
-        xs = sorted(points)
-        for phase, marker in (("train", "o"), ("sample", "s")):
-            ys = [points[x][f"{phase} ms"] for x in xs]
-            ax.plot(xs, ys, marker=marker, linewidth=2, markersize=7, label=phase)
-            ax.plot(xs, [ys[-1] * x / xs[-1] for x in xs], color="0.6", linestyle="--", zorder=0)
+        for commit in commits:
+            of_commit = [row for row in rows if (row["varied"], row["commit"]) == (varied, commit)]
+            points = {row[key]: row for row in of_commit}  # the last row of a point counts
+            xs = sorted(points)
+            is_newest = commit == commits[-1]
+            for phase, marker, colour in (("train", "o", "C0"), ("sample", "s", "C1")):
+                ys = [points[x][f"{phase} ms"] for x in xs]
+                style = dict(color=colour, marker=marker, linewidth=2, markersize=7) if is_newest else {}
+                style = style or dict(color=colour, alpha=0.35, linewidth=2)
+                ax.plot(xs, ys, label=phase if is_newest else f"{phase}, before", **style)
+                if is_newest:
+                    ax.plot(xs, [ys[-1] * x / xs[-1] for x in xs], color="0.6", linestyle="--", zorder=0)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks(xs, [f"{x / 1e6:.2g} M" if x >= 1e6 else f"{x / 1e3:.3g} k" for x in xs])

@@ -375,6 +375,7 @@ def _read(text: str, steps: tuple[int, ...], limit: int) -> tuple[Value | None, 
     return value, reason, limit - work.left
 
 
+@functools.lru_cache(maxsize=4096)  # samples of a group often agree
 def compare(answer: str, gold: str, tolerance: float = 0.0, unit: str = "") -> tuple[bool, str]:
     """(correct, reason) for the text of an answer and of a gold, both without a box. Never raises.
 

@@ -153,9 +153,7 @@ def saved_by_layer(m: Shapes, b: int, cuda: bool, row: int) -> int:
     if has_matrix(cuda, row):
         attention += b * m.heads * row
     else:
-        attention += 4 * m.heads  # log-sum-exp
-        if not cuda or b == 4:
-            attention += b * m.q  # the padded output
+        attention += 4 * m.heads + b * m.q  # log-sum-exp, and the outputs once more: the tree's
     return norms + attention + b * 4 * m.mlp
 
 

@@ -133,8 +133,11 @@ def attend_torch(q, keys, values, length, scale, mask=None):
     if mask is None:
         mask = attention_mask(length, heads, kv_heads)
     longest = mask.shape[2] // kv_heads
-    k = keys[:n, :longest].flatten(1, 2).contiguous()  # [n, L'·h_kv, d]; a batch with gaps is multiplied slowly
-    v = values[:n, :longest].flatten(1, 2).contiguous()
+    k = keys[:n, :longest].flatten(1, 2)  # [n, L'·h_kv, d]
+    v = values[:n, :longest].flatten(1, 2)
+    if q.dtype != torch.float32:  # oneDNN multiplies a batch with gaps slowly
+        k = k.contiguous()
+        v = v.contiguous()
     # The matmul multiplies each query head by the keys of all heads; the mask removes those of other heads.
     # One large matmul is faster than many small ones.
     logits = torch.bmm(q, k.transpose(1, 2))  # [n, h, L'·h_kv]

@@ -276,7 +276,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("infra/memory.py", "[method.sft, method.rl, method.shadow].count(True)", "1"),
     ("infra/memory.py", "adapted = [out + into for", "adapted = [max(out, into) for"),
     ("infra/memory.py", "m.layers * 2 * cached *", "m.layers * cached *"),
-    ("infra/memory.py", "attention += b * m.q  # the", "pass  # the"),
+    ("infra/memory.py", "4 * m.heads + b * m.q  # log", "4 * m.heads  # log"),
     ("infra/memory.py", "attention += b * m.heads * row", "pass"),
     ("infra/memory.py", "in_flight = max(in_flight, b *", "in_flight = max(in_flight, 0 *"),
     ("infra/memory.py", "forward = 5 * block", "forward = 4 * block"),

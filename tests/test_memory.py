@@ -228,7 +228,7 @@ def test_a_dry_run_prints_the_memory_by_part_and_makes_no_folder(tmp_path, capsy
     for part, size in sizes.items():
         assert re.search(rf"^ +{re.escape(part)} +{size / memory.GiB:.2f}$", any_kind, re.MULTILINE), part
     bridge.main([*flags, "--gpu", "h100"])
-    assert capsys.readouterr().out == any_kind.replace("4 x GPU", "4 x h100").replace("43.05", "43.05 of 79.0")
+    assert capsys.readouterr().out == any_kind.replace("4 x GPU", "4 x h100").replace("43.12", "43.12 of 79.0")
     assert not (tmp_path / "run").exists()
 
 
@@ -237,7 +237,7 @@ def test_a_dry_run_that_cannot_be_computed_or_does_not_fit_ends_in_one_line(tmp_
         bridge.main(["--model", str(tmp_path), "--dry-run", "--gpu", "h100"])
     with pytest.raises(SystemExit, match="gpu must be one of"):
         bridge.main(["--preset", "qwen2.5-3b", "--dry-run", "--gpu", "h101"])
-    with pytest.raises(SystemExit, match=r"does not fit: it needs 112.1 of 79.0 GiB; it fits with shard True, gpus 2$"):
+    with pytest.raises(SystemExit, match=r"does not fit: it needs 112.2 of 79.0 GiB; it fits with shard True, gpus 2$"):
         bridge.main(["--preset", "qwen2.5-3b", "--dry-run", "--gpu", "h100"])
 
 
