@@ -21,7 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 Row = tuple[list[int], list[int]]  # token ids of a prompt and of its response
-SHORT = 1024  # tokens: the longest sequence whose attention on a CPU keeps an [L, L] matrix
+SHORT = 512  # tokens: the longest sequence whose attention on a CPU keeps an [L, L] matrix
 # Since torch 2.12 grouped-query attention must be enabled explicitly.
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
