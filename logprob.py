@@ -2,11 +2,11 @@
 
 `response_logprobs` is the one way to them. Logits of all tokens would exhaust memory (16k tokens times 152k words in
 fp32 take 10 GB), so at most head.CHUNK rows of logits exist at a time. The forward pass stores the hidden states and
-three numbers per token; the backward pass computes each chunk's logits again. FLOPs of the head: 8RHV trained (the
-logits once forward and once again backward, then two matmuls for the gradients), 2RHV without gradients.
+three numbers per token; the backward pass computes each chunk's logits again. FLOPs of the head: 8NHV trained (the
+logits once forward and once again backward, then two matmuls for the gradients), 2NHV without gradients.
 
-Shapes: F tokens fed, T of them different (ops/packed.py), R response tokens of all rows, H hidden size, V vocabulary
-size. Log-probs and entropies are in nats.
+Shapes: F tokens fed, T of them in the tree of ops/packed.py; R response tokens of all rows, N of them different in the
+same sense; H hidden size, V vocabulary size. Log-probs and entropies are in nats.
 """
 
 import torch
@@ -62,7 +62,8 @@ def response_hidden(model: nn.Module, rows: list[Row], dtype: torch.dtype) -> tu
         hidden = hidden_states(model, packed, dtype)  # [T, H]
     # On the host, so that it does not wait for the GPU
     predicts = packed.node[torch.tensor(predicts_response)]  # [R]
-    pairs, source = torch.unique(predicts << 32 | torch.tensor(targets), return_inverse=True)  # one number for both
+    number = (predicts << 32) | torch.tensor(targets)  # of the pair of a token of the tree and its next one
+    pairs, source = torch.unique(number, return_inverse=True)  # [N], [R]
     chosen = (pairs >> 32).to(device)  # [N]
     target = (pairs & (2**32 - 1)).to(device)  # [N]
     return hidden[chosen].to(dtype), model.get_output_embeddings().weight, target, source.to(device)

@@ -91,9 +91,10 @@ class Rollouts:
         return response_offsets(self.rows)
 
     def rows_to_run(self, has_kl: bool) -> tuple[list[int], list[int]]:
-        """(rows with a gradient, rows without one whose log-probs are wanted) of a pass; it need not run the others.
+        """(rows with a gradient, rows without one that are scored) of a pass; it need not run the others.
 
-        A row has a gradient if a token of it has a weight and an advantage or a KL term (`has_kl`).
+        A row has a gradient if a token of it has a weight and an advantage or a KL term (`has_kl`). With
+        `score_rewarded`, the other rows with a reward are scored.
         """
         has_gradient = self.weight != 0  # [T]
         if not has_kl:

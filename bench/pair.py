@@ -45,7 +45,7 @@ def serve(root: str, flags: list[str]) -> None:
 
 
 def main() -> None:
-    if sys.argv[1] == "--serve":
+    if sys.argv[1:2] == ["--serve"]:
         return serve(sys.argv[2], sys.argv[3:])
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("old", type=Path, help="the folder of the other checkout")
@@ -63,7 +63,10 @@ def main() -> None:
         for name, server in servers.items():
             server.stdin.write("\n")
             server.stdin.flush()
-            measured[name].append(json.loads(server.stdout.readline()))
+            answer = server.stdout.readline()
+            if not answer:
+                sys.exit(f"pair.py: the {name} checkout has failed, see above")
+            measured[name].append(json.loads(answer))
     for server in servers.values():
         server.stdin.close()
         server.wait()

@@ -1,6 +1,7 @@
 """How a process computes on a CPU: by which library it multiplies, and where its memory comes from."""
 
 import ctypes
+import sys
 
 import torch
 
@@ -11,7 +12,7 @@ M_MMAP_MAX = -4
 
 
 def tune(hidden_size: int) -> None:
-    """Sets both for a model of this width. A GPU's work does not change."""
+    """Sets the library for a model of this width, and the memory for any."""
     if hidden_size >= WIDE:
         multiply_by_onednn()
     keep_freed_memory()
@@ -36,6 +37,8 @@ def keep_freed_memory() -> None:
 
     Each step frees and allocates large tensors of the same sizes.
     """
+    if sys.platform != "linux":
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(M_MMAP_MAX, 0)

@@ -89,7 +89,6 @@ def load(name: str, device: torch.device | None = None):
     language model that this project can train. Its generation config suppresses the ids that are no token.
     """
     config = read_config(name)
-    cpu.tune(config.hidden_size)
     repository, revision = repository_of(name)
     options = {"trust_remote_code": False, "revision": revision}
     with _reading_model(name):
@@ -125,7 +124,10 @@ def load(name: str, device: torch.device | None = None):
     without_token = set(range(rows)) - known_ids
     model.generation_config.suppress_tokens = sorted(without_token) or None
     model.set_attn_implementation("packed")
-    return model.to(device or pick_device()).eval(), tokenizer
+    device = device or pick_device()
+    if device.type == "cpu":
+        cpu.tune(config.hidden_size)
+    return model.to(device).eval(), tokenizer
 
 
 def write_model(folder: Path, model: nn.Module, tokenizer) -> None:

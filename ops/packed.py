@@ -1,9 +1,9 @@
 """Packed sequences: several sequences as one row of tokens without padding, and causal attention within each.
 
-The hidden state of a token depends only on the tokens before it. So sequences that begin alike share these tokens: the
-packed row is a tree, in which the samples of a prompt branch off where they differ. All but attention runs on its T
-tokens. Attention needs each sequence as a whole. On a GPU in half precision variable-length kernels take the sequences
-end to end. Elsewhere attention runs on a right-padded [B, L] rectangle, where the causal mask hides the padding.
+The hidden state of a token depends only on the tokens before it, so sequences that begin alike share these tokens. The
+packed row is a tree: the samples of a prompt branch off where they differ. All but attention runs on its T tokens.
+Attention needs each sequence as a whole. On a GPU in half precision variable-length kernels take the sequences end to
+end. Elsewhere attention runs on a right-padded [B, L] rectangle, where the causal mask hides the padding.
 
 Shapes: F tokens of all sequences; T of the tree; A of the B sequences that attention runs on; L longest sequence,
 H hidden size, h and h_kv heads, d head size.
@@ -21,7 +21,7 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 Row = tuple[list[int], list[int]]  # token ids of a prompt and of its response
-SHORT = 512  # tokens: the longest sequence whose attention on a CPU keeps an [L, L] matrix
+SHORT = 256  # tokens: the longest sequence whose attention on a CPU keeps an [L, L] matrix; the memory grows with L²
 # Since torch 2.12 grouped-query attention must be enabled explicitly.
 GQA = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
@@ -41,7 +41,7 @@ class Packed:
 
     ids: Tensor  # [1, T]
     positions: Tensor  # [1, T] in their sequences
-    node: Tensor  # [F] on the host: the token of the tree that is this token of the sequences, end to end
+    node: Tensor  # [F] on the host: the tree's token for each token of the sequences, end to end
     attended: Tensor  # [A] the same of the B sequences alone
     place: Tensor  # [T] the first place of a token in [0, A)
     cu_seqlens: Tensor  # [B+1] int32: where each of the B sequences starts, and A
@@ -137,6 +137,8 @@ def attend_by_matmuls(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     On a CPU in bf16 forward and backward take a fifth of the time of torch's kernel, which has no such matrix
     (24 sequences of 85 tokens). The g query heads that share keys are the rows of one matmul.
     """
+    # No softmax changes if all keys do by the same vector. Without their mean, bf16 rounds smaller logits.
+    k = k - k.mean(2, keepdim=True)
     L, d = q.shape[2:]
     groups = q.shape[1] // k.shape[1]
     rows = q.reshape(-1, groups * L, d)  # [B·h_kv, g·L, d]

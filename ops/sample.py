@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ops.head import jit, tl, use_kernels
 
-CACHED = 2**19  # probabilities that the twin handles at a time, 4 MiB in fp64
+CACHED = 2**19  # probabilities that the twin handles at a time; their sums take 4 MiB in fp64
 
 
 def sample_tokens_torch(logits: Tensor, u: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:

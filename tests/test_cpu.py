@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
 
 from infra import cpu, model
 
@@ -55,12 +54,15 @@ def test_tune_keeps_freed_memory_only_with_a_c_library_that_has_mallopt(monkeypa
     monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace())
     cpu.tune(1)
     assert len(calls) == 2
+    monkeypatch.setattr(cpu.sys, "platform", "win32")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: pytest.fail("Windows has no library without a name"))
+    cpu.tune(1)
 
 
-def test_a_model_is_loaded_after_tuning_for_its_width(tmp_path, monkeypatch):
+def test_a_model_that_computes_on_a_cpu_is_tuned_for_its_width(monkeypatch):
     tuned = []
-    tiny_model().save_pretrained(tmp_path)
     monkeypatch.setattr(cpu, "tune", tuned.append)
-    with pytest.raises(model.ModelError, match="tokenizer"):  # the folder has none
-        model.load(str(tmp_path))
-    assert tuned == [32]
+    model.load("arithmetic-smoke")
+    assert tuned == [model.read_config("arithmetic-smoke").hidden_size]
+    model.load("arithmetic-smoke", torch.device("meta"))
+    assert len(tuned) == 1, "nothing is computed on a CPU"

@@ -160,6 +160,16 @@ def test_attention_by_matmuls_equals_torchs():
         torch.testing.assert_close(a, b)
 
 
+def test_a_vector_that_all_keys_share_costs_no_accuracy_in_bf16():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 20, 16, generator=g).bfloat16() for heads in (4, 2, 2))
+    k += 30 * torch.randn(16, generator=g)  # as by Qwen2's bias: logits of some hundreds
+    ours = packed.attend_by_matmuls(q, k, v, 0.25).double()
+    q, k, v = q.double(), k.double(), v.double()
+    exactly = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.25, enable_gqa=True)
+    assert (ours - exactly).norm() / exactly.norm() < 0.01
+
+
 def test_long_sequences_use_the_attention_that_keeps_no_matrix(any_model, monkeypatch):
     batch = rows(3)
     expected = response_logprobs(any_model, batch)
