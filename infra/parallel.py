@@ -199,7 +199,10 @@ def shares(sizes: list[int], parts: int) -> list[range]:
 
 
 def micro_batches(rows: list[Row], share: range, tokens: int, padded: bool) -> list[range]:
-    """Consecutive ranges of `share`: at most `tokens` tokens (rows times longest row if attention pads) or one row."""
+    """Consecutive ranges of `share`: at most `tokens` tokens (rows times longest row if attention pads) or one row.
+
+    A token that rows share counts in each of them.
+    """
     ranges = []
     first = share.start
     longest = 0

@@ -79,7 +79,8 @@ def test_the_examples_in_the_docstrings_are_true(module):
 def test_every_flag_that_a_page_names_exists():
     known = OTHERS | {f"--{name.replace('_', '-')}" for name in Settings.__dataclass_fields__}
     known |= set(re.findall(r'add\("(--[a-z-]+)"', (ROOT / "evaluate.py").read_text()))
-    known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / "bench/step.py").read_text()))
+    for name in ("step", "limit", "pair"):
+        known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', (ROOT / f"bench/{name}.py").read_text()))
     assert set(re.findall(r"--[a-z][a-z-]+", EVERYTHING)) <= known
 
 
