@@ -99,15 +99,15 @@ class Rollouts:
         has_gradient = self.weight != 0  # [T]
         if not has_kl:
             has_gradient &= self.advantage != 0
-        of_row = [tokens.any() for tokens in has_gradient.cpu().tensor_split(self.offsets[1:-1])]  # [N]
-        trained = [i for i, has in enumerate(of_row) if has]
+        tokens_of_rows = has_gradient.cpu().tensor_split(self.offsets[1:-1])  # N tensors
+        trained = [i for i, tokens in enumerate(tokens_of_rows) if tokens.any()]
         # FSDP's ranks must all run a backward pass: if no row has a gradient, row 0 is run anyway.
         if not trained:
             trained = [0]
         scored = []
         if self.score_rewarded:
             rewarded = self.reward.flatten().nonzero()[:, 0].tolist()
-            scored = sorted({*rewarded} - {*trained})
+            scored = [i for i in rewarded if i not in trained]
         return trained, scored
 
 

@@ -392,11 +392,11 @@ def draw(file: Path, out: Path) -> None:
             is_newest = commit == commits[-1]
             for phase, marker, colour in (("train", "o", "C0"), ("sample", "s", "C1")):
                 ys = [points[x][f"{phase} ms"] for x in xs]
-                style = dict(color=colour, marker=marker, linewidth=2, markersize=7) if is_newest else {}
-                style = style or dict(color=colour, alpha=0.35, linewidth=2)
-                ax.plot(xs, ys, label=phase if is_newest else f"{phase}, before", **style)
-                if is_newest:
-                    ax.plot(xs, [ys[-1] * x / xs[-1] for x in xs], color="0.6", linestyle="--", zorder=0)
+                if not is_newest:
+                    ax.plot(xs, ys, color=colour, linewidth=2, alpha=0.35, label=f"{phase}, before")
+                    continue
+                ax.plot(xs, ys, color=colour, linewidth=2, marker=marker, markersize=7, label=phase)
+                ax.plot(xs, [ys[-1] * x / xs[-1] for x in xs], color="0.6", linestyle="--", zorder=0)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
         ax.set_xticks(xs, [f"{x / 1e6:.2g} M" if x >= 1e6 else f"{x / 1e3:.3g} k" for x in xs])

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.attention import attend, attention_mask, rope_and_store, swiglu
-from ops.head import project, use_kernels
+from ops.head import project, rounded_weight, use_kernels
 from ops.packed import ModelError, causal_attention, pack, refuse_other_attention
 
 # The sequence on which the decoder is compared with transformers.
@@ -155,8 +155,7 @@ class Decoder:
         cos = cos[0, :, None].contiguous()  # [L, 1, d]
         sin = sin[0, :, None].contiguous()
         sin[..., : self.head_dim // 2] *= -1
-        lm_head = self.lm_head if self.lm_head.is_cuda else self.lm_head.float()
-        return Cache(kv, cos, sin, lm_head)
+        return Cache(kv, cos, sin, rounded_weight(self.lm_head, self.model.dtype))
 
     def prefill(self, cache: Cache, prompts: list[list[int]], slots: Tensor) -> Tensor:
         """Runs whole prompts, prompt i into slot slots[i], and returns the logits of their next tokens, [P, V] fp32."""
@@ -172,8 +171,9 @@ class Decoder:
         hidden = self.forward(cache, packed.ids[0], packed.positions[0], slot_of_node, attention)  # [T, H]
         # Prompts that begin alike share these tokens: the other slots get copies of their keys and values.
         position = packed.positions[0, node]  # [F]
+        source = slot_of_node[node]  # [F]
         for kv in cache.kv:
-            kv[:, slot, position] = kv[:, slot_of_node[node], position]
+            kv[:, slot, position] = kv[:, source, position]
         return project(hidden[node[lengths.cumsum(0) - 1]], cache.lm_head)
 
     def decode(self, cache: Cache, ids: Tensor, position: Tensor) -> Tensor:

@@ -46,7 +46,7 @@ def rounded_weight(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
     """Logits hidden·weightᵀ [N, V] in fp32, from hidden [N, H] and weight [V, H] of one dtype."""
-    if not hidden.is_cuda or hidden.dtype == torch.float32:
+    if hidden.dtype == torch.float32 or not hidden.is_cuda:
         with torch.autocast(hidden.device.type, enabled=False):
             return hidden.float() @ weight.float().T
     return torch.mm(hidden, weight.T, out_dtype=torch.float32)  # bf16 tensor cores with fp32 sums

@@ -124,10 +124,12 @@ def sample_tokens(logits: Tensor, u: Tensor, temperature: float, top_p: float = 
     if not use_kernels(logits):
         # A few rows at a time, whose probabilities stay in the cache of a CPU
         rows = max(1, CACHED // logits.shape[1])
-        parts = [
-            sample_tokens_torch(*x, temperature, top_p) for x in zip(logits.split(rows), u.split(rows), strict=True)
-        ]
-        tokens, logps = zip(*parts, strict=True)
+        tokens = []
+        logps = []
+        for logits_of_rows, u_of_rows in zip(logits.split(rows), u.split(rows), strict=True):
+            token, logp = sample_tokens_torch(logits_of_rows, u_of_rows, temperature, top_p)
+            tokens.append(token)
+            logps.append(logp)
         return torch.cat(tokens), torch.cat(logps)
     n, V = logits.shape
     token = torch.empty(n, dtype=torch.long, device=logits.device)
