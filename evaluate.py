@@ -51,6 +51,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--benchmarks", default="", help=f"paper (the first five) or a list of {NAMES}")
     add("--benchmark-dir", type=expand, default="benchmarks", help="folder of NAME.jsonl, else the hub's")
     add("--data", type=expand, default="", help="a .jsonl file with a question and an answer in each row")
+    add("--task", default="", help="the evaluation problems of a task, by name or FILE.py:FUNCTION")
     add("--problems", type=int, default=0, help="only the first N of each (of a built-in task: N per group)")
     add("--template", help="prompt: qwen-boxed or plain instead of the chat template (default: the run's)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="paper: greedy, one answer; sampled: T 0.6, top-p 0.95")
@@ -74,8 +75,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     modes = [mode for mode in (args.source, args.regrade, args.table) if mode]
     if len(modes) != 1:
         parser.error("give a run or model, or --regrade FILE, or --table FILE ...")
-    if args.benchmarks and args.data:
-        parser.error("--benchmarks and --data are two kinds of problems: give one")
+    if sum(map(bool, (args.benchmarks, args.data, args.task))) > 1:
+        parser.error("--benchmarks, --data and --task are three kinds of problems: give one")
     if args.problems < 0 or args.seed < 0:
         parser.error("--problems and --seed cannot be negative")
     for name in ("samples", "max_new_tokens", "slots"):
@@ -93,7 +94,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     elif args.regrade:
         mode, used = "--regrade", {"regrade", "out"}
     elif args.ask:
-        mode, used = "--ask", {"source", "ask", "template", "temperature", "top_p", "max_new_tokens", "seed"}
+        mode, used = "--ask", {"source", "ask", "task", "template", "temperature", "top_p", "max_new_tokens", "seed"}
     else:
         return
     for name, value in vars(args).items():
@@ -117,8 +118,9 @@ from infra.model import repository_of, stop_tokens
 from infra.run import alone, one_line_errors, print0, settings_of
 from sampler import Sampler
 from tasks.benchmarks import BENCHMARKS, OPTIONS_SEED, read_benchmark
+from tasks.functions import code_fingerprint
 from tasks.loading import load_model
-from tasks.named import NAMED, load_task, module_of, task_of
+from tasks.named import NAMED, from_function, load_task, module_of, task_of
 from tasks.prompts import encode_prompt, end_of_turn, prompt_text
 from tasks.sources import read_problems
 from tasks.task import Problem, Task, check_evaluation, fingerprint
@@ -164,16 +166,18 @@ def answer(
                 "tokens": len(completion.ids),
                 "finish_reason": completion.finish_reason,
             }
-            records.append(record | grade(record))
+            if task.verifier is not None:
+                record["extra"] = problem.extra
+            # A truncated response may still contain its answer.
+            records.append(record | asdict(task.verdict(record["response"], problem)))
     return sorted(parallel.all_gather(records), key=lambda r: (r["group"], r["id"], r["sample"]))
 
 
-def grade(record: dict) -> dict:
-    """correct, extracted and reason of a record's response. A truncated response may still contain its answer."""
-    verdict = rewards.is_correct(
-        record["response"], record["answer"], tolerance=record["tolerance"], unit=record["unit"]
-    )
-    return asdict(verdict)
+def grader_of(task: Task, spec: str) -> str:
+    """The name of what grades: the version of the grader, or FILE.py:FUNCTION of a verifier with a hash of its code."""
+    if task.verifier is None:
+        return rewards.VERSION
+    return f"{spec} {code_fingerprint(spec)[:16]}"
 
 
 def evaluate(sampler: Sampler, tokenizer, task: Task, max_new_tokens: int) -> tuple[dict[str, float], list[dict]]:
@@ -194,8 +198,16 @@ def regrade(path: Path, out: str | None) -> str:
     Raises DataError.
     """
     header, records = results.read_results(path, finished=True)
-    header["grader"] = rewards.VERSION
-    regraded = [record | grade(record) for record in records]
+    spec, _, _ = header["grader"].rpartition(" ")  # FILE.py:FUNCTION of a verifier
+    task = Task([], [], [])
+    if spec:
+        task = from_function(spec, Settings(task=spec))
+    header["grader"] = grader_of(task, spec)
+    regraded = []
+    for record in records:
+        facts = {name: record[name] for name in ("question", "answer", "tolerance", "unit")}
+        problem = Problem(**facts, extra=record.get("extra", {}))
+        regraded.append(record | asdict(task.verdict(record["response"], problem)))
     changed = 0
     for old, new in zip(records, regraded, strict=True):
         if old["correct"] != new["correct"]:
@@ -232,20 +244,23 @@ def load_settings(source: Path) -> Settings | None:
 def find_task(args: argparse.Namespace, s: Settings | None) -> Task:
     """The problems to answer, with their instruction and template. Raises DataError.
 
-    They are those of --ask, of the benchmarks, of the file, of the run's task or of the model's built-in task.
+    They are those of --ask, of the benchmarks, of the file, of --task, of the run, or of the model's built-in task.
     s: the settings of a run; None for a model.
     """
     count = args.problems or None  # None: all
     task = Task(problems=[], demonstrations=[], evaluation=[])
-    own = s or Settings(task=task_of(args.source))
+    own = Settings(task=args.task or task_of(args.source))
+    if s and not args.task:
+        own = s
     is_own_builtin = own.task in TASKS and not own.rl_data
     if args.ask:
-        # Only the user's own function can have an instruction of its own: its problems are loaded for that alone.
-        if s and not s.rl_data and s.task not in NAMED:
-            task = load_task(replace(s, sft_data="", method="rl"))
-        elif is_own_builtin and (s or args.source in builtin_models()):
+        # Only the user's own function can have an instruction and a verifier, which needs the problem of a question.
+        if (s or args.task) and not own.rl_data and own.task not in NAMED:
+            task = load_task(replace(own, sft_data="", method="rl"))
+        elif is_own_builtin and args.source in builtin_models():
             task.instruction = ""
-        task.evaluation = [Problem(question, "") for question in args.ask]
+        known = {p.question: p for p in [*task.problems, *task.evaluation]}
+        task.evaluation = [known.get(question) or Problem(question, "") for question in args.ask]
     elif args.benchmarks:
         for name in benchmark_names(args.benchmarks):
             task.evaluation += read_benchmark(name, args.benchmark_dir)[:count]
@@ -279,7 +294,7 @@ def choose_sampling(args: argparse.Namespace, s: Settings | None) -> Sampling:
     own_problems = not (args.benchmarks or args.data)
     if s and own_problems:
         sampling = replace(sampling, max_new_tokens=s.max_new_tokens)
-    elif own_problems and not args.ask:
+    elif own_problems and not args.ask and ":" not in args.task:
         sampling = replace(sampling, max_new_tokens=BUILTIN_LIMIT)
     for name in ("max_new_tokens", "temperature", "top_p", "samples"):
         value = getattr(args, name)
@@ -347,10 +362,13 @@ def replies(task: Task, model: nn.Module, tokenizer, stop: list[int], sampling: 
     keys = [(seed, i) for i in range(len(prompts))]  # equal for all models
     groups = sampler.generate(prompts, keys, 1, limit, sampling.temperature, sampling.top_p)
     texts = []
-    for (completion,) in groups:
-        text = completion.text(tokenizer, stop)
+    for problem, (completion,) in zip(task.evaluation, groups, strict=True):
+        response = completion.text(tokenizer, stop)
+        text = response
         if completion.finish_reason == "length":
             text += " … (cut off)"
+        if task.verifier is not None:
+            text += "\n(right)" if task.verifier(response, problem) else "\n(wrong)"
         texts.append(text)
     return texts
 
@@ -382,10 +400,10 @@ def run(args: argparse.Namespace) -> None:
         "sampling": asdict(sampling) | {"samples": samples},
         "seed": args.seed,
         "options_seed": OPTIONS_SEED,
-        "grader": rewards.VERSION,
+        "grader": grader_of(task, args.task or (s.task if s else "")),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "data": {group: describe(own) for group, own in problems.items()},
+        "data": {group: describe(own, task) for group, own in problems.items()},
     }
     if s:
         exported = EXPORTED.fullmatch(Path(args.source).name)
@@ -416,17 +434,18 @@ def by_group(problems: list[Problem], sampling: Sampling) -> tuple[dict[str, lis
     return of_group, samplings
 
 
-def describe(problems: list[Problem]) -> dict:
-    """The number of the problems and a hash of their texts and golds."""
-    task = Task(problems, demonstrations=[], evaluation=[])
-    return {"problems": len(problems), "sha256": fingerprint(task)}
+def describe(problems: list[Problem], task: Task) -> dict:
+    """The number of the problems and a hash of what the grader or the task's verifier reads."""
+    of_group = Task(problems, demonstrations=[], evaluation=[], verifier=task.verifier)
+    return {"problems": len(problems), "sha256": fingerprint(of_group)}
 
 
 def result_file(args: argparse.Namespace, s: Settings | None) -> Path:
     """--out, or a name that says data and protocol: in the run's folder, or in evals/ for a model."""
     if args.out:
         return Path(args.out)
-    data = args.benchmarks or Path(args.data).stem  # empty: the run's own problems or the built-in task
+    # Empty for the run's own problems or the built-in task
+    data = args.benchmarks or Path(args.data).stem or args.task.rpartition(":")[2]
     name = f"answers-{data.replace(',', '+')}-{args.protocol}.jsonl" if data else f"answers-{args.protocol}.jsonl"
     folder = Path(args.source)
     if is_run(folder):

@@ -25,7 +25,7 @@ _BETWEEN = re.compile(r"(?:[\s$,;.]|\\[,;: ]|\\q?quad|\\\(|\\\)|and|or|\\text *\
 
 @dataclass(frozen=True)
 class Verdict:
-    """reason: equal, different, no_answer, unparseable, too_long, too_complex or bad_gold."""
+    """reason: equal, different, no_answer, unparseable, too_long, too_complex or bad_gold; of a verifier: verifier."""
 
     correct: bool
     extracted: str | None  # the text in the box
@@ -50,15 +50,6 @@ def is_correct(response: str, answer: str, *, tolerance: float | None = None, un
 def is_gold(answer: str) -> bool:
     """Whether the grader can read a gold answer, at least as its own text; if not, every response to it is wrong."""
     return read(answer)[0] is not None
-
-
-def built_in_reward(response: str, problem) -> float:
-    """r(ŷ, y) of eq. (3) for a tasks.task.Problem: 1.0 for a correct response, else 0.0."""
-    verdict = is_correct(response, problem.answer, tolerance=problem.tolerance, unit=problem.unit)
-    return float(verdict.correct)
-
-
-built_in_reward.right_from = 1.0  # a reward of at least this much is that of a right response
 
 
 def extract(response: str) -> str | None:

@@ -19,7 +19,6 @@ from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
-from rewards import built_in_reward
 from settings import SettingError
 from tasks.task import Problem
 
@@ -116,29 +115,47 @@ def code_fingerprint(spec: str) -> str:
     return hashlib.sha256(repr((function, own, helpers)).encode()).hexdigest()
 
 
-def load_reward(spec: str) -> Callable[[str, Problem], float]:
-    """The reward r(response, problem) of the function FILE.py:FUNCTION, or the built-in one if `spec` is empty.
+def load_reward(spec: str) -> Callable[[str, Problem], float] | None:
+    """The reward r(response, problem) of the function FILE.py:FUNCTION; None if `spec` is empty.
 
     Its attribute right_from is the function's: the least reward of a right response, None if the function has none.
     Raises SettingError if this is no finite number; so does the reward if the function returns none.
     """
     if not spec:
-        return built_in_reward
+        return None
     function = load_function("reward", spec)
     right_from = getattr(function, "right_from", None)
     if right_from is not None and not is_finite_number(right_from):
         raise SettingError(f"reward: {spec}.right_from must be a finite number, it is {right_from!r:.200}")
 
     def reward(response: str, problem: Problem) -> float:
-        with user_code("reward", spec):
-            value = function(response, problem)
-        if not is_finite_number(value):
-            returned = f"it returned {value!r:.200} for {problem.question[:80]!r}"
-            raise SettingError(f"reward: {spec} must return a finite number, {returned}")
-        return float(value)
+        return returned_number("reward", spec, function, response, problem)
 
     reward.right_from = None if right_from is None else float(right_from)
     return reward
+
+
+def guarded_verifier(spec: str, verifier: Callable[[str, Problem], bool]) -> Callable[[str, Problem], bool]:
+    """The verifier of a user's task, which imports its own modules and raises SettingError for a partial score."""
+
+    def verify(response: str, problem: Problem) -> bool:
+        value = returned_number("verifier", spec, verifier, response, problem)
+        if value not in (0.0, 1.0):
+            text = f"must return True or False, it returned {value} for {problem.question[:80]!r}"
+            raise SettingError(f"verifier: {spec} {text}: compare a score with a threshold")
+        return value == 1.0
+
+    return verify
+
+
+def returned_number(setting: str, spec: str, function: Callable, response: str, problem: Problem) -> float:
+    """What the user's reward or verifier returns for a response. Raises SettingError unless it is a finite number."""
+    with user_code(setting, spec):
+        value = function(response, problem)
+    if not is_finite_number(value):
+        returned = f"it returned {value!r:.200} for {problem.question[:80]!r}"
+        raise SettingError(f"{setting}: {spec} must return a finite number, {returned}")
+    return float(value)
 
 
 def is_finite_number(value: object) -> bool:

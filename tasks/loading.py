@@ -46,7 +46,7 @@ def load_training(s: Settings) -> Loaded:
             "raise it, or start fewer ranks"
         )
     reward = load_reward(s.reward)
-    if METHODS[s.method].asks_right and reward.right_from is None:
+    if reward and METHODS[s.method].asks_right and reward.right_from is None:
         function = s.reward.rpartition(":")[2]
         raise SettingError(
             f"method {s.method} asks which responses are right: state in the file of reward {s.reward} from which "
@@ -68,7 +68,7 @@ def load_training(s: Settings) -> Loaded:
         reward=code_fingerprint(s.reward),
         task=code_fingerprint(s.task),
     )
-    return Loaded(task, model, tokenizer, stop, reward, demonstrations, demonstrations_of, fingerprints)
+    return Loaded(task, model, tokenizer, stop, reward or task.reward, demonstrations, demonstrations_of, fingerprints)
 
 
 def describe_data(task: Task, tokenizer, stop: list[int], demonstrations: list[Row]) -> dict[str, str]:

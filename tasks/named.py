@@ -1,5 +1,6 @@
 """The tasks that --task and --rl-data name; docs/data.md explains how to add one."""
 
+import json
 from importlib import import_module
 from types import ModuleType
 
@@ -7,7 +8,7 @@ from infra.files import DataError
 from rewards import is_gold
 from settings import METHODS, TASKS, SettingError, Settings
 from tasks.benchmarks import BENCHMARKS, read_benchmark
-from tasks.functions import load_function, user_code
+from tasks.functions import guarded_verifier, load_function, user_code
 from tasks.sources import first_correct, keep_readable, listed, read_demonstrations, read_problems, rows_of
 from tasks.task import Demonstration, Problem, Task
 
@@ -41,7 +42,7 @@ def load_task(s: Settings) -> Task:
         task = from_function(s.task, s)
     task.template = s.template or task.template
     unreadable = [p for p in task.evaluation if not is_gold(p.answer)]
-    if unreadable:
+    if unreadable and task.verifier is None:
         task.notes.append(f"evaluation: no answer is right for {len(unreadable)} golds, which the grader cannot read")
     return task
 
@@ -138,4 +139,12 @@ def from_function(spec: str, s: Settings) -> Task:
         task = function(s)
     if not isinstance(task, Task):
         raise SettingError(f"task: {spec} must return a Task, it returned a {type(task).__name__}")
+    if task.verifier is not None:
+        task.verifier = guarded_verifier(spec, task.verifier)
+        # A result file keeps what the verifier reads, so that --regrade can call it again.
+        try:
+            json.dumps([p.extra for p in task.evaluation])
+        except TypeError as error:
+            text = f"extra of an evaluation problem must hold JSON values: {error}"
+            raise SettingError(f"task: {spec}: {text}") from error
     return task

@@ -11,6 +11,7 @@ from unicodedata import normalize
 import numpy as np
 
 import rewards
+from grading.answers import MAX_ANSWER
 from infra.files import DataError
 from infra.run import progress
 from ops.packed import Row
@@ -55,6 +56,7 @@ class Demonstration:
     question: str
     response: str
     answer: str | None = None  # gold: the data row's answer, else the boxed answer of the response
+    extra: dict = field(default_factory=dict, compare=False, repr=False)  # as in Problem
 
     def __post_init__(self):
         _check_text(question=self.question, response=self.response)
@@ -67,8 +69,22 @@ class Task:
     evaluation: list[Problem]
     instruction: str = INSTRUCTION  # follows every question in a chat template
     template: str = ""  # a name in prompts.TEMPLATES; empty: the model's chat template
+    verifier: Callable[[str, Problem], bool] | None = None  # whether a response is right; None: the grader
     kept_apart: list[str] = field(default_factory=list)  # questions of the evaluation sets beyond `evaluation`
     notes: list[str] = field(default_factory=list)  # dropped rows and warnings, printed before training
+
+    def verdict(self, response: str, problem: Problem) -> rewards.Verdict:
+        """Whether a response is right: by the task's own verifier, or else by the grader and the gold answer."""
+        if self.verifier is None:
+            return rewards.is_correct(response, problem.answer, tolerance=problem.tolerance, unit=problem.unit)
+        answer = rewards.extract(response) or response
+        return rewards.Verdict(self.verifier(response, problem), answer[:MAX_ANSWER], "verifier")
+
+    def reward(self, response: str, problem: Problem) -> float:
+        """r(ŷ, y) of eq. (3): 1.0 for a right response, else 0.0."""
+        return float(self.verdict(response, problem).correct)
+
+    reward.right_from = 1.0  # a reward of at least this much is that of a right response
 
 
 def draw_distinct(draw: Callable[[int], Drawn], count: int, taken: Callable[[str], bool]) -> list[Drawn]:
@@ -226,10 +242,14 @@ def prepare(
     note_dropped(task.notes, "sft_data", task.demonstrations, demonstrations, reason)
 
     # Wrong demonstrations are kept, since some tasks test whether a method can ignore them.
-    wrong = [d for d in task.demonstrations if not rewards.is_correct(d.response, d.answer or "").correct]
+    wrong = []
+    for d in task.demonstrations:
+        if not task.verdict(d.response, Problem(d.question, d.answer or "", extra=d.extra)).correct:
+            wrong.append(d)
     if wrong:
         first = f"the first ends {wrong[0].response[-60:]!r}, its gold answer is {wrong[0].answer!r}"
-        refused = f"the grader refuses {len(wrong)} of {len(task.demonstrations)} demonstrations"
+        judge = "grader" if task.verifier is None else "verifier"
+        refused = f"the {judge} refuses {len(wrong)} of {len(task.demonstrations)} demonstrations"
         task.notes.append(f"sft_data: WARNING, {refused}; {first}")
 
     task.problems = problems
@@ -267,7 +287,7 @@ def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, list[R
     for d, row in zip(task.demonstrations, demonstrations, strict=True):
         demonstrations_of.setdefault(d.question, []).append(row)
         if d.answer is not None:
-            problem_of[d.question] = Problem(d.question, d.answer)
+            problem_of[d.question] = Problem(d.question, d.answer, extra=d.extra)
     paired = [p for p in task.problems if p.question in demonstrations_of]
     if paired:
         task.notes.append(f"method {method}: {len(paired)} of {len(task.problems)} prompts have a demonstration: kept")
@@ -305,7 +325,7 @@ class Stream:
 def fingerprint(task: Task, with_extra: bool = False) -> str:
     """A hash of the text of problems, demonstrations, evaluation problems and prompts, and of the problems' `extra`."""
     text = repr((task.problems, task.demonstrations, task.evaluation, task.instruction, task.template))
-    if with_extra:
+    if with_extra or task.verifier is not None:
         # Of an object that is no JSON value its type: its text may have an address, which differs between processes.
         extra = [p.extra for p in task.problems]
         text += json.dumps(extra, skipkeys=True, default=lambda value: type(value).__name__)

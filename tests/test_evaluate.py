@@ -359,10 +359,10 @@ def test_flags_reach_the_sampler_and_the_header(model, greedy, tmp_path):
     assert answers("--protocol", "sampled", "--temperature", 0)[0]["sampling"]["samples"]["n=3"] == 1
 
 
-def test_training_evaluates_greedily_and_averages_over_groups_of_any_size(model, monkeypatch):
-    monkeypatch.setattr(evaluate, "grade", lambda record: {"correct": sum(map(ord, record["question"])) % 3 == 0})
+def test_training_evaluates_greedily_and_averages_over_groups_of_any_size(model):
     network, tokenizer = load(model)
     task = Task(problems=[], demonstrations=[], evaluation=arithmetic.evaluation(4)[2:], instruction="")
+    task.verifier = lambda response, problem: sum(map(ord, problem.question)) % 3 == 0
     sampler = Sampler(network, stop_tokens(network, tokenizer), slots=8)
     accuracy, records = evaluate.evaluate(sampler, tokenizer, task, 16)
     by_group = {g: [r["correct"] for r in records if r["group"] == g] for g in sorted(accuracy) if g != "average"}
@@ -711,7 +711,8 @@ def test_questions_have_the_instruction_and_the_template_of_the_run(tmp_path):
 @pytest.mark.parametrize(
     "flags",
     ["", "m --regrade x", "--ask q", "--ask q --regrade x", "m --seed -1", "m --slots 0",
-     "m --data x --benchmarks paper", "m --temperature -1", "m --top-p 0", "m --top-p 1.1",
+     "m --data x --benchmarks paper", "m --data x --task legs", "--regrade x --task legs",
+     "m --temperature -1", "m --top-p 0", "m --top-p 1.1",
      "--table a b --samples 4", "--table a b --out c", "--regrade a --seed 3", "m --ask q --problems 3"],
 )  # fmt: skip
 def test_a_command_that_makes_no_sense_is_refused(flags, capsys):

@@ -21,8 +21,8 @@ from grading import answers, expression, notation
 from grading.answers import MAX_ANSWER, compare, equivalent, read
 from grading.expression import TooComplex, letter, parse, proportional, same
 from grading.notation import normalise
-from rewards import built_in_reward, extract, is_correct, is_gold
-from tasks.sources import Problem
+from rewards import extract, is_correct, is_gold
+from tasks.task import Problem, Task
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 boxed = "\\boxed{{{}}}".format
@@ -121,7 +121,7 @@ def test_an_undefined_value_with_a_percent_sign_is_compared_without_an_error():
 
 
 def test_the_built_in_reward_is_one_for_a_correct_response_and_zero_for_any_other():
-    reward = built_in_reward
+    reward = Task([], [], []).reward
     problem = Problem("How long?", "5", tolerance=0.01, unit="cm")
     assert [reward(r, problem) for r in (boxed("5.04"), boxed("5.06"), "5", boxed(r"5 \text{ m}"))] == [1.0, 0, 0, 0]
     assert type(reward(boxed("5"), problem)) is float
