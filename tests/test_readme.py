@@ -132,7 +132,7 @@ def test_the_dry_runs_of_the_docs_run(tmp_path, monkeypatch):
 def test_the_page_on_data_trains_with_its_task_and_its_reward(tmp_path, monkeypatch):
     import bridge
 
-    task, reward = re.findall(r"```python\n(.*?)```", PAGES["data.md"], re.DOTALL)
+    task, _, reward = re.findall(r"```python\n(.*?)```", PAGES["data.md"], re.DOTALL)
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": [{"role": "user", "content": f"{i % 10}+{i // 10}"}], "label": {"gold": str(i % 10 + i // 10)},
              "response": f"\\boxed{{{i % 10 + i // 10}}}"} for i in range(100)]  # fmt: skip
