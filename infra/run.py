@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -46,6 +46,8 @@ METRICS = (
 )  # fmt: skip
 
 MAX_SKIPPED = 5  # updates with a loss or gradient that is not finite, without a clean step between, end the run
+WINDOW = 10  # steps over which the groups without signal are counted
+MAX_WITHOUT_SIGNAL = 0.75  # of the groups of a window; more than that is said once
 MAX_LOGP_GAP = 0.1  # nats per token between sampler and trainer on the same weights end the run
 
 
@@ -61,6 +63,7 @@ class RunFolder:
     keep: str = "first"  # settings.KEEP, of the groups of a step
     keep_best: bool = False  # the checkpoint of the best evaluation
     tracker: Callable[[int, dict], object] | None = None  # gets a step and its record of metrics or accuracies
+    signals: list[tuple[float, float]] = field(default_factory=list)  # (zero_std_groups, right_frac) of each step
 
     def refuse_existing(self, unless: bool) -> None:
         """Raises SettingError on all ranks if the folder holds a run, unless this one resumes.
@@ -136,6 +139,17 @@ class RunFolder:
             record[name] = float(f"{value:.6g}") if math.isfinite(value) else None
         self.log("metrics", step, record | {"seconds": {phase: round(t, 4) for phase, t in seconds.items()}})
 
+    def watch_signal(self, step: int, metrics: dict[str, float], group_size: int) -> None:
+        """Prints advice once, at the end of WINDOW steps of which most groups have no signal."""
+        self.signals.append((metrics["zero_std_groups"], metrics["right_frac"]))
+        if len(self.signals) != WINDOW:  # fewer at the beginning, more once there was advice
+            return
+        without_signal, right = (sum(shares) / WINDOW for shares in zip(*self.signals, strict=True))
+        if without_signal > MAX_WITHOUT_SIGNAL:
+            print0(f"step {step}: {advice_on_signal(without_signal, right, group_size)}")
+        else:
+            del self.signals[0]
+
     def log_samples(self, step: int, samples: list[dict]) -> None:
         """Appends completions with their rewards to samples.jsonl."""
         for sample in samples:
@@ -189,6 +203,22 @@ def alone(path: Path, lock: Path) -> Iterator[None]:
                     lock.unlink()
                     if made:
                         lock.parent.rmdir()  # a failed set-up has left nothing else in it
+
+
+def advice_on_signal(without_signal: float, right: float, group_size: int) -> str:
+    """Why a share of the groups has no RL gradient, and what to change.
+
+    right: the share of right samples, nan if unknown. If each prompt had this chance p of a right sample, all G would
+    be equal with probability p^G + (1−p)^G.
+    """
+    text = f"in the last {WINDOW} steps {without_signal:.0%} of the groups had equal rewards, so no RL gradient"
+    if right == 0:
+        return f"{text}: no sample was right. Begin with SFT (--method sft_rl), or with easier problems"
+    if right > 0:
+        expected = right**group_size + (1 - right) ** group_size
+        formula = f"p^G + (1−p)^G at p = {right:.2f}, G = {group_size}"
+        text += f"; with prompts of equal difficulty it would be {expected:.0%}, {formula}"
+    return f"{text}. Raise --group-size, draw other prompts by --dynamic-sampling, or choose problems near p = 0.5"
 
 
 def stop_if_diverged(metrics: dict[str, float], step: int, folder: Path) -> None:

@@ -39,8 +39,8 @@ TESTS = {  # start of a path -> tests that concern it; they run first to last un
     "grading/scores.py": ["test_evaluate.py"],
     "grading/": ["test_rewards.py"],
     "rewards.py": ["test_rewards.py", "test_data.py"],
-    "evaluate.py": ["test_evaluate.py"],
-    "tasks/": ["test_data.py", "test_tasks.py"],
+    "evaluate.py": ["test_evaluate.py", "test_verifier.py"],
+    "tasks/": ["test_data.py", "test_tasks.py", "test_verifier.py"],
 }
 
 MUTANTS = [  # file, line as it is, line as it should not be
@@ -192,6 +192,14 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("tasks/sources.py", 'solution != "" and gold in ("", boxed)', 'solution != ""'),
     ("tasks/sources.py", "isinstance(value, float) and not math.isfinite(value)", "False"),
     ("tasks/functions.py", "if not is_finite_number(value):", "if False:"),
+    ("tasks/functions.py", "if value not in (0.0, 1.0):", "if False:"),
+    ("tasks/task.py", "if self.verifier is None:", "if True:"),
+    ("evaluate.py", 'extra=record.get("extra", {})', "extra={}"),
+    ("evaluate.py", 'return f"{spec} {code_fingerprint(spec)[:16]}"', "return spec"),
+    ("tasks/named.py", "task.verifier = guarded_verifier(spec, task.verifier)", "pass"),
+    ("infra/run.py", "right**group_size + (1 - right) ** group_size", "(1 - right) ** group_size"),
+    ("infra/run.py", "if len(self.signals) != WINDOW:", "if len(self.signals) < WINDOW:"),
+    ("infra/run.py", "del self.signals[0]", "self.signals.clear()"),
     ("tasks/functions.py", "None if right_from is None else float(right_from)", "1.0"),
     ("tasks/task.py", "reward.right_from = 1.0", "reward.right_from = 0.0"),
     ("rollout.py", "reward >= right_from", "reward > right_from"),

@@ -63,6 +63,19 @@ def test_loss_and_gradient_equal_trl(aggregation, kl_coef, on_policy):
     torch.testing.assert_close(gradient, their_gradient[keep], rtol=1e-6, atol=1e-9)
 
 
+def test_on_fresh_rollouts_the_loss_is_zero_and_its_gradient_is_not():
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.5], [0.0, 2.0, 0.0, 0.0]], dtype=torch.float64)
+    lengths = LENGTHS.repeat(2)
+    logp = torch.randn(int(lengths.sum()), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    logp.requires_grad_()
+    advantage = grpo.group_advantages(rewards).flatten().repeat_interleave(lengths)
+    weight = grpo.token_weights(lengths, "grpo", MAX_LENGTH).double()
+    loss, _ = grpo.grpo_loss(logp, logp.detach(), advantage, weight)
+    (gradient,) = torch.autograd.grad(loss, logp)
+    assert abs(loss.item()) < 1e-7  # weights are fp32 numbers
+    torch.testing.assert_close(gradient, -weight * advantage)
+
+
 def test_advantages_equal_trl():
     nanstd = pytest.importorskip("trl.trainer.utils").nanstd
     r = torch.tensor([[1.0, 0, 0, 1], [1, 0, 0, 0], [1, 1, 1, 1]])

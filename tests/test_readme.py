@@ -38,7 +38,7 @@ def test_the_pages_have_their_size():
     assert len(PAGES["README.md"].splitlines()) <= 110
     assert len(PAGES["README.md"].encode()) <= 7168
     assert len(PAGES["results.md"].splitlines()) <= 175
-    pages = ("paper", "results", "run", "data", "evaluation", "speed", "scaling", "exercises", "theory")
+    pages = ("paper", "results", "run", "data", "evaluation", "speed", "scaling", "exercises", "theory", "derivations")
     assert set(PAGES) == {"README.md", *(f"{name}.md" for name in pages)}
 
 

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
@@ -36,11 +37,12 @@ from transformers import (
 
 import bridge
 import evaluate
+import grpo
 import plot
 from infra import checkpoint, report
 from infra.files import DataError, append_line, cut_back, read_log, write_atomically
 from infra.model import MODELS
-from infra.run import METRICS, STOPS, RunFolder, StopSignal, alone
+from infra.run import METRICS, STOPS, RunFolder, StopSignal, advice_on_signal, alone
 from sampler import Sampler
 from settings import METHODS, SettingError, Settings, parse
 
@@ -855,6 +857,47 @@ def test_a_sampler_that_disagrees_with_the_trainer_stops_the_run(tmp_path, monke
     scramble = lambda self, policy: self.model.get_output_embeddings().weight.data.mul_(1.5)  # noqa: E731
     monkeypatch.setattr(Sampler, "refresh", scramble)
     assert "sampler and trainer disagree" in refused("--preset", "smoke", "--out", tmp_path / "other", "--steps", "1")
+
+
+@pytest.mark.parametrize(("p", "G"), [(0.1, 2), (0.3, 5), (0.05, 8)])
+def test_a_group_has_no_signal_with_the_probability_that_the_advice_names(p, G):
+    """The sum over all 2^G groups of samples that are right with probability p."""
+    expected = 0.0
+    for rewards in itertools.product((0.0, 1.0), repeat=G):
+        if not grpo.group_advantages(torch.tensor([rewards])).any():
+            expected += math.prod(p if r else 1 - p for r in rewards)
+    assert f"would be {expected:.0%}, p^G + (1−p)^G at p = {p:.2f}, G = {G}" in advice_on_signal(0.9, p, G)
+
+
+@pytest.mark.parametrize("G", [2, 5, 8])
+def test_prompts_of_unequal_difficulty_have_more_groups_without_signal_than_their_mean_says(G):
+    without_signal = lambda p: p**G + (1 - p) ** G  # noqa: E731
+    difficulties = [0.0, 0.1, 0.2, 0.9]
+    mean = sum(map(without_signal, difficulties)) / 4
+    assert mean > without_signal(sum(difficulties) / 4)
+    assert f"would be {without_signal(0.3):.0%}, " in advice_on_signal(mean, 0.3, G)
+
+
+def test_a_run_of_groups_without_signal_says_so_once(tmp_path, capsys):
+    constant = tmp_path / "constant.py"
+    constant.write_text("def constant(response, problem):\n    return 0.5\nconstant.right_from = 1.0\n")
+    small = ("--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "4", "--eval-problems", "1")
+    run(tmp_path / "run", "--method", "rl", "--reward", f"{constant}:constant", *small, "--eval-every", "99", steps=12)
+    advice = [line for line in capsys.readouterr().out.splitlines() if "equal rewards" in line]
+    assert len(advice) == 1
+    assert advice[0].startswith("step 10: in the last 10 steps 100% of the groups had equal rewards, so no RL gradient")
+    assert advice[0].endswith("no sample was right. Begin with SFT (--method sft_rl), or with easier problems")
+
+
+def test_the_advice_counts_the_last_ten_steps_and_needs_more_than_three_quarters(tmp_path, capsys):
+    folder = RunFolder(tmp_path)
+    shares = [0.75] * 12 + [0.8] + [0.75] * 9  # step 13 passes the limit, and so do the nine steps after it
+    for step, share in enumerate(shares, 1):
+        folder.watch_signal(step, {"zero_std_groups": share, "right_frac": math.nan}, 8)
+    printed = capsys.readouterr().out
+    assert printed.startswith("step 13: in the last 10 steps 76% of the groups had equal rewards, so no RL gradient. R")
+    assert printed.count("step ") == 1
+    assert "p^G" not in printed, "nobody knows what is right"
 
 
 def test_evaluate_and_plot_work_on_their_own(tmp_path, finished_run, capsys, monkeypatch):
