@@ -185,13 +185,13 @@ def _light_runs():
 
 
 @pytest.fixture(autouse=True)
-def _forget_files_of_users():
+def _forget_files_of_users(tmp_path_factory):
     """A process loads one user's file of a name; each test is a user of its own."""
     path = sys.path.copy()
     yield
     sys.path[:] = path
     for name, module in list(sys.modules.items()):
-        if str(getattr(module, "__file__", None)).startswith(tempfile.gettempdir()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path_factory.getbasetemp())):
             del sys.modules[name]
 
 

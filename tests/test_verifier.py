@@ -16,7 +16,7 @@ from infra.run import settings_of
 from settings import SettingError, Settings
 from tasks import functions, named
 from tasks.loading import load_training
-from tasks.task import Problem, Task
+from tasks.task import Demonstration, Problem, Task, pair
 
 # Any boxed even or odd number is right, as `extra` says. The gold answers are those of the sums, so the built-in grader
 # judges otherwise.
@@ -163,6 +163,20 @@ def test_a_run_says_how_many_demonstrations_the_verifier_refuses(folder):
     assert not [note for note in load_training(s).task.notes if "refuses" in note]
     rewrite(PARITY.replace('"9", extra={"rest": i % 2}', '"9", extra={"rest": 0}'))
     assert "the verifier refuses 5 of 10 demonstrations" in " ".join(load_training(s).task.notes)
+
+
+def test_problems_that_are_made_of_demonstrations_keep_what_the_verifier_reads():
+    task = Task([], [Demonstration("1+1", "2", "2", extra={"rest": 0})], [])
+    pair(task, [([1], [2])], "luffy")
+    assert task.problems[0].extra == {"rest": 0}
+
+
+def test_a_changed_extra_is_another_data_set_for_a_verifier_alone():
+    problems = [[Problem("q", "1", extra={"rest": rest})] for rest in (0, 1)]
+    verified = Task([], [], [], verifier=lambda *_: True)
+    graded = Task([], [], [])
+    assert evaluate.describe(problems[0], verified) != evaluate.describe(problems[1], verified)
+    assert evaluate.describe(problems[0], graded) == evaluate.describe(problems[1], graded)
 
 
 @pytest.mark.parametrize(
