@@ -55,7 +55,8 @@ def test_every_cell_prints_what_the_page_stores():
     for stored, fresh in zip(code_of(nbformat.read(PAGE, as_version=4)), code_of(executed()), strict=True):
         page, seen = printed(stored), printed(fresh)
         assert kinds(fresh) == kinds(stored), f"{stored.id}: {seen}"
-        assert re.sub(NUMBER, "#", seen).split() == re.sub(NUMBER, "#", page).split()
+        words, expected_words = (re.sub(NUMBER, "#", text).split() for text in (seen, page))
+        assert words == expected_words, f"{stored.id}: {seen}"
         for expected, number in zip(re.findall(NUMBER, page), re.findall(NUMBER, seen), strict=True):
             close = pytest.approx(float(expected), rel=0, abs=tolerance(expected))
             assert float(number) == close, f"{stored.id}: {seen}"
