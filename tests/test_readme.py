@@ -38,8 +38,24 @@ def test_the_pages_have_their_size():
     assert len(PAGES["README.md"].splitlines()) <= 110
     assert len(PAGES["README.md"].encode()) <= 7168
     assert len(PAGES["results.md"].splitlines()) <= 175
-    pages = ("paper", "results", "run", "data", "evaluation", "speed", "scaling", "exercises", "theory", "derivations")
+    pages = ("paper", "results", "run", "data", "evaluation", "speed", "scaling", "exercises", "theory", "derivations", "lecture")
     assert set(PAGES) == {"README.md", *(f"{name}.md" for name in pages)}
+
+
+def test_the_lecture_has_its_length_at_130_words_a_minute():
+    total = 0.0
+    parts = re.findall(r"^## .*? \((\d+) minutes\)\n(.*?)(?=^## |\Z)", PAGES["lecture.md"], re.DOTALL | re.MULTILINE)
+    for title, body in parts:
+        activities = re.findall(r"^\*(?:Show|Ask|Run)\b.*?\*$", body, re.DOTALL | re.MULTILINE)
+        spoken = body
+        for activity in activities:
+            spoken = spoken.replace(activity, "")
+        in_brackets = re.findall(r"^\*\w+ \((\d+) minutes?\)", "\n".join(activities), re.MULTILINE)
+        minutes = len(spoken.split()) / 130 + sum(map(int, in_brackets))
+        assert minutes == pytest.approx(int(title), abs=0.5)
+        total += minutes
+    assert len(parts) == 8
+    assert total == pytest.approx(45, abs=2)
 
 
 @cache
