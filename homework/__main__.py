@@ -172,8 +172,10 @@ def make(folder: Path, blanks: list[Blank]) -> None:
     for blank in blanks:
         path = folder / blank.file
         path.write_text(with_blank(path.read_text("utf-8"), blank), "utf-8")
-    print(f"{folder}: a copy of the project with {len(blanks)} blanks. The first is {blanks[0].file}:", end="")
-    print(f"{blanks[0].function}. Its tests:\n\n    cd {folder}\n    python -m homework --check {blanks[0].name}")
+    first = blanks[0]
+    print(f"{folder}: a copy of the project, {len(blanks)} of its functions without a body")
+    print(f"Begin with {first.function} in {first.file}. Its tests:")
+    print(f"cd {folder} && python -m homework --check {first.name}")
 
 
 def command(blank: Blank) -> list[str]:
@@ -228,35 +230,39 @@ def grade(folder: Path, blanks: list[Blank]) -> None:
     print(f"{'sum':<12}{total:>3} of {sum(blank.points for blank in blanks)}")
 
 
-def main() -> None:
+def show(blanks: list[Blank]) -> None:
+    """Prints a table of the blanks."""
+    for number, blank in enumerate(blanks, 1):
+        place = f"{blank.file}:{blank.function}"
+        print(f"{number:>2}  {blank.name:<12}{blank.points:>2} points  {place:<38}{blank.topic}")
+
+
+def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m homework", description="Without arguments: lists the blanks.")
     parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="the copy to write, or to grade")
     parser.add_argument("--only", action="append", choices=NAMES, metavar="NAME", help="this blank; may be repeated")
     parser.add_argument("--check", choices=NAMES, metavar="NAME", help="run the tests of this blank here")
     parser.add_argument("--grade", action="store_true", help="run the code in FOLDER, without a sandbox")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     blanks = [blank for blank in BLANKS if args.only is None or blank.name in args.only]
 
     if args.check:
         blank = BLANKS[NAMES.index(args.check)]
         print(f"Tests of {blank.function} in {ROOT / blank.file}", flush=True)
         sys.exit(subprocess.call(command(blank), cwd=ROOT))
-    elif args.folder is None and not args.grade:
-        for number, blank in enumerate(blanks, 1):
-            place = f"{blank.file}:{blank.function}"
-            print(f"{number:>2}  {blank.name:<12}{blank.points:>2} points  {place:<38}{blank.topic}")
-    elif args.grade:
+    if args.grade:
         if args.folder is None or not args.folder.is_dir():
-            parser.error(f"--grade needs the folder of a student, and {args.folder} is none")
+            parser.error("--grade needs the FOLDER with a student's files")
         grade(args.folder, blanks)
+    elif args.folder is None:
+        show(blanks)
+    elif args.folder.exists():
+        parser.error(f"{args.folder} exists: choose another FOLDER, or delete this one")
+    elif args.folder.resolve().is_relative_to(ROOT):
+        parser.error(f"{args.folder} lies in the project: choose a FOLDER outside, such as ../homework")
     else:
-        folder = args.folder.resolve()
-        if folder.exists():
-            parser.error(f"{args.folder} exists: choose another FOLDER, or delete it first")
-        if folder.is_relative_to(ROOT):
-            parser.error(f"{args.folder} lies in the project: choose a FOLDER outside, such as ../homework")
-        make(folder, blanks)
+        make(args.folder.resolve(), blanks)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -180,9 +180,10 @@ def run_pytest(folder, tests, *flags):
     ours = {path.stem for place in (ROOT, ROOT / "tests") for path in place.iterdir()}
     for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
         del sys.modules[name]
+    sys.dont_write_bytecode = True  # a file changes several times in a second
     os.chdir(folder)
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "addopts=", *flags]
-    sys.exit(pytest.main([*options, *(f"tests/{test}" for test in tests)]))
+    plugins = ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]  # the latter collects torch's garbage
+    sys.exit(pytest.main(["-q", *plugins, "-o", "addopts=", *flags, *(f"tests/{test}" for test in tests)]))
 
 
 def outcome(project, changes, tests, *flags):
@@ -191,7 +192,8 @@ def outcome(project, changes, tests, *flags):
     for file, change in changes:
         (project / file).write_text(change((project / file).read_text()))
     try:
-        status, output, errors = Forked(partial(run_pytest, project, tests, *flags)).finish()
+        command = partial(run_pytest, project, tests, *flags)
+        status, output, errors = Forked(command, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1").finish()
     finally:
         for file, text in originals.items():
             (project / file).write_text(text)
@@ -225,3 +227,65 @@ def test_the_tests_of_a_blank_pass_while_all_later_ones_are_blank(name, project)
     later = homework.BLANKS[homework.NAMES.index(name) + 1 :]
     status, output = outcome(project, blanked(later), BLANKS[name].tests)
     assert status == pytest.ExitCode.OK, output
+
+
+def test_a_copy_has_the_chosen_blanks_and_the_program_says_how_to_test_the_first(tmp_path, capsys):
+    folder = tmp_path / "copy"
+    homework.main([str(folder), "--only", "k3", "--only", "clip"])
+    assert "Begin with clipped_surrogate in grpo.py" in capsys.readouterr().out
+    assert re.findall(r'"homework: (\w+)"', (folder / "grpo.py").read_text()) == ["clip", "k3"]
+    assert (folder / "lora.py").read_text() == (ROOT / "lora.py").read_text()
+    assert not any((folder / name).exists() for name in (".git", "tests/mutants.py", "tests/test_homework.py"))
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    ([str(ROOT.parent)], "exists: choose another FOLDER"),
+    ([str(ROOT / "docs/copy")], "lies in the project: choose a FOLDER outside"),
+    (["copy", "--only", "k1"], "invalid choice: 'k1' (choose from"),
+    (["--grade"], "--grade needs the FOLDER with a student's files"),
+    (["copy", "--grade"], "--grade needs the FOLDER with a student's files"),
+])  # fmt: skip
+def test_a_command_that_makes_no_sense_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        homework.main(arguments)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_list_names_every_blank_and_the_points_sum_to_100(capsys):
+    homework.main([])
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == homework.NAMES
+    assert sum(blank.points for blank in homework.BLANKS) == 100
+
+
+def test_grading_gives_points_to_a_solved_function_and_the_reason_to_each_that_cannot_be_read(tmp_path, capsys):
+    for blank in homework.BLANKS:
+        (tmp_path / blank.file).parent.mkdir(exist_ok=True)
+    (tmp_path / "bridge.py").write_text((ROOT / "bridge.py").read_text())
+    (tmp_path / "logprob.py").write_text("def forward(:\n")
+    (tmp_path / "lora.py").write_text("class LoRALinear:\n    pass\n")
+    (tmp_path / "ops/slots.py").write_bytes(b"\xff")
+    names = ("updates", "logp", "merged", "slots", "wilson")
+    homework.main(["--grade", str(tmp_path), *(word for name in names for word in ("--only", name))])
+    table = capsys.readouterr().out
+    assert re.search(r"^updates +3 of  3  passed$", table, re.MULTILINE)
+    assert re.search(r"^logp +0 of  8  SyntaxError: .*\(logprob.py, line 1\)$", table, re.MULTILINE)
+    assert "LookupError: lora.py has no function LoRALinear.merged_weight" in table
+    assert re.search(r"^slots +0 of  8  UnicodeDecodeError", table, re.MULTILINE)
+    assert re.search(r"^wilson +0 of  4  FileNotFoundError", table, re.MULTILINE)
+    assert re.search(r"^sum +3 of 29$", table, re.MULTILINE)
+
+
+@pytest.mark.parametrize(("code", "reason"), [
+    ("print('1 passed')", ""),
+    ("print('E   assert 1 == 2'); print('E   assert 3'); exit(1)", "assert 1 == 2"),
+    ("print('1 passed'); exit(3)", "pytest ended with status 3"),
+    ("exit(0)", "pytest ended with status 0"),  # before the tests ran
+    ("while True: pass", "stopped after 0.5 s"),
+    ("import os; os.fork()\nwhile True: pass", "stopped after 0.5 s"),
+])  # fmt: skip
+def test_the_reason_is_the_first_error_of_the_tests_and_tests_that_hang_are_stopped(code, reason, monkeypatch):
+    monkeypatch.setattr(homework, "SECONDS", 0.5)
+    monkeypatch.setattr(homework, "command", lambda blank: [sys.executable, "-c", code])
+    assert homework.why_it_fails(ROOT, BLANKS["k3"]) == reason
