@@ -43,8 +43,8 @@ BLANKS = (
         "test_grpo.py::test_advantages_are_divided_by_the_standard_deviation_of_the_sample",
         "test_grpo.py::test_advantages_without_std_are_centred_rewards",
         "test_grpo.py::test_a_constant_added_to_all_rewards_changes_no_advantage",
-        "test_grpo.py::test_groups_of_equal_rewards_have_no_advantage",
         "test_grpo.py::test_a_group_of_one_has_no_advantage_and_is_finite",
+        "test_grpo.py::test_groups_of_equal_rewards_have_no_advantage",
     )),
     Blank("weights", 5, "weights of tokens: GRPO, DAPO, Dr.GRPO", "grpo.py", "token_weights", (
         "test_grpo.py::test_token_weights_of_each_aggregation",
