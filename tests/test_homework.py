@@ -1,6 +1,7 @@
 """homework/: a blank loses nothing, its tests notice a missing and a wrong body, and --grade counts the points."""
 
 import ast
+import gc
 import os
 import re
 import sys
@@ -180,6 +181,7 @@ def run_pytest(folder, tests, *flags):
     ours = {path.stem for place in (ROOT, ROOT / "tests") for path in place.iterdir()}
     for name in [name for name in sys.modules if name.partition(".")[0] in ours]:
         del sys.modules[name]
+    gc.freeze()  # collections then skip what was loaded before the fork
     sys.dont_write_bytecode = True  # a file changes several times in a second
     os.chdir(folder)
     plugins = ["-p", "no:cacheprovider", "-p", "no:unraisableexception"]  # the latter collects torch's garbage
