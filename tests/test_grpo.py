@@ -83,6 +83,13 @@ def test_advantages_equal_trl():
     torch.testing.assert_close(grpo.group_advantages(r), theirs)
 
 
+def test_advantages_are_divided_by_the_standard_deviation_of_the_sample():
+    r = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1]])
+    std = torch.tensor([[(1 / 3) ** 0.5], [(1 / 4) ** 0.5]])  # √(Σ(r − mean)² / (G − 1)); the sums are 1 and 3/4
+    expected = torch.tensor([[0.5, -0.5, -0.5, 0.5], [-0.25, -0.25, -0.25, 0.75]]) / (std + 1e-4)
+    torch.testing.assert_close(grpo.group_advantages(r), expected)
+
+
 def test_advantages_without_std_are_centred_rewards():
     r = torch.tensor([[1.0, 0, 0, 0]])
     assert grpo.group_advantages(r, divide_by_std=False).tolist() == [[0.75, -0.25, -0.25, -0.25]]
@@ -143,6 +150,24 @@ def test_a_log_ratio_is_clamped_at_twenty_on_both_sides():
     logp, old = torch.tensor([0.0], requires_grad=True), torch.tensor([-1000.0])
     loss, _ = grpo.grpo_loss(logp, old, torch.tensor([-1.0]), torch.tensor([1.0]))
     assert loss.isfinite()
+
+
+def test_the_clipped_surrogate_is_the_smaller_of_two_products():
+    ratio = torch.tensor([0.5, 1.5, 0.5, 1.5, 1.3])
+    advantage = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0])
+    surrogate, stopped = grpo.clipped_surrogate(ratio, advantage, 0.2, 0.4)
+    assert surrogate.tolist() == pytest.approx([0.5, 1.4, -0.8, -1.5, 1.3])
+    assert stopped.tolist() == [False, True, True, False, False], "the clip stops the gradient where it is smaller"
+
+
+def test_the_truncated_surrogate_has_a_gradient_by_log_pi_alone():
+    logp = torch.tensor([-1.0, -2.0], requires_grad=True)
+    ratio = torch.tensor([3.0, 0.5]) * (logp - logp.detach()).exp()
+    surrogate, truncated = grpo.truncated_surrogate(logp, ratio, torch.tensor([2.0, -1.0]), cap=2.0)
+    (gradient,) = torch.autograd.grad(surrogate.sum(), logp)
+    assert surrogate.tolist() == [2 * 2 * -1, 0.5 * -1 * -2]
+    assert gradient.tolist() == [2 * 2, 0.5 * -1]
+    assert truncated.tolist() == [True, False]
 
 
 def test_clip_stops_the_gradient_only_where_it_would_go_further():

@@ -269,6 +269,22 @@ def head_inputs(dtype=torch.float32, N=11, H=8):
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), torch.arange(N) * 3
 
 
+@pytest.mark.parametrize("has_entropy", [True, False])
+def test_the_gradients_of_rows_of_logits_are_autograds(has_entropy):
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, VOCABULARY, generator=g, dtype=torch.float64)
+    g_logp, g_entropy = torch.randn(2, 5, generator=g, dtype=torch.float64)
+    targets = torch.arange(5) * 7
+    leaf = logits.clone().requires_grad_()
+    logp, entropy, lse = head.row_stats_torch(leaf, targets, 0.7)
+    loss = g_logp @ logp + g_entropy @ entropy * has_entropy
+    (expected,) = torch.autograd.grad(loss, leaf)
+    out = torch.empty_like(logits)
+    numbers = targets, lse.detach(), entropy.detach(), g_logp, g_entropy if has_entropy else None
+    head.row_gradients_torch(logits, *numbers, 0.7, out)
+    torch.testing.assert_close(out, expected)
+
+
 @pytest.mark.parametrize("loss_of", [sft, grpo, entropy_bonus])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("chunk", [1, 4, 100])

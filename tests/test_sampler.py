@@ -129,6 +129,13 @@ def test_top_p_samples_the_smallest_set_that_reaches_it_in_proportion(top_p, kep
     torch.testing.assert_close(logp, p[tokens].log(), msg="log-probs refer to the whole distribution")
 
 
+def test_temperature_zero_draws_the_largest_logit():
+    logits = torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
+    tokens, logp = sample_tokens(logits, torch.tensor([0.0, 0.99], dtype=torch.float64), 0)
+    assert tokens.tolist() == [1, 0]
+    torch.testing.assert_close(logp, logits.log_softmax(-1).amax(-1), msg="its log-prob is the one at temperature 1")
+
+
 def test_extreme_uniforms_pick_the_ends_of_the_vocabulary():
     logits = torch.tensor([[float("-inf"), 0.0, 0.0, float("-inf")]]).expand(2, -1)
     tokens, _ = sample_tokens(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64), 1.0)
