@@ -30,10 +30,11 @@ from statistics import stdev
 from typing import NamedTuple
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # before torch is imported
+import kinds
 import mpmath
 import numpy as np
-from kinds import KINDS
 from measure import ROOT, sources
+from swapped import SWAPPED
 
 import bridge
 from grading.scores import pass_at_k
@@ -41,6 +42,7 @@ from infra.files import read_lines, read_log
 from infra.run import settings_of
 from settings import METHODS
 
+KINDS = kinds.KINDS | SWAPPED
 TUNING_SEEDS = (1000, 1001, 1002)
 SEEDS = tuple(range(10))
 ON = ""  # the value of a flag that takes none
@@ -287,6 +289,19 @@ def supervision_cells(preset: str) -> list[Cell]:
     return [*cells, cell(preset, "rl", "rl", "mix, demonstrations_16")]
 
 
+def swapped_cells(preset: str) -> list[Cell]:
+    """RL above, SFT below (bench/swapped.py), for two faults of the useless demonstrations and three λ."""
+    cells = []
+    for fault, changed in FAULTS.items():
+        for lam in ("0.3", "0.5", "0.7"):
+            of_cell = f"λ {lam}, {fault}"
+            flags = rates(preset) | {"lam": lam} | changed
+            cells += [Cell(f"{of_cell}: all", "mix_lora", flags, f"{of_cell}: all", "all")]
+            cells += [Cell(f"{of_cell}: {kind}", "mix_lora", flags, f"{of_cell}: all", kind) for kind in SWAPPED]
+            cells += [Cell(f"{of_cell}: bridge", "bridge", flags, f"{of_cell}: all", "all")]
+    return cells
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Columns: numbers of one run
 
@@ -385,6 +400,11 @@ def share_taken(run: dict, preset: str, name: str) -> float | None:
     return 100 * sum(shares) / len(shares) if shares else None
 
 
+def last_probe(run: dict, preset: str, name: str) -> float | None:
+    """A number of the last probe."""
+    return run["probes"][-1].get(name) if run["probes"] else None
+
+
 def sampled_reward(run: dict, preset: str, base: str, adapter: str) -> float:
     """The reward of π(base, adapter) at the end: points."""
     return 100 * run["probes"][-1][f"{base},{adapter}"]
@@ -448,6 +468,17 @@ SELECTION = {
     "useful taken, %": partial(share_taken, name="useful taken"),
     "useless taken, %": partial(share_taken, name="useless taken"),
 }
+SWAPPED_COLUMNS = {
+    "trained": trained,
+    "mean ω, useful": partial(last_probe, name="weight useful"),
+    "mean ω, useless": partial(last_probe, name="weight useless"),
+}
+FAULTS = {  # of the useless demonstrations
+    "50 % wrong answers": {},
+    "50 % with a step left out": {"task": "bench/variants.py:left_out_50"},
+    "75 % wrong answers": {"task": "bench/variants.py:useless_75"},
+    "75 % with a step left out": {"task": "bench/variants.py:left_out_75"},
+}
 NOISE = ("clean", "noise_10", "noise_20")
 SUPERVISION = ("useless_0", "useless_20", "clean", "useless_60", "demonstrations_16", "demonstrations_1024")
 
@@ -503,6 +534,12 @@ TABLES = {
     ),
     "disjoint": Table(
         "w adapts the projections of attention, θ and θ̂ have all other weights; λ = 0.5.", disjoint_cells, GAIN
+    ),
+    "swapped": Table(
+        "The levels swapped: SFT weighs its demonstrations by ω, which ascends the reward. `useful` has the right ones "
+        "alone, `likely` those that the base model finds likely.",
+        swapped_cells,
+        SWAPPED_COLUMNS,
     ),
     "beta": Table("The learning rate β of w, at λ = 0.5.", beta_cells, GAIN, 5),
     "lambda": Table("λ, and `mix` with the same update of θ.", lambda_cells, ACCURACY, 5),
