@@ -298,7 +298,7 @@ def swapped_cells(preset: str) -> list[Cell]:
             flags = rates(preset) | {"lam": lam} | changed
             cells += [Cell(f"{of_cell}: all", "mix_lora", flags, f"{of_cell}: all", "all")]
             cells += [Cell(f"{of_cell}: {kind}", "mix_lora", flags, f"{of_cell}: all", kind) for kind in SWAPPED]
-            cells += [Cell(f"{of_cell}: bridge", "bridge", flags, f"{of_cell}: all", "all")]
+            cells += [Cell(f"{of_cell}: bridge", "bridge", flags, f"{of_cell}: all")]
     return cells
 
 
