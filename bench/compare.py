@@ -296,7 +296,7 @@ def swapped_cells(preset: str) -> list[Cell]:
         for lam in ("0.3", "0.5", "0.7"):
             of_cell = f"λ {lam}, {fault}"
             flags = rates(preset) | {"lam": lam} | changed
-            cells += [Cell(f"{of_cell}: all", "mix_lora", flags, f"{of_cell}: all", "all")]
+            cells += [Cell(f"{of_cell}: all", "mix_lora", flags, f"{of_cell}: all")]
             cells += [Cell(f"{of_cell}: {kind}", "mix_lora", flags, f"{of_cell}: all", kind) for kind in SWAPPED]
             cells += [Cell(f"{of_cell}: bridge", "bridge", flags, f"{of_cell}: all")]
     return cells
