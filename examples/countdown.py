@@ -1,12 +1,12 @@
-r"""Countdown: join three numbers by + and - so that they give a target. Every puzzle has several right answers.
+r"""Countdown: join three numbers by + and - so that they give a target. Most puzzles have several right answers.
 
     Q:14;3;8:9=        \boxed{14+3-8}        \boxed{3-8+14} is right, too
 
 A comparison with one gold answer cannot grade this, so the task brings a verifier. Questions and responses consist of
 tokens of the built-in model arithmetic-laptop, which has seen neither such a question nor such an answer.
 
-    python bridge.py --task examples/countdown.py:countdown --steps 300
-    python evaluate.py runs/bridge-laptop-0 --ask "2;9;4:7"
+    python bridge.py --task examples/countdown.py:countdown --steps 300 --out runs/countdown
+    python evaluate.py runs/countdown --ask "2;9;4:7"
 """
 
 import random
@@ -18,17 +18,14 @@ from rewards import extract
 from tasks.task import Demonstration, Problem, Task
 
 QUESTION = re.compile("([0-9]{1,3}(?:;[0-9]{1,3})*):([0-9]{1,4})")
-EXPRESSION = re.compile("[0-9]+(?:[+-][0-9]+)*")
 
 
 def solves(response: str, problem: Problem) -> bool:
     """Whether the box has an expression with each number of the question once that gives its target. Never raises."""
     question = QUESTION.fullmatch(problem.question)
     expression = extract(response) or ""
-    if question is None or EXPRESSION.fullmatch(expression) is None:
-        return False
-    # Text is compared, so a number that the question does not have is never converted, however long it is.
-    if sorted(re.split("[+-]", expression)) != sorted(question[1].split(";")):
+    # Text is compared: what is no number of the question, or a longer one, is never converted.
+    if question is None or sorted(re.split("[+-]", expression)) != sorted(question[1].split(";")):
         return False
     return value(expression) == int(question[2])
 
