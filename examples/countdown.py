@@ -5,8 +5,8 @@ r"""Countdown: join three numbers by + and - so that they give a target. Most pu
 A comparison with one gold answer cannot grade this, so the task brings a verifier. Questions and responses consist of
 tokens of the built-in model arithmetic-laptop, which has seen neither such a question nor such an answer.
 
-    python bridge.py --task examples/countdown.py:countdown --steps 300 --out runs/countdown
-    python evaluate.py runs/countdown --ask "2;9;4:7"
+    python bridge.py --task examples/countdown.py:countdown --steps 600 --out runs/countdown
+    python evaluate.py runs/countdown --ask "3;14;8:9"
 """
 
 import random
@@ -43,16 +43,16 @@ def expressions(numbers: list[str]) -> Iterator[str]:
 
 
 def countdown(s) -> Task:
-    """1,800 problems, 256 demonstrations with the first solution that a search finds, 200 evaluation problems."""
+    """1,800 problems, 512 demonstrations, each with any of the solutions that a search finds, 200 evaluation problems."""
     rng = random.Random(s.seed)
     puzzles = {}
-    while len(puzzles) < 2256:
+    while len(puzzles) < 2512:
         numbers = [str(rng.randint(1, 20)) for _ in range(3)]
         target = value(rng.choice(list(expressions(numbers))))
         if target >= 0:
-            solution = next(found for found in expressions(numbers) if value(found) == target)
+            solutions = [found for found in expressions(numbers) if value(found) == target]
             # The same numbers in another order would be the same puzzle.
-            puzzles[*sorted(numbers), target] = Problem(f"{';'.join(numbers)}:{target}", solution)
+            puzzles[*sorted(numbers), target] = Problem(f"{';'.join(numbers)}:{target}", rng.choice(solutions))
     problems = list(puzzles.values())
-    worked = [Demonstration(p.question, f"\\boxed{{{p.answer}}}", p.answer) for p in problems[1800:2056]]
-    return Task(problems[:1800], worked, problems[2056:], instruction="", verifier=solves)
+    worked = [Demonstration(p.question, f"\\boxed{{{p.answer}}}", p.answer) for p in problems[1800:2312]]
+    return Task(problems[:1800], worked, problems[2312:], instruction="", verifier=solves)
