@@ -43,7 +43,7 @@ def expressions(numbers: list[str]) -> Iterator[str]:
 
 
 def countdown(s) -> Task:
-    """1,800 problems, 512 demonstrations, each with any of the solutions that a search finds, 200 evaluation problems."""
+    """1,800 problems, 512 demonstrations with one of the solutions that a search finds, 200 evaluation problems."""
     rng = random.Random(s.seed)
     puzzles = {}
     while len(puzzles) < 2512:

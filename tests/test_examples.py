@@ -117,9 +117,9 @@ def test_every_demonstration_of_countdown_is_right_and_no_evaluation_puzzle_is_t
     assert not trained & {unordered(p) for p in puzzles.evaluation}
 
 
-def test_the_grader_would_fail_on_every_puzzle_as_the_page_says(puzzles):
+def test_the_grader_would_fail_on_every_puzzle_as_docs_data_md_says(puzzles):
     right = 0
-    differ = 0
+    differ = 0  # from the gold in their text
     for p in puzzles.evaluation:
         numbers, target = p.question.split(":")
         orders = permutations(numbers.split(";"))
@@ -131,8 +131,7 @@ def test_the_grader_would_fail_on_every_puzzle_as_the_page_says(puzzles):
         assert not any(rewards.is_correct(boxed(text), target).correct for text in found)
         assert rewards.is_correct(boxed(target), p.answer).correct
         assert not solves(boxed(target), p)
-    assert right / 200 == pytest.approx(4.1, abs=0.05)
-    assert differ / right == pytest.approx(0.75, abs=0.005)
+    assert differ / right == pytest.approx(0.77, abs=0.005)
 
 
 def test_countdown_trains_and_grades_a_question_of_the_reader(tmp_path, monkeypatch, capsys):
@@ -160,3 +159,4 @@ def test_gym_trains_and_its_verifier_counts_a_part_of_the_score_as_wrong(tmp_pat
         "reasoning-gym pays a part for a text with the answer"
     )
     assert not task.verifier(problem.answer, problem), "no box"
+    assert not task.verifier(boxed("7"), Problem("3 + 4 =", "")), "a question of --ask has no entry"
