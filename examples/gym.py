@@ -22,8 +22,8 @@ def gym(s) -> Task:
     data = reasoning_gym.create_dataset("chain_sum", size=1200, seed=s.seed, max_terms=2, min_digits=2, max_digits=2)
 
     def solves(response: str, problem: Problem) -> bool:
-        if not problem.extra:  # a question of --ask that was not drawn: no entry says what is right
-            return False
+        if not problem.extra:
+            raise ValueError("--ask takes only questions that the task has drawn: others have no entry to grade by")
         # A scorer may pay a part: an answer that is not quite right counts as wrong.
         return data.score_answer(extract(response), problem.extra) == 1.0
 

@@ -102,7 +102,9 @@ def test_the_verifier_of_countdown_refuses(text):
     "question", ["", ":", "14;3;8", "14;3;8:", ";:9", "a;b:c", "9" * 10_000 + ":9", "8:" + "9" * 10_000]
 )
 def test_a_question_that_is_no_puzzle_has_no_right_answer(question):
-    assert not any(solves(boxed(text), Problem(question, "")) for text in ("14+3-8", question, "8", ""))
+    numbers = question.partition(":")[0]
+    texts = ("14+3-8", question, numbers, numbers.replace(";", "+"), "8", "")
+    assert not any(solves(boxed(text), Problem(question, "")) for text in texts)
 
 
 def test_every_demonstration_of_countdown_is_right_and_no_evaluation_puzzle_is_trained_in_another_order(puzzles):
@@ -159,4 +161,5 @@ def test_gym_trains_and_its_verifier_counts_a_part_of_the_score_as_wrong(tmp_pat
         "reasoning-gym pays a part for a text with the answer"
     )
     assert not task.verifier(problem.answer, problem), "no box"
-    assert not task.verifier(boxed("7"), Problem("3 + 4 =", "")), "a question of --ask has no entry"
+    with pytest.raises(ValueError, match="only questions that the task has drawn"):
+        task.verifier(boxed("7"), Problem("3 + 4 =", ""))
