@@ -486,6 +486,10 @@ def log_step(
     metrics = {}
     for update in reversed(seen):
         metrics |= update.stats
+    # The clip has no effect at the first update, where every ratio is 1: its fraction is the mean over all updates.
+    limited = [update.stats["clip_frac"] for update in seen if update.policy is not None]
+    if limited:
+        metrics["clip_frac"] = sum(limited) / len(limited)
     metrics["skipped_in_a_row"] = run.skipped
     if run.m.w:
         metrics["lora_norm"] = lora.delta_norm(run.m.w, run.s.lora_alpha / run.s.lora_rank)
