@@ -496,7 +496,8 @@ def log_step(
     if rollouts is not None:
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / timer.seconds["sample"]
         run.folder.log_samples(step, rollouts.records[: rollouts.reward.shape[1]])
-        run.folder.watch_signal(step, metrics, run.s.group_size)
+        if not METHODS[run.s.method].asks_right:  # srft and hpt train on groups of equal rewards, too
+            run.folder.watch_signal(step, metrics, run.s.group_size)
     run.folder.log_metrics(step, metrics, timer.seconds)
 
     if run.folder.keep != "none" and parallel.rank() == 0:
