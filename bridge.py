@@ -486,13 +486,18 @@ def log_step(
     metrics = {}
     for update in reversed(seen):
         metrics |= update.stats
+    # The clip has no effect at the first update, where every ratio is 1: its fraction is the mean over all updates.
+    limited = [update.stats["clip_frac"] for update in seen if update.policy is not None]
+    if limited:
+        metrics["clip_frac"] = sum(limited) / len(limited)
     metrics["skipped_in_a_row"] = run.skipped
     if run.m.w:
         metrics["lora_norm"] = lora.delta_norm(run.m.w, run.s.lora_alpha / run.s.lora_rank)
     if rollouts is not None:
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / timer.seconds["sample"]
         run.folder.log_samples(step, rollouts.records[: rollouts.reward.shape[1]])
-        run.folder.watch_signal(step, metrics, run.s.group_size)
+        if not METHODS[run.s.method].asks_right:  # srft and hpt train on groups of equal rewards, too
+            run.folder.watch_signal(step, metrics, run.s.group_size)
     run.folder.log_metrics(step, metrics, timer.seconds)
 
     if run.folder.keep != "none" and parallel.rank() == 0:

@@ -2,10 +2,11 @@
 
     python evaluate.py RUN_OR_MODEL [--benchmarks paper] [--protocol sampled] [--out FILE]
     python evaluate.py RUN_OR_MODEL --ask "How many legs have 3 cats?"      print the answers of base, policy and shadow
+    python evaluate.py RUN_OR_MODEL --task TASK  the evaluation problems of a task, by name or FILE.py:FUNCTION
     python evaluate.py --regrade FILE            grade the answers of a result file again, without generating
     python evaluate.py --table FILE FILE ...     compare result files; differences are against the first
 
-Without --benchmarks or --data, a run is evaluated on its own evaluation problems and a model on those of a
+Without --benchmarks, --data or --task, a run is evaluated on its own evaluation problems and a model on those of a
 built-in task. The same command continues an interrupted evaluation.
 """
 # ruff: noqa: E402  (--help prints before the imports that load torch)
@@ -51,7 +52,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add("--benchmarks", default="", help=f"paper (the first five) or a list of {NAMES}")
     add("--benchmark-dir", type=expand, default="benchmarks", help="folder of NAME.jsonl, else the hub's")
     add("--data", type=expand, default="", help="a .jsonl file with a question and an answer in each row")
-    add("--task", default="", help="the evaluation problems of a task, by name or FILE.py:FUNCTION")
+    add("--task", type=expand, default="", help="the evaluation problems of a task, by name or FILE.py:FUNCTION")
     add("--problems", type=int, default=0, help="only the first N of each (of a built-in task: N per group)")
     add("--template", help="prompt: qwen-boxed or plain instead of the chat template (default: the run's)")
     add("--protocol", choices=PROTOCOLS, default="paper", help="paper: greedy, one answer; sampled: T 0.6, top-p 0.95")
@@ -195,7 +196,7 @@ def evaluate(sampler: Sampler, tokenizer, task: Task, max_new_tokens: int) -> tu
 def regrade(path: Path, out: str | None) -> str:
     """Grades a result file's answers again and writes them to `out` or NAME.regraded.jsonl. Returns the report.
 
-    Raises DataError.
+    A verifier is loaded from the file that the header names. Raises DataError, and SettingError without that file.
     """
     header, records = results.read_results(path, finished=True)
     spec, _, _ = header["grader"].rpartition(" ")  # FILE.py:FUNCTION of a verifier
@@ -249,9 +250,9 @@ def find_task(args: argparse.Namespace, s: Settings | None) -> Task:
     """
     count = args.problems or None  # None: all
     task = Task(problems=[], demonstrations=[], evaluation=[])
-    own = Settings(task=args.task or task_of(args.source))
-    if s and not args.task:
-        own = s
+    own = s or Settings(task=task_of(args.source))
+    if args.task not in ("", own.task):
+        own = replace(own, task=args.task, rl_data="", eval_data="")
     is_own_builtin = own.task in TASKS and not own.rl_data
     if args.ask:
         # Only the user's own function can have an instruction and a verifier, which needs the problem of a question.
@@ -294,7 +295,7 @@ def choose_sampling(args: argparse.Namespace, s: Settings | None) -> Sampling:
     own_problems = not (args.benchmarks or args.data)
     if s and own_problems:
         sampling = replace(sampling, max_new_tokens=s.max_new_tokens)
-    elif own_problems and not args.ask and ":" not in args.task:
+    elif own_problems and not args.ask and args.task in ("", *TASKS):
         sampling = replace(sampling, max_new_tokens=BUILTIN_LIMIT)
     for name in ("max_new_tokens", "temperature", "top_p", "samples"):
         value = getattr(args, name)

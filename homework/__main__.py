@@ -247,12 +247,16 @@ def main(argv: list[str]) -> None:
     blanks = [blank for blank in BLANKS if args.only is None or blank.name in args.only]
 
     if args.check:
+        if (ROOT / "tests" / "test_homework.py").exists():
+            parser.error(f"{ROOT} is the project, where nothing is blank: call --check in a copy")
         blank = BLANKS[NAMES.index(args.check)]
         print(f"Tests of {blank.function} in {ROOT / blank.file}", flush=True)
         sys.exit(subprocess.call(command(blank), cwd=ROOT))
     if args.grade:
-        if args.folder is None or not args.folder.is_dir():
+        if args.folder is None:
             parser.error("--grade needs the FOLDER with a student's files")
+        if not args.folder.is_dir():
+            parser.error(f"there is no folder {args.folder}")
         grade(args.folder, blanks)
     elif args.folder is None:
         show()

@@ -141,10 +141,17 @@ def from_function(spec: str, s: Settings) -> Task:
         raise SettingError(f"task: {spec} must return a Task, it returned a {type(task).__name__}")
     if task.verifier is not None:
         task.verifier = guarded_verifier(spec, task.verifier)
-        # A result file keeps what the verifier reads, so that --regrade can call it again.
-        try:
-            json.dumps([p.extra for p in task.evaluation])
-        except TypeError as error:
-            text = f"extra of an evaluation problem must hold JSON values: {error}"
-            raise SettingError(f"task: {spec}: {text}") from error
+        for p in task.evaluation:
+            check_extra(spec, p)
     return task
+
+
+def check_extra(spec: str, p: Problem) -> None:
+    """Raises SettingError unless a result file can hold what the verifier reads, for --regrade."""
+    try:
+        is_kept = json.loads(json.dumps(p.extra)) == p.extra  # a tuple would become a list, a number as a key a text
+    except TypeError:
+        is_kept = False
+    if not is_kept:
+        text = f"extra of an evaluation problem must hold JSON values, it is {p.extra!r:.200}"
+        raise SettingError(f"task: {spec}: {text}: convert it by json.loads(json.dumps(…))")

@@ -323,10 +323,10 @@ class Stream:
 
 
 def fingerprint(task: Task, with_extra: bool = False) -> str:
-    """A hash of the text of problems, demonstrations, evaluation problems and prompts, and of the problems' `extra`."""
+    """A hash of the text of problems, demonstrations, evaluation problems and prompts, and of each one's `extra`."""
     text = repr((task.problems, task.demonstrations, task.evaluation, task.instruction, task.template))
     if with_extra or task.verifier is not None:
         # Of an object that is no JSON value its type: its text may have an address, which differs between processes.
-        extra = [p.extra for p in task.problems]
+        extra = [row.extra for row in (*task.problems, *task.demonstrations, *task.evaluation)]
         text += json.dumps(extra, skipkeys=True, default=lambda value: type(value).__name__)
     return hashlib.sha256(text.encode()).hexdigest()

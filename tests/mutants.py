@@ -396,6 +396,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("bridge.py", "    dtype = getattr(torch, s.dtype)\n", "    dtype = torch.float32\n"),
     ("bridge.py", "rows, dtype=getattr(torch, s.dtype))", "rows)"),
     ("bridge.py", "in reversed(seen)", "in seen"),
+    ("bridge.py", "sum(limited) / len(limited)", "limited[-1]"),
     ("bridge.py", "plan = updates(s, k)", "plan = updates(s, k + 1)"),
     ("lora.py", "math.sqrt(linear.in_features)", "math.sqrt(linear.out_features)"),
     ("lora.py", "A = (uniform * 2 - 1) * bound", "A = uniform * bound"),

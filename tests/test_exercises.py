@@ -95,6 +95,18 @@ def test_the_change_of_an_exercise_moves_the_number_as_the_page_says(exercise, r
         assert seen == pytest.approx(page, **close), f"{name} at step {step}"
 
 
+def test_the_tables_of_longer_runs_are_those_of_the_committed_rows(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    import exercises
+
+    rows = exercises.read_rows()
+    assert len(rows) == sum(variant.seeds for variant in exercises.VARIANTS)
+    for exercise in exercises.COLUMNS:
+        assert "\n".join(exercises.table(exercise, rows)) in EXERCISES[exercise]
+    exercises.draw(rows, tmp_path / "exercises.png")
+    assert (tmp_path / "exercises.png").exists()
+
+
 def test_a_change_that_does_not_fit_the_code_is_seen(tmp_path):
     (tmp_path / "x.py").write_text("a\nb\nc\n")
     apply("# x.py\n a\n-b\n+d\n+e\n@@\n-c\n", tmp_path)

@@ -245,7 +245,8 @@ def test_a_copy_has_the_chosen_blanks_and_the_program_says_how_to_test_the_first
     ([str(ROOT / "docs/copy")], "lies in the project: choose a FOLDER outside"),
     (["copy", "--only", "k1"], "invalid choice: 'k1' (choose from"),
     (["--grade"], "--grade needs the FOLDER with a student's files"),
-    (["copy", "--grade"], "--grade needs the FOLDER with a student's files"),
+    (["copy", "--grade"], "there is no folder copy"),
+    (["--check", "k3"], "is the project, where nothing is blank: call --check in a copy"),
 ])  # fmt: skip
 def test_a_command_that_makes_no_sense_is_refused(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -253,6 +254,16 @@ def test_a_command_that_makes_no_sense_is_refused(arguments, message, tmp_path, 
         homework.main(arguments)
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_check_of_a_copy_runs_the_tests_of_a_blank_there_and_has_their_status(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(homework, "ROOT", tmp_path)
+    monkeypatch.setattr(homework.subprocess, "call", lambda command, cwd: calls.append((command, cwd)) or 7)
+    with pytest.raises(SystemExit) as ended:
+        homework.main(["--check", "k3"])
+    assert ended.value.code == 7
+    assert calls == [(homework.command(BLANKS["k3"]), tmp_path)]
 
 
 def test_the_list_names_every_blank_and_the_points_sum_to_100(capsys):

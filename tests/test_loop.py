@@ -269,6 +269,20 @@ def test_updates_per_rollout_repeats_updates_on_rollouts_and_not_the_sft_steps_o
     assert train_spying(run, monkeypatch, lambda run, r, *_: r is None) == [True, True, False, False, False]
 
 
+def test_the_logged_clip_frac_is_the_mean_over_the_updates_on_the_same_rollouts(tmp_path, monkeypatch):
+    run = make_run(tmp_path, method="rl", steps=1, updates_per_rollout=4, alpha=1e-2, group_size=32)
+    seen, real = [], bridge.clip_and_step
+
+    def spy(m, stats, *rest):
+        seen.append(stats["clip_frac"])
+        return real(m, stats, *rest)
+
+    monkeypatch.setattr(bridge, "clip_and_step", spy)
+    bridge.train(run, 0)
+    assert seen[0] == 0 < seen[-1], "the first update's ratios are 1"
+    assert lines(tmp_path / "metrics.jsonl")[0]["clip_frac"] == pytest.approx(sum(seen) / 4)
+
+
 def test_the_trainer_uses_the_sampling_temperature(tmp_path):
     run = make_run(tmp_path, steps=2, temperature=0.6)
     bridge.train(run, 0)

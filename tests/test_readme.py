@@ -38,8 +38,8 @@ def test_the_pages_have_their_size():
     assert len(PAGES["README.md"].splitlines()) <= 110
     assert len(PAGES["README.md"].encode()) <= 7168
     assert len(PAGES["results.md"].splitlines()) <= 175
-    pages = ("paper", "results", "run", "data", "evaluation", "speed", "scaling", "exercises", "theory", "derivations", "lecture")
-    assert set(PAGES) == {"README.md", *(f"{name}.md" for name in pages)}
+    pages = "paper results run data evaluation speed scaling exercises theory derivations lecture"
+    assert set(PAGES) == {"README.md", *(f"{name}.md" for name in pages.split())}
 
 
 def test_the_lecture_has_its_length_at_130_words_a_minute():
@@ -76,7 +76,7 @@ def test_every_function_test_and_file_that_a_page_names_exists():
     for file, name in named:
         folder = ROOT / "tests" if file.startswith("test_") else ROOT
         assert name in names_in(folder / file), f"{file}:{name}"
-    for file in re.findall(r"`((?:bench|tests|infra|ops|tasks|grading|docs)/[\w/.]+\.\w+)`", EVERYTHING):
+    for file in re.findall(r"`((?:bench|examples|tests|infra|ops|tasks|grading|docs)/[\w/.]+\.\w+)`", EVERYTHING):
         assert (ROOT / file).exists(), file
     for page, text in PAGES.items():
         for link in re.findall(r"\]\(([\w/.-]+\.(?:md|png))", text):
@@ -148,15 +148,36 @@ def test_the_dry_runs_of_the_docs_run(tmp_path, monkeypatch):
 def test_the_page_on_data_trains_with_its_task_and_its_reward(tmp_path, monkeypatch):
     import bridge
 
-    task, _, reward = re.findall(r"```python\n(.*?)```", PAGES["data.md"], re.DOTALL)
+    task, reward = re.findall(r"```python\n(.*?)```", PAGES["data.md"], re.DOTALL)
     monkeypatch.chdir(tmp_path)
     rows = [{"prompt": [{"role": "user", "content": f"{i % 10}+{i // 10}"}], "label": {"gold": str(i % 10 + i // 10)},
              "response": f"\\boxed{{{i % 10 + i // 10}}}"} for i in range(100)]  # fmt: skip
     Path("chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     Path("own.py").write_text(task + "\n\n" + reward)
-    flags = ["--task", "own.py:my_task", "--reward", "own.py:short_and_right", "--template", "plain"]
+    flags = ["--task", "own.py:my_task", "--reward", "own.py:weighted", "--template", "plain"]
     sizes = ["--steps", "1", "--prompts-per-step", "2", "--group-size", "2", "--max-new-tokens", "12"]
     bridge.main(["--preset", "smoke", "--out", "run", *flags, *sizes])
     (metrics,) = lines("run/metrics.jsonl")
     assert metrics["reward"] < 1
     assert os.path.exists("run/model/config.json")
+
+
+@pytest.mark.parametrize(("method", "per_prompt"), [("bridge", 8), ("srft", 9)])
+def test_the_reward_of_the_page_on_data_logs_its_parts(method, per_prompt, tmp_path, monkeypatch):
+    import bridge
+
+    _, reward = re.findall(r"```python\n(.*?)```", PAGES["data.md"], re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(reward)
+    sizes = ["--steps", "2", "--prompts-per-step", "4", "--group-size", "8", "--eval-problems", "1"]
+    bridge.main(["--preset", "smoke", "--method", method, "--reward", "own.py:weighted", "--out", "run", *sizes])
+    assert len(lines("parts.jsonl")) == 2 * 4 * per_prompt
+    (means,) = re.findall(r"`(pandas\..*)`", PAGES["data.md"])
+    mean = eval(means, {"pandas": importlib.import_module("pandas"), "P": 4, "G": per_prompt})
+    assert list(mean.index) == [0, 1]
+    assert list(mean.columns) == ["right", "box", "short"]
+    if method == "bridge":  # the metrics leave demonstrations out
+        metrics = lines("run/metrics.jsonl")
+        weighted = mean["right"] + 0.2 * mean["box"] + 0.1 * mean["short"]
+        assert list(weighted) == pytest.approx([step["reward"] for step in metrics])
+        assert list(mean["right"]) == pytest.approx([step["right_frac"] for step in metrics])

@@ -49,7 +49,7 @@ def record_of(s, m, rollouts, keep, rollouts_hat=None, demonstrations=()):
     update = bridge.bilevel_gradients(m, rollouts, rollouts_hat, list(demonstrations), *weights, s, timer)
     logged = {}
     folder = SimpleNamespace(keep=keep, log_tokens=lambda step, record: logged.update(record))
-    folder.log_metrics = folder.log_samples = lambda *_: None
+    folder.log_metrics = folder.log_samples = folder.watch_signal = lambda *_: None
     run = SimpleNamespace(s=s, m=m, folder=folder, skipped=0, env=SimpleNamespace(tokenizer=Letters()))
     update.stats["sampled_tokens"] = 1
     bridge.log_step(run, 1, [update], rollouts, rollouts_hat, SimpleNamespace(seconds={"sample": 1.0}))

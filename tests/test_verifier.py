@@ -14,9 +14,9 @@ import evaluate
 import rewards
 from infra.run import settings_of
 from settings import SettingError, Settings
-from tasks import functions, named
+from tasks import arithmetic, chains, functions, named
 from tasks.loading import load_training
-from tasks.task import Demonstration, Problem, Task, pair
+from tasks.task import Demonstration, Problem, Task, fingerprint, pair
 
 # Any boxed even or odd number is right, as `extra` says. The gold answers are those of the sums, so the built-in grader
 # judges otherwise.
@@ -146,6 +146,7 @@ def test_a_model_is_evaluated_on_a_task_by_name_or_file(folder):
     header, *records = lines("evals/arithmetic-smoke/answers-parity-paper.jsonl")
     assert [r["correct"] for r in records] == [parity(r["response"], i % 2) for i, r in enumerate(records)]
     assert header["header"]["grader"].startswith("parity.py:parity ")
+    assert not named.load_task(Settings(task="parity.py:parity")).notes, "no gold is read"
     legs = evaluate.find_task(evaluate.parse(["some/model", "--task", "legs", "--problems", "1"]), None)
     assert legs.evaluation[0].question.startswith("How many ")
 
@@ -169,6 +170,27 @@ def test_problems_that_are_made_of_demonstrations_keep_what_the_verifier_reads()
     task = Task([], [Demonstration("1+1", "2", "2", extra={"rest": 0})], [])
     pair(task, [([1], [2])], "luffy")
     assert task.problems[0].extra == {"rest": 0}
+
+
+@pytest.mark.parametrize(("task", "limit"), [("", 96), ("legs", 96), ("gsm8k", 5000), ("own.py:f", 5000)])
+def test_only_answers_to_built_in_tasks_are_cut_at_96_tokens(task, limit):
+    args = evaluate.parse(["some/model", *(["--task", task] if task else [])])
+    assert evaluate.choose_sampling(args, None).max_new_tokens == limit
+
+
+def test_another_task_of_a_run_has_the_run_s_seed_and_number_of_problems(folder):
+    s = Settings(seed=1, eval_problems=2)
+    own = evaluate.find_task(evaluate.parse(["run", "--task", "parity.py:parity"]), s)
+    assert [p.question for p in own.evaluation] == [p.question for p in arithmetic.task(1, 2).evaluation]
+    assert evaluate.find_task(evaluate.parse(["run", "--task", "chains"]), s).evaluation == chains.evaluation(2)
+
+
+def test_a_run_resumes_with_no_other_extra_of_any_row():
+    def of(problem, demonstration, evaluation):
+        rows = [Problem("p", "1", extra={"x": problem})], [Demonstration("d", "r", extra={"x": demonstration})]
+        return fingerprint(Task(*rows, [Problem("e", "1", extra={"x": evaluation})], verifier=lambda *_: True))
+
+    assert len({of(0, 0, 0), of(1, 0, 0), of(0, 1, 0), of(0, 0, 1)}) == 4
 
 
 def test_a_changed_extra_is_another_data_set_for_a_verifier_alone():
@@ -199,13 +221,16 @@ def test_a_verifier_that_returns_no_verdict_ends_with_the_value_and_the_question
         task.verdict("2", task.evaluation[0])
 
 
-def test_a_result_file_can_hold_what_the_verifier_reads(tmp_path):
+@pytest.mark.parametrize("extra", ["{'x': {1}}", "{1: 'x'}", "{'x': (1, 2)}"])
+def test_a_result_file_can_hold_what_the_verifier_reads(tmp_path, extra):
     path = tmp_path / "own.py"
     path.write_text(
         "from tasks.task import Problem, Task\n"
-        "def f(s): return Task([], [], [Problem('1+1', '2', extra={'x': {1}})], verifier=lambda *_: True)"
+        f"def f(s): return Task([], [], [Problem('1+1', '2', extra={extra})], verifier=lambda *_: True)"
     )
-    with pytest.raises(SettingError, match=r"own\.py:f: extra of an evaluation problem must hold JSON values: .*set"):
+    with pytest.raises(
+        SettingError, match=r"own\.py:f: extra of an evaluation problem must hold JSON values, it is \{"
+    ):
         named.load_task(Settings(task=f"{path}:f"))
 
 
