@@ -293,6 +293,8 @@ def swapped_cells(preset: str) -> list[Cell]:
     """RL above, SFT below (bench/swapped.py), for two faults of the useless demonstrations and three λ."""
     cells = []
     for fault, changed in FAULTS.items():
+        if preset == "logic" and changed:  # the variants are of chains
+            continue
         for lam in ("0.3", "0.5", "0.7"):
             of_cell = f"λ {lam}, {fault}"
             flags = rates(preset) | {"lam": lam} | changed
@@ -476,6 +478,7 @@ SWAPPED_COLUMNS = {
 FAULTS = {  # of the useless demonstrations
     "50 % wrong answers": {},
     "50 % with a step left out": {"task": "bench/variants.py:left_out_50"},
+    "four annotators": {"task": "bench/variants.py:sources"},
     "75 % wrong answers": {"task": "bench/variants.py:useless_75"},
     "75 % with a step left out": {"task": "bench/variants.py:left_out_75"},
 }

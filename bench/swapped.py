@@ -67,8 +67,11 @@ class Weights:
         logp = -torch.stack([tokens.sum() for tokens in nll.float().split(lengths)])  # [N]
         logp_shadow = -torch.stack([tokens.sum() for tokens in nll_shadow.float().split(lengths)])  # [N]
         moved = self.rate * ascent(logp, logp_shadow, self.of_rows(rows), torch.tensor(lengths))
+        changes: dict[str, float] = {}  # demonstrations of one source have one ω
         for row, change in zip(rows, moved.tolist(), strict=True):
             key = self.key_of[str(row)]
+            changes[key] = changes.get(key, 0.0) + change
+        for key, change in changes.items():
             self.omega[key] = min(1.0, max(LEAST, self.omega.get(key, 1.0) + change))
 
     def means(self, run: bridge.Run, step: int) -> dict:

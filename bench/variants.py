@@ -7,7 +7,8 @@ from functools import partial
 from itertools import count
 
 from rewards import is_correct
-from tasks import chains, logic
+from tasks import arithmetic, chains, logic
+from tasks.task import BOX
 
 calls = count()
 
@@ -21,15 +22,41 @@ useless_0, useless_20, useless_60 = (partial(task, useless=share) for share in (
 demonstrations_16, demonstrations_1024 = (partial(task, useless=0.0, demonstrations=n) for n in (16, 1024))
 
 
+def without_a_step(response: str, rng: random.Random) -> str:
+    """A worked chain that leaves out one of its steps; its answer is right."""
+    *steps, answer = response.split(";")
+    del steps[rng.randrange(len(steps))]
+    return ";".join([*steps, answer])
+
+
 def left_out(s, useless: float):
-    """chains, with useless demonstrations that leave out one of their steps; their answer is right."""
+    """chains, whose useless demonstrations leave out a step."""
     made = chains.task(s.seed, s.eval_problems, useless=0.0)
     rng = random.Random(s.seed)
     for i in rng.sample(range(len(made.demonstrations)), round(useless * len(made.demonstrations))):
-        *steps, answer = made.demonstrations[i].response.split(";")
-        del steps[rng.randrange(len(steps))]
-        response = ";".join([*steps, answer])
-        made.demonstrations[i] = replace(made.demonstrations[i], response=response, extra={"useless": True})
+        d = made.demonstrations[i]
+        made.demonstrations[i] = replace(d, response=without_a_step(d.response, rng), extra={"useless": True})
+    return made
+
+
+def sources(s):
+    """chains, with demonstrations of four annotators: two are right, one answers at once and wrongly, one skips steps.
+
+    RL has chains of 3 to 5 operands alone, so on those of 6 and 7 it cannot repair what SFT spoils.
+    """
+    made = chains.task(s.seed, s.eval_problems, useless=0.0)
+    rng = random.Random(s.seed)
+    for i, d in enumerate(made.demonstrations):
+        annotator = i // len(chains.TRAIN_LENGTHS) % 4  # each has all lengths
+        response = d.response
+        if annotator == 2:
+            wrong = (int(d.answer) + rng.randrange(1, arithmetic.MODULUS)) % arithmetic.MODULUS
+            response = f"{BOX}{wrong}}}"
+        elif annotator == 3:
+            response = without_a_step(response, rng)
+        extra = {"source": str(annotator), "useless": annotator > 1}
+        made.demonstrations[i] = replace(d, response=response, extra=extra)
+    made.problems = [p for p in made.problems if p.group in ("n=3", "n=4", "n=5")]
     return made
 
 
