@@ -290,17 +290,18 @@ def supervision_cells(preset: str) -> list[Cell]:
 
 
 def swapped_cells(preset: str) -> list[Cell]:
-    """RL above, SFT below (bench/swapped.py), for two faults of the useless demonstrations and three λ."""
+    """RL above, SFT below (bench/swapped.py): mix_lora with all demonstrations and with weighed ones, and bridge."""
     cells = []
-    for fault, changed in FAULTS.items():
-        if preset == "logic" and changed:  # the variants are of chains
+    for (lam, fault), changed in FAULTS.items():
+        if preset == "logic" and (changed or lam != "0.5"):  # the variants are of chains
             continue
-        for lam in ("0.3", "0.5", "0.7"):
-            of_cell = f"λ {lam}, {fault}"
-            flags = rates(preset) | {"lam": lam} | changed
-            cells += [Cell(f"{of_cell}: all", "mix_lora", flags, f"{of_cell}: all")]
-            cells += [Cell(f"{of_cell}: {kind}", "mix_lora", flags, f"{of_cell}: all", kind) for kind in SWAPPED]
-            cells += [Cell(f"{of_cell}: bridge", "bridge", flags, f"{of_cell}: all")]
+        case = f"λ {lam}, {fault}"
+        flags = rates(preset) | {"lam": lam} | changed
+        against = f"{case}: all"
+        cells.append(Cell(against, "mix_lora", flags, against))
+        cells += [Cell(f"{case}: {kind}", "mix_lora", flags, against, kind) for kind in SWAPPED]
+        cells.append(Cell(f"{case}: weighed, to likely", "mix_lora", flags, f"{case}: likely", "weighed"))
+        cells.append(Cell(f"{case}: bridge", "bridge", flags, against))
     return cells
 
 
@@ -475,12 +476,13 @@ SWAPPED_COLUMNS = {
     "mean ω, useful": partial(last_probe, name="weight useful"),
     "mean ω, useless": partial(last_probe, name="weight useless"),
 }
-FAULTS = {  # of the useless demonstrations
-    "50 % wrong answers": {},
-    "50 % with a step left out": {"task": "bench/variants.py:left_out_50"},
-    "four annotators": {"task": "bench/variants.py:sources"},
-    "75 % wrong answers": {"task": "bench/variants.py:useless_75"},
-    "75 % with a step left out": {"task": "bench/variants.py:left_out_75"},
+LEFT_OUT = {"task": "bench/variants.py:left_out_50"}
+FAULTS = {  # λ, and what is wrong with the useless demonstrations: flags of bridge.py
+    ("0.3", "50 % wrong answers"): {},
+    ("0.5", "50 % wrong answers"): {},
+    ("0.3", "50 % with a step left out"): LEFT_OUT,
+    ("0.5", "50 % with a step left out"): LEFT_OUT,
+    ("0.5", "four annotators"): {"task": "bench/variants.py:sources"},
 }
 NOISE = ("clean", "noise_10", "noise_20")
 SUPERVISION = ("useless_0", "useless_20", "clean", "useless_60", "demonstrations_16", "demonstrations_1024")

@@ -60,8 +60,7 @@ def sources(s):
     return made
 
 
-useless_75 = partial(task, useless=0.75)
-left_out_50, left_out_75 = (partial(left_out, useless=share) for share in (0.5, 0.75))
+left_out_50 = partial(left_out, useless=0.5)
 
 
 def noisy(response, problem, p: float) -> float:

@@ -5,9 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import lines, rows, tiny_model
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
-from swapped import LEAST, ascent
+import swapped
+import variants
+from swapped import LEAST, SWAPPED, Weights, ascent, install
+
+import bridge
+from rewards import is_correct
+from settings import PRESETS, Settings
 
 CONTEXTS = 8
 REWARDED = torch.arange(CONTEXTS) < 4
@@ -55,3 +62,65 @@ def test_the_step_of_the_weights_is_the_derivative_of_the_penalised_objective():
     tokens = (omega * lengths).sum()
     (expected,) = torch.autograd.grad((omega * (logp - logp_shadow)).sum() / tokens, omega)
     torch.testing.assert_close(ascent(logp, logp_shadow, omega.detach(), lengths), expected * tokens.detach())
+
+
+@pytest.fixture
+def restored(monkeypatch):
+    """What `install` replaces is put back at the end."""
+    for name in ("make_policies", "sft_pass", "sft_token_weights", "evaluate_policies"):
+        monkeypatch.setattr(bridge, name, getattr(bridge, name))
+    return monkeypatch
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize("tokens", [1, 4096])
+def test_demonstrations_of_weight_zero_are_left_out_and_equal_weights_change_nothing(tokens):
+    s = Settings(tokens_per_micro_batch=tokens)
+    demonstrations = rows(6)
+    model = tiny_model()
+
+    def gradient(chosen):
+        model.zero_grad()
+        bridge.sft_pass(model, chosen, 0.5, s)
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    some = gradient(demonstrations[::2])
+    all_of_them = gradient(demonstrations)
+    weights = Weights(rate=0.0, key_of={str(row): str(row) for row in demonstrations})
+    install(weights)
+    weights.omega = {str(row): 0.3 for row in demonstrations}
+    torch.testing.assert_close(gradient(demonstrations), all_of_them)
+    weights.omega = {str(row): 0.3 * (i % 2 == 0) for i, row in enumerate(demonstrations)}
+    torch.testing.assert_close(gradient(demonstrations), some)
+
+
+@pytest.mark.parametrize("kind", SWAPPED)
+def test_a_run_weighs_its_demonstrations(kind, tmp_path, restored):
+    restored.setattr(swapped, "WARM_UP", 1)
+    restored.setattr(bridge.plot, "draw", lambda *_: None)
+    SWAPPED[kind]()
+    flags = ["--preset", "smoke", "--task", "chains", "--method", "mix_lora", "--steps", "3", "--eval-problems", "2"]
+    bridge.main([*flags, "--eval-every", "3", "--out", str(tmp_path / "run")])
+    first, last = lines(tmp_path / "run" / "probe.jsonl")
+    if kind == "useful":
+        assert (last["weight useful"], last["weight useless"]) == (1, 0)
+    elif kind == "likely":
+        assert last == first | {"step": 3}
+        assert 0 < last["weight useful"] + last["weight useless"] < 2
+    else:
+        assert (first["weight useful"], first["weight useless"]) == (1, 1)
+        assert last["weight useful"] < 1
+
+
+def test_of_four_annotators_one_answers_wrongly_and_one_leaves_out_a_step():
+    task = variants.sources(Settings(**PRESETS["chains"]))
+    by_source = {}
+    for d in task.demonstrations:
+        right = is_correct(d.response, d.answer).correct
+        steps = d.response.count("=")
+        operations = sum(d.question.count(sign) for sign in "+-*")
+        by_source.setdefault((d.extra["source"], d.extra["useless"]), set()).add((right, operations - steps))
+    worked = {(True, 0)}
+    at_once = {(False, n) for n in range(2, 7)}
+    assert by_source == {("0", False): worked, ("1", False): worked, ("2", True): at_once, ("3", True): {(True, 1)}}
+    assert {p.group for p in task.problems} == {"n=3", "n=4", "n=5"}
