@@ -112,6 +112,26 @@ def test_a_run_weighs_its_demonstrations(kind, tmp_path, restored):
         assert last["weight useful"] < 1
 
 
+def test_the_weights_move_by_the_policy_s_likelihood_minus_the_shadow_s(tmp_path, restored):
+    restored.setattr(swapped, "WARM_UP", 1)
+    restored.setattr(bridge.plot, "draw", lambda *_: None)
+    seen = []
+    restored.setattr(Weights, "move", lambda self, rows, nll, nll_shadow: seen.append((nll, nll_shadow)))
+    install(Weights(rate=0.1))
+    bridge.main(["--preset", "smoke", "--method", "mix_lora", "--steps", "4", "--out", str(tmp_path / "run")])
+    logged = [record["sft_nll"] for record in lines(tmp_path / "run" / "metrics.jsonl")]
+    assert [nll.mean().item() for nll, _ in seen] == pytest.approx(logged[1:], rel=1e-5)
+    assert not any(torch.equal(nll, nll_shadow) for nll, nll_shadow in seen)
+
+    restored.undo()
+    weights = Weights(rate=0.1, key_of={str(row): name for row, name in zip(rows(2), "ab", strict=True)})
+    tokens = [len(response) for _, response in rows(2)]
+    likelier = torch.cat([torch.full((tokens[0],), 1.0), torch.full((tokens[1],), 3.0)])
+    weights.move(rows(2), likelier, torch.full((sum(tokens),), 2.0))
+    assert weights.omega["a"] == 1.0
+    assert weights.omega["b"] < 1.0
+
+
 def test_of_four_annotators_one_answers_wrongly_and_one_leaves_out_a_step():
     task = variants.sources(Settings(**PRESETS["chains"]))
     by_source = {}
