@@ -127,7 +127,10 @@ def install(weights: Weights, start: Callable[[bridge.Run, Weights], dict[str, f
     def measure(run: bridge.Run, step: int) -> dict:
         if not weights.key_of:
             for row, d in zip(run.demonstrations, run.env.task.demonstrations, strict=True):
-                weights.key_of[str(row)] = d.extra.get("source", str(row))
+                key = str(row)
+                if weights.rate:  # demonstrations of one source share a learned ω
+                    key = d.extra.get("source", key)
+                weights.key_of[str(row)] = key
                 useless = not is_correct(d.response, d.answer).correct
                 weights.is_useless[str(row)] = d.extra.get("useless", useless)
             if start is not None:
