@@ -299,8 +299,13 @@ def swapped_cells(preset: str) -> list[Cell]:
         flags = rates(preset) | {"lam": lam} | changed
         against = f"{case}: all"
         cells.append(Cell(against, "mix_lora", flags, against))
-        cells += [Cell(f"{case}: {kind}", "mix_lora", flags, against, kind) for kind in SWAPPED]
-        cells.append(Cell(f"{case}: weighed, to likely", "mix_lora", flags, f"{case}: likely", "weighed"))
+        filters = ["likely"]
+        if fault == "four annotators":
+            filters.append("likely_sources")
+        for kind in ("useful", *filters, "weighed"):
+            cells.append(Cell(f"{case}: {kind}", "mix_lora", flags, against, kind))
+        for kind in filters:
+            cells.append(Cell(f"{case}: weighed, to {kind}", "mix_lora", flags, f"{case}: {kind}", "weighed"))
         cells.append(Cell(f"{case}: bridge", "bridge", flags, against))
     return cells
 

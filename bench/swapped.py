@@ -18,6 +18,7 @@ In words: a demonstration counts as far as training with the reward makes it lik
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -147,15 +148,19 @@ def useful_ones(run: bridge.Run, weights: Weights) -> dict[str, float]:
     return {row: float(not useless) for row, useless in weights.is_useless.items()}
 
 
-def likely_ones(run: bridge.Run, weights: Weights) -> dict[str, float]:
+def likely_ones(run: bridge.Run, weights: Weights, by_source: bool = False) -> dict[str, float]:
     """ω is 1 for demonstrations that the base model finds likely, per token, and 0 for the others.
 
-    The threshold needs no gold: of all thresholds it leaves the least variance within the two sets (Otsu 1979).
+    by_source: all demonstrations of a source have the mean of its scores. The threshold needs no gold: of all
+    thresholds it leaves the least variance within the two sets (Otsu 1979).
     """
     rows = run.demonstrations
     with torch.no_grad():
         logp, _ = response_logprobs(run.m.policy, rows)  # at step 0 the base model's
     score = np.array([x.mean().item() for x in logp.split([len(response) for _, response in rows])])
+    if by_source:
+        source = np.array([d.extra["source"] for d in run.env.task.demonstrations])
+        score = np.array([score[source == own].mean() for own in source])
     thresholds = np.unique(score)[1:]
     within = []
     for threshold in thresholds:
@@ -169,4 +174,5 @@ SWAPPED: dict[str, Callable[[], None]] = {  # kinds of runs of bench/compare.py,
     "weighed": lambda: install(Weights(rate=0.3)),
     "useful": lambda: install(Weights(rate=0.0), useful_ones),
     "likely": lambda: install(Weights(rate=0.0), likely_ones),
+    "likely_sources": lambda: install(Weights(rate=0.0), partial(likely_ones, by_source=True)),
 }

@@ -100,13 +100,15 @@ def test_demonstrations_of_weight_zero_are_left_out_and_equal_weights_change_not
 def test_a_run_weighs_its_demonstrations(kind, task, tmp_path, restored):
     restored.setattr(swapped, "WARM_UP", 1)
     restored.setattr(bridge.plot, "draw", lambda *_: None)
+    if kind == "likely_sources" and task == "chains":
+        pytest.skip("chains has no sources")
     SWAPPED[kind]()
     flags = ["--preset", "smoke", "--task", task, "--method", "mix_lora", "--steps", "3", "--eval-problems", "2"]
     bridge.main([*flags, "--eval-every", "3", "--out", str(tmp_path / "run")])
     first, last = lines(tmp_path / "run" / "probe.jsonl")
     if kind == "useful":
         assert (last["weight useful"], last["weight useless"]) == (1, 0)
-    elif kind == "likely":
+    elif kind.startswith("likely"):
         assert last == first | {"step": 3}
         assert 0 < last["weight useful"] + last["weight useless"] < 2
     else:
