@@ -95,13 +95,14 @@ def test_demonstrations_of_weight_zero_are_left_out_and_equal_weights_change_not
     torch.testing.assert_close(gradient(demonstrations), some)
 
 
-@pytest.mark.parametrize("kind", SWAPPED)
-@pytest.mark.parametrize("task", ["chains", f"{ROOT}/bench/variants.py:sources"])
-def test_a_run_weighs_its_demonstrations(kind, task, tmp_path, restored):
+ANNOTATORS = f"{ROOT}/bench/variants.py:sources"
+CASES = [("chains", "weighed"), ("chains", "useful"), ("chains", "likely"), *((ANNOTATORS, kind) for kind in SWAPPED)]
+
+
+@pytest.mark.parametrize(("task", "kind"), CASES)
+def test_a_run_weighs_its_demonstrations(task, kind, tmp_path, restored):
     restored.setattr(swapped, "WARM_UP", 1)
     restored.setattr(bridge.plot, "draw", lambda *_: None)
-    if kind == "likely_sources" and task == "chains":
-        pytest.skip("chains has no sources")
     SWAPPED[kind]()
     flags = ["--preset", "smoke", "--task", task, "--method", "mix_lora", "--steps", "3", "--eval-problems", "2"]
     bridge.main([*flags, "--eval-every", "3", "--out", str(tmp_path / "run")])
