@@ -300,6 +300,8 @@ def swapped_cells(preset: str) -> list[Cell]:
         against = f"{case}: all"
         cells.append(Cell(against, "mix_lora", flags, against))
         filters = ["likely"]
+        if lam == "0.5" and preset != "logic":
+            filters.append("likelier_half")
         if fault == "four annotators":
             filters.append("likely_sources")
         for kind in ("useful", *filters, "weighed"):

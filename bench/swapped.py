@@ -148,16 +148,21 @@ def useful_ones(run: bridge.Run, weights: Weights) -> dict[str, float]:
     return {row: float(not useless) for row, useless in weights.is_useless.items()}
 
 
+def likelihoods(run: bridge.Run) -> np.ndarray:
+    """[N] log π per token of each demonstration under the base model, which the policy is at step 0."""
+    rows = run.demonstrations
+    with torch.no_grad():
+        logp, _ = response_logprobs(run.m.policy, rows)
+    return np.array([x.mean().item() for x in logp.split([len(response) for _, response in rows])])
+
+
 def likely_ones(run: bridge.Run, weights: Weights, by_source: bool = False) -> dict[str, float]:
-    """ω is 1 for demonstrations that the base model finds likely, per token, and 0 for the others.
+    """ω is 1 for demonstrations that the base model finds likely and 0 for the others.
 
     by_source: all demonstrations of a source have the mean of its scores. The threshold needs no gold: of all
     thresholds it leaves the least variance within the two sets (Otsu 1979).
     """
-    rows = run.demonstrations
-    with torch.no_grad():
-        logp, _ = response_logprobs(run.m.policy, rows)  # at step 0 the base model's
-    score = np.array([x.mean().item() for x in logp.split([len(response) for _, response in rows])])
+    score = likelihoods(run)
     if by_source:
         source = np.array([d.extra["source"] for d in run.env.task.demonstrations])
         score = np.array([score[source == own].mean() for own in source])
@@ -167,12 +172,20 @@ def likely_ones(run: bridge.Run, weights: Weights, by_source: bool = False) -> d
         low, high = score[score < threshold], score[score >= threshold]
         within.append(len(low) * low.var() + len(high) * high.var())
     chosen = score >= thresholds[np.argmin(within)]
-    return {str(row): float(yes) for row, yes in zip(rows, chosen, strict=True)}
+    return {str(row): float(yes) for row, yes in zip(run.demonstrations, chosen, strict=True)}
+
+
+def likelier_half(run: bridge.Run, weights: Weights) -> dict[str, float]:
+    """ω is 1 for the likelier half of the demonstrations: the filter is told how many are useless."""
+    score = likelihoods(run)
+    chosen = score >= np.median(score)
+    return {str(row): float(yes) for row, yes in zip(run.demonstrations, chosen, strict=True)}
 
 
 SWAPPED: dict[str, Callable[[], None]] = {  # kinds of runs of bench/compare.py, for --method mix_lora
     "weighed": lambda: install(Weights(rate=0.3)),
     "useful": lambda: install(Weights(rate=0.0), useful_ones),
     "likely": lambda: install(Weights(rate=0.0), likely_ones),
+    "likelier_half": lambda: install(Weights(rate=0.0), likelier_half),
     "likely_sources": lambda: install(Weights(rate=0.0), partial(likely_ones, by_source=True)),
 }

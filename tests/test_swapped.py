@@ -109,7 +109,7 @@ def test_a_run_weighs_its_demonstrations(task, kind, tmp_path, restored):
     first, last = lines(tmp_path / "run" / "probe.jsonl")
     if kind == "useful":
         assert (last["weight useful"], last["weight useless"]) == (1, 0)
-    elif kind.startswith("likely"):
+    elif kind.startswith("like"):
         assert last == first | {"step": 3}
         assert 0 < last["weight useful"] + last["weight useless"] < 2
     else:
