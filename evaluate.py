@@ -251,7 +251,7 @@ def find_task(args: argparse.Namespace, s: Settings | None) -> Task:
     count = args.problems or None  # None: all
     task = Task(problems=[], demonstrations=[], evaluation=[])
     own = s or Settings(task=task_of(args.source))
-    if args.task not in ("", own.task):
+    if args.task and (own.rl_data or own.task != args.task):
         own = replace(own, task=args.task, rl_data="", eval_data="")
     is_own_builtin = own.task in TASKS and not own.rl_data
     if args.ask:

@@ -183,6 +183,9 @@ def test_another_task_of_a_run_has_the_run_s_seed_and_number_of_problems(folder)
     own = evaluate.find_task(evaluate.parse(["run", "--task", "parity.py:parity"]), s)
     assert [p.question for p in own.evaluation] == [p.question for p in arithmetic.task(1, 2).evaluation]
     assert evaluate.find_task(evaluate.parse(["run", "--task", "chains"]), s).evaluation == chains.evaluation(2)
+    of_files = Settings(rl_data="rows.jsonl", eval_problems=2)
+    found = evaluate.find_task(evaluate.parse(["run", "--task", "arithmetic"]), of_files)
+    assert found.evaluation == arithmetic.evaluation(2)
 
 
 def test_a_run_resumes_with_no_other_extra_of_any_row():
