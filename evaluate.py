@@ -369,7 +369,8 @@ def replies(task: Task, model: nn.Module, tokenizer, stop: list[int], sampling: 
         if completion.finish_reason == "length":
             text += " … (cut off)"
         if task.verifier is not None:
-            text += "\n(right)" if task.verifier(response, problem) else "\n(wrong)"
+            is_right = task.verifier(response, problem)
+            text += "\n(right)" if is_right else "\n(wrong)"
         texts.append(text)
     return texts
 

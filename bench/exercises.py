@@ -8,7 +8,6 @@ metrics of every step of one run, and the accuracy on all evaluation problems ev
 """
 
 import argparse
-import json
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,8 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from test_exercises import LEFT_OUT, apply, blocks  # noqa: E402
+
+from infra.files import append_line, read_log  # noqa: E402
 
 ROWS = ROOT / "bench/results/exercises.jsonl"
 METRICS = ("reward", "entropy", "clip_frac", "zero_std_groups", "grad_norm_theta")
@@ -78,12 +79,6 @@ def command(variant: Variant, seed: int) -> str:
     return f"python bridge.py --method rl {variant.flags} --alpha {variant.alpha} --eval-every 10 --seed {seed}"
 
 
-def read_rows() -> list[dict]:
-    if not ROWS.exists():
-        return []
-    return [json.loads(line) for line in ROWS.read_text().splitlines()]
-
-
 def rows_of(variant: Variant, rows: list[dict]) -> list[dict]:
     """The variant's rows, in the order of the seeds."""
     found = []
@@ -103,8 +98,8 @@ def run(variant: Variant, seed: int) -> dict:
             apply(diff.replace(*variant.instead) if variant.instead[0] else diff, code)
         words = command(variant, seed).split()[1:]
         subprocess.run([sys.executable, *words, "--out", "run"], cwd=code, check=True, stdout=subprocess.DEVNULL)
-        metrics = [json.loads(line) for line in (code / "run/metrics.jsonl").read_text().splitlines()]
-        evals = [json.loads(line) for line in (code / "run/evals.jsonl").read_text().splitlines()]
+        metrics = read_log(code / "run/metrics.jsonl")
+        evals = read_log(code / "run/evals.jsonl")
     row = dict(exercise=variant.exercise, variant=variant.name, seed=seed, command=command(variant, seed))
     row["accuracy"] = {record["step"]: round(record["policy"]["average"], 3) for record in evals}
     for name in METRICS:
@@ -116,12 +111,10 @@ def make_missing_runs() -> None:
     """Makes the runs without a row, those of the first seeds first, and appends their rows."""
     for seed in range(max(variant.seeds for variant in VARIANTS)):
         for variant in VARIANTS:
-            known = [row["seed"] for row in rows_of(variant, read_rows())]
+            known = [row["seed"] for row in rows_of(variant, read_log(ROWS))]
             if seed < variant.seeds and seed not in known:
                 print(variant.exercise, variant.name, command(variant, seed), flush=True)
-                line = json.dumps(run(variant, seed))
-                with ROWS.open("a") as file:
-                    file.write(line + "\n")
+                append_line(ROWS, run(variant, seed))
 
 
 def last_accuracy(row: dict) -> float:
@@ -199,10 +192,10 @@ def main() -> None:
     parser.add_argument("--figure", action="store_true", help="draw docs/exercises.png from the rows; run nothing")
     args = parser.parse_args()
     if args.figure:
-        draw(read_rows(), ROOT / "docs/exercises.png")
+        draw(read_log(ROWS), ROOT / "docs/exercises.png")
         return
     make_missing_runs()
-    rows = read_rows()
+    rows = read_log(ROWS)
     for exercise in dict.fromkeys(variant.exercise for variant in VARIANTS):
         print(f"\n{exercise}", *table(exercise, rows), sep="\n")
 

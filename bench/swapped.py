@@ -86,10 +86,10 @@ class Weights:
         return measured
 
 
-def install(weights: Weights, start: Callable[[bridge.Run, Weights], dict[str, float]] | None = None) -> None:
+def install(weights: Weights, start: Callable[[bridge.Run, Weights], list[bool]] | None = None) -> None:
     """Replaces functions of bridge.py, so that SFT weighs its demonstrations.
 
-    start: gives ω its values at step 0, from the run; None: all demonstrations have ω = 1.
+    start: says at step 0 which demonstrations, in their order, have ω = 1; the others have 0. None: all have 1.
     """
     make_policies = bridge.make_policies
     sft_pass = bridge.sft_pass
@@ -135,7 +135,8 @@ def install(weights: Weights, start: Callable[[bridge.Run, Weights], dict[str, f
                 useless = not is_correct(d.response, d.answer).correct
                 weights.is_useless[str(row)] = d.extra.get("useless", useless)
             if start is not None:
-                weights.omega = start(run, weights)
+                chosen = start(run, weights)
+                weights.omega = {str(row): float(yes) for row, yes in zip(run.demonstrations, chosen, strict=True)}
         return weights.means(run, step)
 
     bridge.make_policies = with_shadow
@@ -143,9 +144,9 @@ def install(weights: Weights, start: Callable[[bridge.Run, Weights], dict[str, f
     probe(measure)
 
 
-def useful_ones(run: bridge.Run, weights: Weights) -> dict[str, float]:
-    """ω is 1 for the useful demonstrations and 0 for the useless ones: the most that any choice can bring."""
-    return {row: float(not useless) for row, useless in weights.is_useless.items()}
+def useful_ones(run: bridge.Run, weights: Weights) -> list[bool]:
+    """The useful demonstrations: the most that any choice can bring."""
+    return [not weights.is_useless[str(row)] for row in run.demonstrations]
 
 
 def likelihoods(run: bridge.Run) -> np.ndarray:
@@ -156,8 +157,8 @@ def likelihoods(run: bridge.Run) -> np.ndarray:
     return np.array([x.mean().item() for x in logp.split([len(response) for _, response in rows])])
 
 
-def likely_ones(run: bridge.Run, weights: Weights, by_source: bool = False) -> dict[str, float]:
-    """ω is 1 for demonstrations that the base model finds likely and 0 for the others.
+def likely_ones(run: bridge.Run, weights: Weights, by_source: bool = False) -> list[bool]:
+    """The demonstrations that the base model finds likely.
 
     by_source: all demonstrations of a source have the mean of its scores. The threshold needs no gold: of all
     thresholds it leaves the least variance within the two sets (Otsu 1979).
@@ -169,17 +170,16 @@ def likely_ones(run: bridge.Run, weights: Weights, by_source: bool = False) -> d
     thresholds = np.unique(score)[1:]
     within = []
     for threshold in thresholds:
-        low, high = score[score < threshold], score[score >= threshold]
+        low = score[score < threshold]
+        high = score[score >= threshold]
         within.append(len(low) * low.var() + len(high) * high.var())
-    chosen = score >= thresholds[np.argmin(within)]
-    return {str(row): float(yes) for row, yes in zip(run.demonstrations, chosen, strict=True)}
+    return (score >= thresholds[np.argmin(within)]).tolist()
 
 
-def likelier_half(run: bridge.Run, weights: Weights) -> dict[str, float]:
-    """ω is 1 for the likelier half of the demonstrations: the filter is told how many are useless."""
+def likelier_half(run: bridge.Run, weights: Weights) -> list[bool]:
+    """The likelier half of the demonstrations: the filter is told how many are useless."""
     score = likelihoods(run)
-    chosen = score >= np.median(score)
-    return {str(row): float(yes) for row, yes in zip(run.demonstrations, chosen, strict=True)}
+    return (score >= np.median(score)).tolist()
 
 
 SWAPPED: dict[str, Callable[[], None]] = {  # kinds of runs of bench/compare.py, for --method mix_lora

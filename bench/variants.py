@@ -7,8 +7,7 @@ from functools import partial
 from itertools import count
 
 from rewards import is_correct
-from tasks import arithmetic, chains, logic
-from tasks.task import BOX
+from tasks import chains, logic
 
 calls = count()
 
@@ -50,8 +49,7 @@ def sources(s):
         annotator = i // len(chains.TRAIN_LENGTHS) % 4  # each has all lengths
         response = d.response
         if annotator == 2:
-            wrong = (int(d.answer) + rng.randrange(1, arithmetic.MODULUS)) % arithmetic.MODULUS
-            response = f"{BOX}{wrong}}}"
+            response = chains.wrong_at_once(d.answer, rng)
         elif annotator == 3:
             response = without_a_step(response, rng)
         extra = {"source": str(annotator), "useless": annotator > 1}

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -63,7 +64,9 @@ class RunFolder:
     keep: str = "first"  # settings.KEEP, of the groups of a step
     keep_best: bool = False  # the checkpoint of the best evaluation
     tracker: Callable[[int, dict], object] | None = None  # gets a step and its record of metrics or accuracies
-    signals: list[tuple[float, float]] = field(default_factory=list)  # (zero_std_groups, right_frac) of each step
+    # (zero_std_groups, right_frac) of the last steps
+    signals: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=WINDOW))
+    advised: bool = False  # that most groups have no signal
 
     def refuse_existing(self, unless: bool) -> None:
         """Raises SettingError on all ranks if the folder holds a run, unless this one resumes.
@@ -142,13 +145,12 @@ class RunFolder:
     def watch_signal(self, step: int, metrics: dict[str, float], group_size: int) -> None:
         """Prints advice once, at the end of WINDOW steps of which most groups have no signal."""
         self.signals.append((metrics["zero_std_groups"], metrics["right_frac"]))
-        if len(self.signals) != WINDOW:  # fewer at the beginning, more once there was advice
+        if self.advised or len(self.signals) < WINDOW:
             return
         without_signal, right = (sum(shares) / WINDOW for shares in zip(*self.signals, strict=True))
         if without_signal > MAX_WITHOUT_SIGNAL:
             print0(f"step {step}: {advice_on_signal(without_signal, right, group_size)}")
-        else:
-            del self.signals[0]
+            self.advised = True
 
     def log_samples(self, step: int, samples: list[dict]) -> None:
         """Appends completions with their rewards to samples.jsonl."""

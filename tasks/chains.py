@@ -16,6 +16,12 @@ def evaluation(per_length: int) -> list[Problem]:
     return arithmetic.evaluation(per_length, EVAL_LENGTHS)
 
 
+def wrong_at_once(answer: str, rng: random.Random) -> str:
+    """A response without steps, with any other number than the answer."""
+    wrong = (int(answer) + rng.randrange(1, arithmetic.MODULUS)) % arithmetic.MODULUS
+    return f"{BOX}{wrong}}}"
+
+
 def task(seed: int, eval_per_length: int, demonstrations: int = 256, useless: float = 0.5) -> Task:
     """Problems and demonstrations, a function of the seed, and evaluation problems.
 
@@ -28,6 +34,5 @@ def task(seed: int, eval_per_length: int, demonstrations: int = 256, useless: fl
     drawn = arithmetic.distinct_chains(rng, TRAIN_LENGTHS, max(PROMPTS, demonstrations), taken)
     worked = arithmetic.worked_demonstrations(drawn[:demonstrations])
     for i in sorted(rng.sample(range(demonstrations), round(useless * demonstrations))):
-        wrong = (int(worked[i].answer) + rng.randrange(1, arithmetic.MODULUS)) % arithmetic.MODULUS
-        worked[i] = replace(worked[i], response=f"{BOX}{wrong}}}")
+        worked[i] = replace(worked[i], response=wrong_at_once(worked[i].answer, rng))
     return Task(arithmetic.asked_problems(drawn), worked, evaluation(eval_per_length), instruction="")

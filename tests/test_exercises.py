@@ -99,7 +99,7 @@ def test_the_tables_of_longer_runs_are_those_of_the_committed_rows(monkeypatch, 
     monkeypatch.syspath_prepend(ROOT / "bench")
     import exercises
 
-    rows = exercises.read_rows()
+    rows = exercises.read_log(exercises.ROWS)
     assert len(rows) == sum(variant.seeds for variant in exercises.VARIANTS)
     for exercise in exercises.COLUMNS:
         assert "\n".join(exercises.table(exercise, rows)) in EXERCISES[exercise]
