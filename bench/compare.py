@@ -290,25 +290,21 @@ def supervision_cells(preset: str) -> list[Cell]:
 
 
 def swapped_cells(preset: str) -> list[Cell]:
-    """RL above, SFT below (bench/swapped.py): mix_lora with all demonstrations and with weighed ones, and bridge."""
+    """RL above, SFT below (weighed.py): mix with all demonstrations, with filtered ones, and the method weighed."""
     cells = []
-    for (lam, fault), changed in FAULTS.items():
-        if preset == "logic" and (changed or lam != "0.5"):  # the variants are of chains
+    alpha = tuned(preset, "mix").get("alpha", "4e-4")
+    for fault, (changed, filters) in FAULTS.items():
+        if preset == "logic" and changed:  # the variants are of chains
             continue
-        case = f"λ {lam}, {fault}"
-        flags = rates(preset) | {"lam": lam} | changed
-        against = f"{case}: all"
-        cells.append(Cell(against, "mix_lora", flags, against))
-        filters = ["likely"]
-        if lam == "0.5" and changed:  # wrong answers are nearly all found without being told their number
-            filters.append("likelier_half")
-        if fault == "four annotators":
-            filters.append("likely_sources")
-        for kind in ("useful", *filters, "weighed"):
-            cells.append(Cell(f"{case}: {kind}", "mix_lora", flags, against, kind))
+        against = f"{fault}: all"
+        flags = dict(alpha=alpha, mu="1") | changed  # λ = 0.5
+        weighed = dict(alpha=alpha, lam="0.5", eta=ETA) | changed
+        cells.append(Cell(against, "mix", flags, against))
+        for kind in ("useful", *filters):
+            cells.append(Cell(f"{fault}: {kind}", "mix", flags, against, kind))
+        cells.append(Cell(f"{fault}: weighed", "weighed", weighed, against, "omega"))
         for kind in filters:
-            cells.append(Cell(f"{case}: weighed, to {kind}", "mix_lora", flags, f"{case}: {kind}", "weighed"))
-        cells.append(Cell(f"{case}: bridge", "bridge", flags, against))
+            cells.append(Cell(f"{fault}: weighed, to {kind}", "weighed", weighed, f"{fault}: {kind}", "omega"))
     return cells
 
 
@@ -483,13 +479,11 @@ SWAPPED_COLUMNS = {
     "mean ω, useful": partial(last_probe, name="weight useful"),
     "mean ω, useless": partial(last_probe, name="weight useless"),
 }
-LEFT_OUT = {"task": "bench/variants.py:left_out_50"}
-FAULTS = {  # λ, and what is wrong with the useless demonstrations: flags of bridge.py
-    ("0.3", "50 % wrong answers"): {},
-    ("0.5", "50 % wrong answers"): {},
-    ("0.3", "50 % with a step left out"): LEFT_OUT,
-    ("0.5", "50 % with a step left out"): LEFT_OUT,
-    ("0.5", "four annotators"): {"task": "bench/variants.py:sources"},
+ETA = "3"  # η of weighed, by runs on two tuning seeds
+FAULTS = {  # what is wrong with the useless demonstrations: flags of bridge.py, filters
+    "wrong answers": ({}, ("likely",)),
+    "a step left out": ({"task": "bench/variants.py:left_out_50"}, ("likely",)),
+    "two bad annotators": ({"task": "bench/variants.py:sources"}, ("likely", "likely_sources")),
 }
 NOISE = ("clean", "noise_10", "noise_20")
 SUPERVISION = ("useless_0", "useless_20", "clean", "useless_60", "demonstrations_16", "demonstrations_1024")
@@ -911,6 +905,29 @@ def draw_finals(out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
+def draw_weights(out: Path) -> None:
+    """The mean ω of the useful and of the useless demonstrations over the steps, for each fault of the table swapped."""
+    from matplotlib.figure import Figure
+
+    cases = []
+    for preset in ("chains", "logic"):
+        for c in swapped_cells(preset):
+            runs = list(runs_of(preset, c, PRESETS[preset].seeds).values())
+            if c.label.endswith(": weighed") and runs:
+                cases.append((f"{preset}, {c.label.removesuffix(': weighed')}", runs))
+    figure = Figure(figsize=(3.6 * len(cases), 3.2), layout="constrained")
+    for ax, (title, runs) in zip(figure.subplots(1, len(cases), squeeze=False, sharey=True).flat, cases, strict=True):
+        steps = [p["step"] for p in runs[0]["probes"]]
+        for kind, color in (("useful", "tab:blue"), ("useless", "tab:red")):
+            weights = [[p[f"weight {kind}"] for p in run["probes"]] for run in runs]
+            band(ax, steps, weights, color=color, label=kind)
+        ax.set(title=title, xlabel="step", ylim=(0, 1.03))
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.axes[0].set_ylabel("mean ω of the demonstrations")
+    figure.axes[0].legend(frameon=False)
+    figure.savefig(out, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--preset", choices=PRESETS, default="chains")
@@ -920,9 +937,13 @@ def main() -> None:
     parser.add_argument("--rows", default="", help="only these of the table main, separated by ;")
     parser.add_argument("--figure", type=Path, help="draw the runs of the table main")
     parser.add_argument("--finals", type=Path, help="draw the final accuracies of the table main, of all presets")
+    parser.add_argument("--weights", type=Path, help="draw ω over the steps, of the table swapped")
+    parser.add_argument("--model", help="folder of the pretrained model of the preset smollm2")
     parser.add_argument("--no-runs", action="store_true", help="of finished runs only")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, one thread each")
     args = parser.parse_args()
+    if args.model:
+        PRESETS[args.preset].flags["model"] = args.model
     rows = args.rows.split(";") if args.rows else list(TRIALS)
     unknown = [row for row in rows if row not in TRIALS]
     if unknown:
@@ -942,6 +963,8 @@ def main() -> None:
         draw(args.preset, args.figure)
     if args.finals:
         draw_finals(args.finals)
+    if args.weights:
+        draw_weights(args.weights)
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ def training_rows(table: Table, run: bridge.Run, turns: int) -> None:
         if model is not None:
             ours = partial(bridge.rl_pass, model, r, r.old_logp, m.reference, s)
             pass_rows(phase, ours, r.rows, *r.rows_to_run(has_kl=s.kl_coef > 0))
-    demonstrations = run.demonstrations_of_update(rollouts)
+    demonstrations, _ = run.demonstrations_of_update(rollouts)
     ours = partial(bridge.sft_pass, m.policy, demonstrations, 1 - s.lam, s)
     pass_rows("sft", ours, demonstrations, None, [])
 

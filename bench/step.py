@@ -69,7 +69,7 @@ from rollout import Environment, sample_rollouts
 from sampler import Sampler
 from settings import PAPER, Settings, parse
 from tasks.prompts import prompt_text
-from tasks.task import Problem, Stream, Task
+from tasks.task import Problem, Stream, Task, sources_of
 
 GiB, MEAN_LENGTH, LONGEST_DEMONSTRATION = 2**30, 950, 2500
 SMALL = dict(prompts_per_step=4, group_size=2, sft_batch=8, max_new_tokens=32, dtype="bfloat16" if GPU else "float32")
@@ -125,8 +125,9 @@ def random_run(size: str, s: Settings, mean: int | None) -> bridge.Run:
     longest = min(s.max_new_tokens, LONGEST_DEMONSTRATION)
     lengths = [rng.randint(longest // 5, longest) if mean else longest for _ in range(200)]
     demonstrations = [(env.encode(f"demonstration {i}"), rng.choices(range(V), k=n)) for i, n in enumerate(lengths)]
-    prompts, demos = Stream(200, (0, 0)), Stream(200, (0, 1))
-    return bridge.Run(s, RunFolder(Path()), bridge.make_policies(model, s), env, demonstrations, prompts, demos, "")
+    orders = Stream(200, (0, 0)), Stream(200, (0, 1))
+    policies = bridge.make_policies(model, s)
+    return bridge.Run(s, RunFolder(Path()), policies, env, demonstrations, sources_of(task), *orders, "")
 
 
 def one_step(run: bridge.Run, k: int) -> dict[str, dict[str, float]]:

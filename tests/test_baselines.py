@@ -158,7 +158,7 @@ def test_hpt_without_imitation_is_rl_with_the_weights_of_dr_grpo(tmp_path, monke
     monkeypatch.setattr(baselines, "GATE", -1)
     run, rollouts = sampled(tmp_path, "hpt")
     assert rollouts.demonstrations == []
-    ours, stats = theta_gradient(run, rollouts, run.demonstrations_of_update(rollouts), 1.0, 1.0)
+    ours, stats = theta_gradient(run, rollouts, run.demonstrations_of_update(rollouts)[0], 1.0, 1.0)
     assert "sft_nll" not in stats, "a mean over no demonstration is no number"
     rl = make_run(tmp_path, method="rl", aggregation="dr_grpo", prompts_per_step=4, group_size=4)
     rl.env.task, rl.env.reward = run.env.task, odd
@@ -175,7 +175,7 @@ def test_hpt_with_imitation_everywhere_is_sft_on_the_prompts_of_the_step(tmp_pat
     run, rollouts = sampled(tmp_path, "hpt")
     assert [prompt for prompt, _ in rollouts.demonstrations] == [prompt for prompt, _ in rollouts.rows[::4]]
     assert all(trace in run.demonstrations for trace in rollouts.demonstrations)
-    ours, _ = theta_gradient(run, rollouts, run.demonstrations_of_update(rollouts), 1.0, 1.0)
+    ours, _ = theta_gradient(run, rollouts, run.demonstrations_of_update(rollouts)[0], 1.0, 1.0)
     expected, _ = theta_gradient(run, rollouts, rollouts.demonstrations, 1.0, 0.0)
     assert_close(ours, expected)
 
