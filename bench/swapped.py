@@ -184,6 +184,9 @@ def likelier_half(run: bridge.Run, weights: Weights) -> list[bool]:
 
 SWAPPED: dict[str, Callable[[], None]] = {  # kinds of runs of bench/compare.py, for --method mix_lora
     "weighed": lambda: install(Weights(rate=0.3)),
+    "weighed_0.03": lambda: install(Weights(rate=0.03)),
+    "weighed_0.1": lambda: install(Weights(rate=0.1)),
+    "weighed_1": lambda: install(Weights(rate=1.0)),
     "useful": lambda: install(Weights(rate=0.0), useful_ones),
     "likely": lambda: install(Weights(rate=0.0), likely_ones),
     "likelier_half": lambda: install(Weights(rate=0.0), likelier_half),
