@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 import copy
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 
@@ -35,6 +36,7 @@ import baselines
 import grpo
 import lora
 import plot
+import weighed
 from evaluate import evaluate
 from grpo import RLPass
 from infra import checkpoint, export, memory, parallel, report, tokens
@@ -56,7 +58,7 @@ from ops.packed import Row
 from rollout import Environment, Rollouts, cooperative_gain, rl_statistics, sample_rollouts, shadow_statistics
 from sampler import Sampler
 from tasks.loading import card_facts, describe_data, load_training
-from tasks.task import Stream
+from tasks.task import Sources, Stream
 
 
 def updates(s: Settings, k: int) -> list[tuple[float, float]]:
@@ -77,7 +79,7 @@ def updates(s: Settings, k: int) -> list[tuple[float, float]]:
             return [(0.0, 1.0), (1.0, 0.0)]
         case "mix":
             return [(s.mu / (1 + s.mu), 1 / (1 + s.mu))]  # μ:1, as weights that sum to 1
-        case "mix_lora" | "no_meta" | "bridge":  # the weights of eq. (7), in eqs. (8) and (11)
+        case "mix_lora" | "no_meta" | "bridge" | "weighed":  # the weights of eq. (7), in eqs. (8) and (11)
             return [(1 - s.lam, s.lam)]
     raise SettingError(f"method {s.method} has no case in bridge.py:updates")
 
@@ -93,24 +95,29 @@ def sft_token_weights(s: Settings, logp: Tensor, entropy: Tensor, rows: list[Row
 
 @dataclass
 class Policies:
-    """π(θ,w), its shadow π(θ̂,w) on the same w, and the optimizers of the three sets of parameters."""
+    """π(θ,w), its shadow π(θ̂,w) on the same w, and the optimizers of the sets of parameters."""
 
     policy: nn.Module
     shadow: nn.Module | None
     reference: nn.Module | None  # the initial model, if there is a KL term
     w: lora.Adapter  # empty for methods without an adapter
-    optimizers: dict[str, torch.optim.Optimizer]  # theta; w and theta_hat if present; theta_sft: a second one of θ
+    optimizers: dict[str, torch.optim.Optimizer]  # theta; w, theta_hat, omega if present; theta_sft: a second one of θ
+    omega: nn.Parameter | None = None  # [S] weights of the sources of demonstrations, for the method weighed
 
     @property
     def parameters(self) -> dict[str, list[nn.Parameter]]:
-        """The sets of parameters by name: theta, and w and theta_hat if present."""
+        """The sets of parameters that are clipped, by name: theta, and w and theta_hat if present."""
         sets = {name: optimizer.param_groups[0]["params"] for name, optimizer in self.optimizers.items()}
         sets.pop("theta_sft", None)  # θ again
+        sets.pop("omega", None)
         return sets
 
 
-def make_policies(model: nn.Module, s: Settings) -> Policies:
-    """θ̂ := θ, and both share the adapter w. Raises SettingError if lora_targets match no layer."""
+def make_policies(model: nn.Module, s: Settings, sources: int = 1) -> Policies:
+    """θ̂ := θ, and both share the adapter w. Raises SettingError if lora_targets match no layer.
+
+    sources: number of sources of demonstrations, whose weights ω begin at 1.
+    """
     method = METHODS[s.method]
     checkpoint_layers(model, s.checkpoint_layers)
 
@@ -153,7 +160,11 @@ def make_policies(model: nn.Module, s: Settings) -> Policies:
         optimizers["theta_hat"] = make_optimizer(theta_hat, s.alpha)
     if method.two_optimizers:
         optimizers["theta_sft"] = make_optimizer(theta, s.alpha)
-    return Policies(model, shadow, reference, w, optimizers)
+    omega = None
+    if method.shadow_imitates:
+        omega = nn.Parameter(torch.ones(sources, device=pick_device()))
+        optimizers["omega"] = torch.optim.SGD([omega], lr=s.eta)
+    return Policies(model, shadow, reference, w, optimizers, omega)
 
 
 def make_optimizer(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
@@ -213,19 +224,27 @@ def rl_pass(
     return seen
 
 
-def sft_pass(model: nn.Module, demonstrations: list[Row], weight: float, s: Settings) -> Tensor:
+def sft_pass(
+    model: nn.Module,
+    demonstrations: list[Row],
+    weight: float,
+    s: Settings,
+    omega: Tensor | None = None,  # [T] ω of each token's source; None: all weigh the same
+) -> Tensor:
     """Adds this rank's part of weight·∇L_SFT to .grad; returns −log π of all response tokens [T].
 
     L_SFT is −J_SFT of eq. (1), with a mean over the tokens of the whole batch instead of the sum.
     """
     lengths = [len(response) for _, response in demonstrations]
+    if omega is None:
+        omega = torch.ones(sum(lengths), device=pick_device())
     nll = torch.zeros(sum(lengths), dtype=torch.float64, device=pick_device())
     for rows, t in parallel.batches(demonstrations, s):
         # Demonstrations are imitated at temperature 1, whatever the sampling temperature.
         logp, entropy = response_logprobs(model, rows, dtype=getattr(torch, s.dtype))  # [t]
         token_weights = sft_token_weights(s, logp, entropy, rows)  # [t]
         # All micro-batches and ranks divide by the batch's tokens: their gradients add up to that of the mean.
-        loss = -(token_weights * logp).sum() / len(nll)
+        loss = -(omega[t] * token_weights * logp).sum() / omega.sum()
         (weight * loss).backward()
         nll[t] = -logp.detach().to(nll)
     parallel.all_reduce([nll])
@@ -271,6 +290,7 @@ def bilevel_gradients(
     rl_weight: float,  # λ
     s: Settings,
     timer: Timer,
+    sources: Sequence[int] = (),  # of each demonstration, for the method weighed
 ) -> Update:
     """Writes the gradients of eqs. (8), (10) and (11), of losses, to the .grad of θ, θ̂ and w.
 
@@ -287,7 +307,8 @@ def bilevel_gradients(
 
     if rl_weight:
         # On shared rollouts policy and shadow have one surrogate: while θ̂ = θ, their gradients are equal.
-        shared = m.shadow is not None and rollouts_hat is rollouts
+        shadow_of_rl = METHODS[s.method].shadow_of_rl
+        shared = shadow_of_rl and rollouts_hat is rollouts
         ratio_cap = None
         if shared and s.shadow_ratio_cap > 0:
             ratio_cap = s.shadow_ratio_cap
@@ -301,7 +322,7 @@ def bilevel_gradients(
                 g_rl = taken
 
         # ∇L_RL(θ̂,w): θ̂'s stays in .grad, which is eq. (10); w's is taken out.
-        if m.shadow is not None:
+        if shadow_of_rl:
             with timer("shadow"):
                 if s.shadow_rollouts == "one_step":
                     step_shadow_from_theta(m, s)
@@ -326,9 +347,20 @@ def bilevel_gradients(
     if sft_weight and demonstrations:
         with timer("sft"):
             update.demonstrations = demonstrations
-            update.nll = sft_pass(m.policy, demonstrations, sft_weight, s)
+            omega = None
+            if m.omega is not None:
+                lengths = torch.tensor([len(response) for _, response in demonstrations])
+                source = torch.tensor(sources).repeat_interleave(lengths).to(m.omega.device)  # [T]
+                omega = m.omega.detach()[source]
+            update.nll = sft_pass(m.policy, demonstrations, sft_weight, s, omega)
             update.stats["sft_nll"] = update.nll.mean().item()
             g_sft = parallel.take_gradients(m.w.values())
+
+            # The levels swapped: θ̂ imitates, and ω ascends J_SFT(θ; ω) − J_SFT(θ̂; ω).
+            if m.omega is not None:
+                nll_hat = sft_pass(m.shadow, demonstrations, 1.0, s, omega)
+                g = (nll_hat - update.nll).to(m.omega)  # [T]
+                m.omega.grad = -weighed.step_of_omega(g, m.omega.detach(), source)
 
     # Eq. (11), of losses: (1−λ)∇_w L_SFT + λ(∇_w L_RL(θ,w) − ∇_w L_RL(θ̂,w)). g_sft has its factor 1−λ already. On
     # shared rollouts the difference is exactly 0 while θ̂ = θ.
@@ -377,6 +409,8 @@ def clip_and_step(
     for name, optimizer in m.optimizers.items():
         if is_finite and name != resting:
             optimizer.step()
+    if m.omega is not None:
+        m.omega.data.clamp_(weighed.LEAST, 1.0)
     for optimizer in m.optimizers.values():
         optimizer.zero_grad()  # frees the gradients before sampling
     return norms, is_finite
@@ -391,17 +425,18 @@ class Run:
     m: Policies
     env: Environment
     demonstrations: list[Row]  # D_SFT
+    sources: Sources  # of D_SFT
     prompt_order: Stream  # draws from D_RL
     demonstration_order: Stream  # draws from D_SFT
     fingerprints: dict[str, str]  # of the data, the initial weights and the tokenizer
     skipped: int = 0  # updates skipped since the last step without one
 
-    def demonstrations_of_update(self, rollouts: Rollouts | None) -> list[Row]:
-        """The next ones of D_SFT; for methods that pair them those of the rollouts' prompts."""
+    def demonstrations_of_update(self, rollouts: Rollouts | None) -> tuple[list[Row], list[int]]:
+        """The next ones of D_SFT and their sources; for methods that pair them those of the rollouts' prompts."""
         if METHODS[self.s.method].paired:
-            return rollouts.demonstrations
-        draws = self.demonstration_order.take(self.s.sft_batch)
-        return [self.demonstrations[i] for _, i in draws]
+            return rollouts.demonstrations, []
+        draws = [i for _, i in self.demonstration_order.take(self.s.sft_batch)]
+        return [self.demonstrations[i] for i in draws], [self.sources.number[i] for i in draws]
 
 
 def train(run: Run, start: int) -> None:
@@ -434,8 +469,9 @@ def train(run: Run, start: int) -> None:
         skipped = 0
         for sft_weight, rl_weight in plan:
             # Steps 1-3: demonstrations; the gradients of θ, w and θ̂, all at iterate k.
-            demonstrations = run.demonstrations_of_update(rollouts) if sft_weight else []
-            update = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, sft_weight, rl_weight, s, timer)
+            demonstrations, sources = run.demonstrations_of_update(rollouts) if sft_weight else ([], [])
+            weights = sft_weight, rl_weight
+            update = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, *weights, s, timer, sources)
             keep_old_logp(update, rollouts, rollouts_hat, s)
             seen.append(update)
 
@@ -493,6 +529,10 @@ def log_step(
     metrics["skipped_in_a_row"] = run.skipped
     if run.m.w:
         metrics["lora_norm"] = lora.delta_norm(run.m.w, run.s.lora_alpha / run.s.lora_rank)
+    if run.m.omega is not None:
+        metrics["omega_mean"] = run.m.omega.mean().item()
+        omega_of_source = zip(run.sources.names, run.m.omega.tolist(), strict=True)
+        metrics |= {f"omega {name}": value for name, value in omega_of_source if name}
     if rollouts is not None:
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / timer.seconds["sample"]
         run.folder.log_samples(step, rollouts.records[: rollouts.reward.shape[1]])
@@ -578,9 +618,10 @@ def set_up(s: Settings, folder: RunFolder) -> Run:
     return Run(
         s,
         folder,
-        make_policies(loaded.model, s),
+        make_policies(loaded.model, s, len(loaded.sources.names)),
         env,
         loaded.demonstrations,
+        loaded.sources,
         prompt_order=Stream(len(loaded.task.problems), (s.seed, 0)),
         demonstration_order=Stream(len(loaded.demonstrations), (s.seed, 1)),
         fingerprints=loaded.fingerprints,

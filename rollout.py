@@ -240,7 +240,7 @@ def make_rollouts(groups: list[Group], s: Settings, stats: dict[str, float]) -> 
         stats=stats,
         records=records,
         demonstrations=demonstrations,
-        score_rewarded=method.shadow and s.shadow_rollouts != "own",
+        score_rewarded=method.shadow_of_rl and s.shadow_rollouts != "own",
     )
 
 

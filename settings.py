@@ -25,6 +25,7 @@ class Method(NamedTuple):
     adapter: bool = False  # has w
     w_takes_rl: bool = True  # w takes the gradient of RL, too
     shadow: bool = False  # has θ̂
+    shadow_imitates: bool = False  # θ̂ takes SFT instead of RL, and ω weighs the sources of demonstrations: weighed.py
     two_optimizers: bool = False  # of θ: one for updates by RL, one for updates by SFT
     paired: bool = False  # needs the demonstrations of its prompts
     joins_group: bool = False  # the demonstration of a prompt is one more member of the prompt's group
@@ -32,6 +33,11 @@ class Method(NamedTuple):
     loss: str = ""  # of RL: empty (by aggregation and clip), dr_grpo (no clip) or reinforce (no clip, no ratio)
     own_settings: tuple[str, ...] = ()  # settings used only by the methods that list them
     schedule: str = ""  # what changes over all steps of the method: a resumed run needs the same number of steps
+
+    @property
+    def shadow_of_rl(self) -> bool:
+        """Has a θ̂ that takes RL."""
+        return self.shadow and not self.shadow_imitates
 
     @property
     def grpo(self) -> bool:
@@ -77,6 +83,10 @@ METHODS = {
     "bridge": Method(
         "BRIDGE: θ takes (1−λ)·SFT + λ·GRPO; w also ascends the cooperative gain over the RL-only shadow θ̂",
         adapter=True, shadow=True, own_settings=("lam",),
+    ),
+    "weighed": Method(
+        "ours, the levels swapped: θ takes (1−λ)·SFT + λ·GRPO, θ̂ SFT alone; ω weighs the sources of demonstrations",
+        shadow=True, shadow_imitates=True, own_settings=("lam", "eta"),
     ),
 }  # fmt: skip
 
@@ -154,14 +164,15 @@ class Settings:
     # the shadow θ̂
     shadow_rollouts: str = opt(
         "shared", "rollouts that train θ̂: shared (the policy's), own (samples of θ̂) or one_step (the policy's, and θ̂ "
-        "is θ after one step of RL)", "shadow", choices=("shared", "own", "one_step"),
+        "is θ after one step of RL)", "shadow_of_rl", choices=("shared", "own", "one_step"),
     )  # fmt: skip
     shadow_ratio_cap: float = opt(
-        2.0, "with the policy's rollouts: cap of the token ratios of θ and θ̂; 0: the clip of PPO instead", "shadow"
+        2.0, "with the policy's rollouts: cap of the token ratios of θ and θ̂; 0: the clip of PPO instead", "shadow_of_rl"
     )  # fmt: skip
     # learning rates
     alpha: float = opt(3e-4, "α: learning rate of θ and θ̂ (paper: 5e-7)")
     beta: float = opt(2e-3, "β: learning rate of w; with β = α B·A hardly moves (paper: not stated)", "adapter")
+    eta: float = opt(10.0, "η: step of ω, the weights of the sources of demonstrations; 0 leaves them at 1")
     grad_clip: float = opt(1.0, "largest norm of a gradient, for each of θ, w and θ̂ (paper: unknown)", positive=True)
     # adapter
     lora_rank: int = opt(8, "rank r of w (paper: 16)", "adapter", least=1)
@@ -336,7 +347,7 @@ def refuse_idle(s: Settings, given: set[str]) -> None:
     if "shadow_ratio_cap" in given and s.shadow_rollouts == "own":
         raise SettingError("shadow_ratio_cap does nothing with shadow_rollouts own: omit it")
     # On a shared batch θ and θ̂ have the same surrogate loss: the ratio cap replaces the clip in both.
-    shared = METHODS[s.method].shadow and s.shadow_rollouts != "own"
+    shared = METHODS[s.method].shadow_of_rl and s.shadow_rollouts != "own"
     for name in sorted({"clip_low", "clip_high"} & given):
         if shared and s.shadow_ratio_cap > 0:
             raise SettingError(f"{name} does nothing beside shadow_ratio_cap {s.shadow_ratio_cap}: omit one")

@@ -226,8 +226,8 @@ def gradients_of_w(shadow_steps: int = 1, shuffled: bool = False) -> None:
     bilevel_gradients = bridge.bilevel_gradients
     order = torch.Generator().manual_seed(0)
 
-    def remember(model: nn.Module, s: bridge.Settings) -> bridge.Policies:
-        policies["m"] = make_policies(model, s)
+    def remember(model: nn.Module, s: bridge.Settings, *rest) -> bridge.Policies:
+        policies["m"] = make_policies(model, s, *rest)
         return policies["m"]
 
     def w_gradients() -> list[Tensor]:

@@ -94,10 +94,10 @@ def install(weights: Weights, start: Callable[[bridge.Run, Weights], list[bool]]
     make_policies = bridge.make_policies
     sft_pass = bridge.sft_pass
 
-    def with_shadow(model: nn.Module, s: bridge.Settings) -> bridge.Policies:
+    def with_shadow(model: nn.Module, s: bridge.Settings, *rest) -> bridge.Policies:
         if weights.rate:
             weights.shadow = make_policies(copy.deepcopy(model), s)  # with an adapter of its own
-        return make_policies(model, s)
+        return make_policies(model, s, *rest)
 
     def weighed_pass(model: nn.Module, rows: list[Row], weight: float, s: bridge.Settings) -> Tensor:
         """sft_pass for J_SFT(·; ω)."""
@@ -113,7 +113,7 @@ def install(weights: Weights, start: Callable[[bridge.Run, Weights], list[bool]]
         bridge.sft_token_weights = token_weights
         return sft_pass(model, rows, weight, s)
 
-    def both_passes(model: nn.Module, rows: list[Row], weight: float, s: bridge.Settings) -> Tensor:
+    def both_passes(model: nn.Module, rows: list[Row], weight: float, s: bridge.Settings, *_) -> Tensor:
         nll = weighed_pass(model, rows, weight, s)
         if weights.shadow is not None:
             for optimizer in weights.shadow.optimizers.values():
@@ -130,7 +130,7 @@ def install(weights: Weights, start: Callable[[bridge.Run, Weights], list[bool]]
             for row, d in zip(run.demonstrations, run.env.task.demonstrations, strict=True):
                 key = str(row)
                 if weights.rate:  # demonstrations of one source share a learned ω
-                    key = d.extra.get("source", key)
+                    key = d.source or key
                 weights.key_of[str(row)] = key
                 useless = not is_correct(d.response, d.answer).correct
                 weights.is_useless[str(row)] = d.extra.get("useless", useless)
@@ -165,7 +165,7 @@ def likely_ones(run: bridge.Run, weights: Weights, by_source: bool = False) -> l
     """
     score = likelihoods(run)
     if by_source:
-        source = np.array([d.extra["source"] for d in run.env.task.demonstrations])
+        source = np.array([d.source for d in run.env.task.demonstrations])
         score = np.array([score[source == own].mean() for own in source])
     thresholds = np.unique(score)[1:]
     within = []

@@ -52,8 +52,8 @@ def sources(s):
             response = chains.wrong_at_once(d.answer, rng)
         elif annotator == 3:
             response = without_a_step(response, rng)
-        extra = {"source": str(annotator), "useless": annotator > 1}
-        made.demonstrations[i] = replace(d, response=response, extra=extra)
+        useless = {"useless": annotator > 1}
+        made.demonstrations[i] = replace(d, response=response, extra=useless, source=str(annotator))
     made.problems = [p for p in made.problems if p.group in ("n=3", "n=4", "n=5")]
     return made
 

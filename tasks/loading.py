@@ -13,7 +13,7 @@ from settings import METHODS, SettingError, Settings
 from tasks.functions import code_fingerprint, load_reward
 from tasks.named import load_task
 from tasks.prompts import encode_prompt, end_of_turn
-from tasks.task import Problem, Task, fingerprint, pair, prepare
+from tasks.task import Problem, Sources, Task, fingerprint, pair, prepare, sources_of
 
 
 def load_model(name: str, template: str, device: torch.device | None = None) -> tuple[nn.Module, object, list[int]]:
@@ -33,6 +33,7 @@ class Loaded:
     stop: list[int]  # ids that end a completion
     reward: Callable[[str, Problem], float]
     demonstrations: list[Row]  # D_SFT as token ids
+    sources: Sources  # of D_SFT
     demonstrations_of: dict[str, list[Row]]  # by question, for methods that pair prompts with them
     fingerprints: dict[str, str]  # of the data, of the initial weights and the tokenizer, and of the user's code
 
@@ -68,7 +69,7 @@ def load_training(s: Settings) -> Loaded:
         reward=code_fingerprint(s.reward),
         task=code_fingerprint(s.task),
     )
-    return Loaded(task, model, tokenizer, stop, reward or task.reward, demonstrations, demonstrations_of, fingerprints)
+    return Loaded(task, model, tokenizer, stop, reward or task.reward, demonstrations, sources_of(task), demonstrations_of, fingerprints)
 
 
 def describe_data(task: Task, tokenizer, stop: list[int], demonstrations: list[Row]) -> dict[str, str]:

@@ -126,25 +126,34 @@ def read_problems(sources: str, setting: str, notes: list[str], any_gold: bool =
 
 
 def read_demonstrations(sources: str, setting: str, notes: list[str], any_gold: bool = False) -> list[Demonstration]:
-    """The demonstrations of a comma list of sources; a solution field takes precedence over one in the answer."""
+    """The demonstrations of a comma list of sources, each with its row's field `source`, or else its file if several."""
     demonstrations = []
-    for place, row in read_rows(sources, setting):
-        _, question = text_field(row, QUESTION, place)
-        answer = ""
-        if any(name in row for name in ANSWER):
-            _, answer = text_field(row, ANSWER, place, may_be_empty=True)
-        response, gold = worked(answer)
-        text = ""
-        if response == "" or any(name in row for name in SOLUTION):
-            _, text = text_field(row, SOLUTION, place, may_be_empty=response != "")
-        if text:
-            solution, boxed = worked(text)
-            agrees = solution != "" and gold in ("", boxed)
-            response = solution if agrees else text
-            if gold == "":
-                gold = boxed if solution else None
-        demonstrations.append(Demonstration(question, response, gold))
+    files = listed(sources)
+    for file in files:
+        origin = file if len(files) > 1 else ""
+        demonstrations += [_demonstration(place, row, origin) for place, row in read_rows(file, setting)]
     return keep_readable(demonstrations, sources, setting, notes, any_gold)
+
+
+def _demonstration(place: str, row: dict, origin: str) -> Demonstration:
+    """The demonstration of a row; a solution field takes precedence over a solution in the answer."""
+    _, question = text_field(row, QUESTION, place)
+    answer = ""
+    if any(name in row for name in ANSWER):
+        _, answer = text_field(row, ANSWER, place, may_be_empty=True)
+    response, gold = worked(answer)
+    text = ""
+    if response == "" or any(name in row for name in SOLUTION):
+        _, text = text_field(row, SOLUTION, place, may_be_empty=response != "")
+    if text:
+        solution, boxed = worked(text)
+        agrees = solution != "" and gold in ("", boxed)
+        response = solution if agrees else text
+        if gold == "":
+            gold = boxed if solution else None
+    stated = row.get("source")
+    is_named = isinstance(stated, str) and stated
+    return Demonstration(question, response, gold, source=stated if is_named else origin)
 
 
 def worked(text: str) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 from unicodedata import normalize
 
 import numpy as np
@@ -57,9 +58,10 @@ class Demonstration:
     response: str
     answer: str | None = None  # gold: the data row's answer, else the boxed answer of the response
     extra: dict = field(default_factory=dict, compare=False, repr=False)  # as in Problem
+    source: str = ""  # an annotator, a file: the method weighed gives its demonstrations one weight
 
     def __post_init__(self):
-        _check_text(question=self.question, response=self.response)
+        _check_text(question=self.question, response=self.response, source=self.source)
 
 
 @dataclass
@@ -299,6 +301,27 @@ def pair(task: Task, demonstrations: list[Row], method: str) -> dict[str, list[R
         raise DataError(f"method {method} needs demonstrations of its prompts: no question of rl_data is in sft_data")
     task.problems = paired
     return demonstrations_of
+
+
+class Sources(NamedTuple):
+    """Where demonstrations come from."""
+
+    names: list[str]  # [S] empty for a demonstration that names none, which is a source of its own
+    number: list[int]  # [N] the source of each demonstration
+
+
+def sources_of(task: Task) -> Sources:
+    names: list[str] = []
+    number_of: dict[str, int] = {}  # of named sources
+    numbers = []
+    for d in task.demonstrations:
+        number = len(names)
+        if d.source:
+            number = number_of.setdefault(d.source, number)
+        if number == len(names):
+            names.append(d.source)
+        numbers.append(number)
+    return Sources(names, numbers)
 
 
 class Stream:

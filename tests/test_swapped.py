@@ -144,7 +144,7 @@ def test_of_four_annotators_one_answers_wrongly_and_one_leaves_out_a_step():
         right = is_correct(d.response, d.answer).correct
         steps = d.response.count("=")
         operations = sum(d.question.count(sign) for sign in "+-*")
-        by_source.setdefault((d.extra["source"], d.extra["useless"]), set()).add((right, operations - steps))
+        by_source.setdefault((d.source, d.extra["useless"]), set()).add((right, operations - steps))
     worked = {(True, 0)}
     at_once = {(False, n) for n in range(2, 7)}
     assert by_source == {("0", False): worked, ("1", False): worked, ("2", True): at_once, ("3", True): {(True, 1)}}
