@@ -307,7 +307,7 @@ def bilevel_gradients(
 
     if rl_weight:
         # On shared rollouts policy and shadow have one surrogate: while θ̂ = θ, their gradients are equal.
-        shadow_of_rl = METHODS[s.method].shadow_of_rl
+        shadow_of_rl = m.shadow is not None and not METHODS[s.method].shadow_imitates
         shared = shadow_of_rl and rollouts_hat is rollouts
         ratio_cap = None
         if shared and s.shadow_ratio_cap > 0:
