@@ -67,6 +67,7 @@ SHORT = {"steps": "24", "prompts-per-step": "8", "eval-problems": "20", "eval-ev
 PRESETS = {
     "chains": Preset({"preset": "chains"}, ("n=8", "n=9")),
     "logic": Preset({"preset": "logic"}, ()),
+    "smollm2": Preset({"preset": "smollm2", "eval-problems": "150", "eval-every": "30"}, (), (1, 2, 3)),
     "quick": Preset({"preset": "chains"} | SHORT, ("n=8", "n=9"), (0, 1)),
 }
 
@@ -306,6 +307,27 @@ def swapped_cells(preset: str) -> list[Cell]:
         for kind in filters:
             cells.append(Cell(f"{fault}: weighed, to {kind}", "weighed", weighed, f"{fault}: {kind}", "omega"))
     return cells
+
+
+PRETRAINED = {  # rows of the table pretrained: method, flags
+    "sft_rl": ("sft_rl", {}),
+    "mix": ("mix", {}),
+    "mix_lora": ("mix_lora", {}),
+    "bridge": ("bridge", {}),
+    "bridge, own rollouts": ("bridge", {"shadow-rollouts": "own"}),
+}
+SHORT_RUNS = {"sft_rl": {"sft-steps": "20", "steps": "10"}}  # that choose α; the other methods have 20 steps
+
+
+def short_runs(method: str) -> list[dict]:
+    """Jobs of the trials of α of a method on the pretrained model, by short runs; β is 10α."""
+    jobs = []
+    for alpha, beta in (("5e-5", "5e-4"), ("1e-4", "1e-3"), ("2e-4", "2e-3")):
+        flags = {"alpha": alpha} | SHORT_RUNS.get(method, {"steps": "20"})
+        if METHODS[method].adapter:
+            flags["beta"] = beta
+        jobs.append(dict(method=method, flags=flags, seed=TUNING_SEEDS[0], kind="tuning"))
+    return jobs
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -642,7 +664,7 @@ def record_of(job: dict, folder: str, peak_kib: int, source: str) -> dict:
     metrics = read_log(run / "metrics.jsonl")
     evals = read_log(run / "evals.jsonl")
     probes = []
-    if KINDS[job["kind"]] is not None:
+    if (run / "probe.jsonl").exists():
         probes = [record for _, record in read_lines(run / "probe.jsonl")]
     s = settings_of(run / "config.json")
     seconds = []  # of each step

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import bridge
 import grpo
 import rollout
-from evaluate import Sampling, answer
+from evaluate import Sampling, answer, evaluate
 from grading.scores import by_problem, verdicts
 from logprob import response_logprobs
 from ops.packed import Row
@@ -74,6 +74,27 @@ def effect_of_w() -> None:
         set_w(run, now)
         before["w"] = now
         return rewards
+
+    probe(measure)
+
+
+def without_w() -> None:
+    """Measures the greedy accuracy of θ and of θ̂ without w at the end."""
+
+    def measure(run: bridge.Run, step: int) -> dict:
+        measured = {}
+        if run.m.w and step == run.s.total_steps:
+            with_w = [p.detach().clone() for p in run.m.w.values()]
+            for p in run.m.w.values():
+                p.data.zero_()  # as in effect_of_w
+            for name, model in (("theta", run.m.policy), ("theta_hat", run.m.shadow)):
+                if model is not None:
+                    run.env.sampler.refresh(model)
+                    sets = run.env.sampler, run.env.tokenizer, run.env.task, run.s.max_new_tokens
+                    measured[f"{name} without w"] = evaluate(*sets)[0]["average"]
+            for p, value in zip(run.m.w.values(), with_w, strict=True):
+                p.data.copy_(value)
+        return measured
 
     probe(measure)
 
@@ -303,6 +324,7 @@ KINDS: dict[str, Callable[[], None] | None] = {
     "cost": None,  # the same, one run at a time
     "final": lambda: probe(right_of_many),
     "effect": effect_of_w,
+    "without_w": without_w,
     "gauss_seidel": gauss_seidel,
     "by_gain": lambda: selected(gain),
     "by_gain_over_visits": lambda: selected(gain, visits=True),
