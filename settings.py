@@ -25,7 +25,7 @@ class Method(NamedTuple):
     adapter: bool = False  # has w
     w_takes_rl: bool = True  # w takes the gradient of RL, too
     shadow: bool = False  # has θ̂
-    shadow_imitates: bool = False  # θ̂ takes SFT instead of RL, and ω weighs the sources of demonstrations: weighed.py
+    shadow_imitates: bool = False  # θ̂ takes SFT instead of RL, and ω weighs demonstrations: weighed.py
     two_optimizers: bool = False  # of θ: one for updates by RL, one for updates by SFT
     paired: bool = False  # needs the demonstrations of its prompts
     joins_group: bool = False  # the demonstration of a prompt is one more member of the prompt's group
@@ -167,7 +167,7 @@ class Settings:
         "is θ after one step of RL)", "shadow_of_rl", choices=("shared", "own", "one_step"),
     )  # fmt: skip
     shadow_ratio_cap: float = opt(
-        2.0, "with the policy's rollouts: cap of the token ratios of θ and θ̂; 0: the clip of PPO instead", "shadow_of_rl"
+        2.0, "with the policy's rollouts: cap of the token ratios of θ and θ̂; 0: PPO's clip instead", "shadow_of_rl"
     )  # fmt: skip
     # learning rates
     alpha: float = opt(3e-4, "α: learning rate of θ and θ̂ (paper: 5e-7)")

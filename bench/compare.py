@@ -309,18 +309,11 @@ def swapped_cells(preset: str) -> list[Cell]:
     return cells
 
 
-PRETRAINED = {  # rows of the table pretrained: method, flags
-    "sft_rl": ("sft_rl", {}),
-    "mix": ("mix", {}),
-    "mix_lora": ("mix_lora", {}),
-    "bridge": ("bridge", {}),
-    "bridge, own rollouts": ("bridge", {"shadow-rollouts": "own"}),
-}
 SHORT_RUNS = {"sft_rl": {"sft-steps": "20", "steps": "10"}}  # that choose α; the other methods have 20 steps
 
 
 def short_runs(method: str) -> list[dict]:
-    """Jobs of the trials of α of a method on the pretrained model, by short runs; β is 10α."""
+    """Jobs of the trials of α on the pretrained model: short runs of one tuning seed; β is 10α."""
     jobs = []
     for alpha, beta in (("5e-5", "5e-4"), ("1e-4", "1e-3"), ("2e-4", "2e-3")):
         flags = {"alpha": alpha} | SHORT_RUNS.get(method, {"steps": "20"})
@@ -328,6 +321,20 @@ def short_runs(method: str) -> list[dict]:
             flags["beta"] = beta
         jobs.append(dict(method=method, flags=flags, seed=TUNING_SEEDS[0], kind="tuning"))
     return jobs
+
+
+def pretrained_cells(preset: str) -> list[Cell]:
+    """The pretrained model, each method with the α of its best short run."""
+    if preset != "smollm2":
+        return []
+    cells = []
+    for label, changed in (*((m, {}) for m in PRETRAINED), ("bridge, own rollouts", {"shadow-rollouts": "own"})):
+        jobs = short_runs(method_of(label))
+        score = {key(run): trained(run, preset) for run in records(preset)}
+        best = max(jobs, key=lambda job: score.get(key(job), 0.0))
+        flags = {name: value for name, value in best["flags"].items() if name in ("alpha", "beta")}
+        cells.append(Cell(label, method_of(label), flags | changed, kind="without_w"))
+    return cells
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -501,11 +508,21 @@ SWAPPED_COLUMNS = {
     "mean ω, useful": partial(last_probe, name="weight useful"),
     "mean ω, useless": partial(last_probe, name="weight useless"),
 }
+PRETRAINED = ("sft_rl", "mix", "mix_lora", "bridge")
 ETA = "3"  # η of weighed, by runs on two tuning seeds
 FAULTS = {  # what is wrong with the useless demonstrations: flags of bridge.py, filters
     "wrong answers": ({}, ("likely",)),
     "a step left out": ({"task": "bench/variants.py:left_out_50"}, ("likely",)),
     "two bad annotators": ({"task": "bench/variants.py:sources"}, ("likely", "likely_sources")),
+}
+WITHOUT_W = {
+    "at the end": partial(trained_at, at=1),
+    "halfway": partial(trained_at, at=0.5),
+    "the shadow": shadow_end,
+    "θ without w": partial(last_probe, name="theta without w"),
+    "θ̂ without w": partial(last_probe, name="theta_hat without w"),
+    "minutes of training": lambda run, preset: run["seconds"] / 60,
+    "peak GiB": lambda run, preset: run["peak_mib"] / 1024,
 }
 NOISE = ("clean", "noise_10", "noise_20")
 SUPERVISION = ("useless_0", "useless_20", "clean", "useless_60", "demonstrations_16", "demonstrations_1024")
@@ -568,6 +585,12 @@ TABLES = {
         "alone, `likely` those that the base model finds likely.",
         swapped_cells,
         SWAPPED_COLUMNS,
+    ),
+    "pretrained": Table(
+        "SmolLM2-135M-Instruct on the task of legs, 450 evaluation problems; accuracies without w as fractions.",
+        pretrained_cells,
+        WITHOUT_W,
+        workers=1,
     ),
     "beta": Table("The learning rate β of w, at λ = 0.5.", beta_cells, GAIN, 5),
     "lambda": Table("λ, and `mix` with the same update of θ.", lambda_cells, ACCURACY, 5),
@@ -817,8 +840,9 @@ def page() -> str:
     parts = [PAGE]
     for preset in PRESETS:
         for name, spec in TABLES.items():
-            counts = [len(runs_of(preset, c, PRESETS[preset].seeds)) for c in spec.cells(preset)]
-            if min(counts) >= FEWEST:
+            seeds = PRESETS[preset].seeds
+            counts = [len(runs_of(preset, c, seeds)) for c in spec.cells(preset)]
+            if counts and min(counts) >= min(FEWEST, len(seeds)):
                 command = f"python bench/compare.py --preset {preset} --table {name}"
                 parts.append(f"## {preset}: {name}\n\n{spec.caption}\n\n```bash\n{command} --no-runs\n```")
                 parts.append(table(preset, name))
@@ -928,7 +952,7 @@ def draw_finals(out: Path) -> None:
 
 
 def draw_weights(out: Path) -> None:
-    """The mean ω of the useful and of the useless demonstrations over the steps, for each fault of the table swapped."""
+    """The mean ω of useful and of useless demonstrations over the steps, for each fault of the table swapped."""
     from matplotlib.figure import Figure
 
     cases = []
@@ -970,7 +994,9 @@ def main() -> None:
     unknown = [row for row in rows if row not in TRIALS]
     if unknown:
         parser.error(f"--rows: no {unknown[0]!r}; there are {', '.join(TRIALS)}")
-    if args.tune:
+    if args.tune and args.preset == "smollm2":
+        make(args.preset, [job for method in PRETRAINED for job in short_runs(method)], args.workers)
+    elif args.tune:
         tune(args.preset, rows, args.workers)
     if args.table:
         spec = TABLES[args.table]

@@ -69,7 +69,9 @@ def load_training(s: Settings) -> Loaded:
         reward=code_fingerprint(s.reward),
         task=code_fingerprint(s.task),
     )
-    return Loaded(task, model, tokenizer, stop, reward or task.reward, demonstrations, sources_of(task), demonstrations_of, fingerprints)
+    sources = sources_of(task)
+    reward = reward or task.reward
+    return Loaded(task, model, tokenizer, stop, reward, demonstrations, sources, demonstrations_of, fingerprints)
 
 
 def describe_data(task: Task, tokenizer, stop: list[int], demonstrations: list[Row]) -> dict[str, str]:

@@ -126,7 +126,7 @@ def read_problems(sources: str, setting: str, notes: list[str], any_gold: bool =
 
 
 def read_demonstrations(sources: str, setting: str, notes: list[str], any_gold: bool = False) -> list[Demonstration]:
-    """The demonstrations of a comma list of sources, each with its row's field `source`, or else its file if several."""
+    """The demonstrations of a comma list of sources, each with its row's field `source`, or else its file."""
     demonstrations = []
     files = listed(sources)
     for file in files:

@@ -96,7 +96,7 @@ def test_the_policy_takes_both_gradients_the_shadow_imitates_and_omega_ascends_t
     m, s = run.m, run.s
     rollouts, rollouts_hat = bridge.sample_rollouts(run.env, run.prompt_order, m.policy, m.shadow, 0, Timer(1))
     assert rollouts_hat is rollouts
-    demonstrations = rows(4, seed=9)
+    demonstrations = run.demonstrations[:4]
     sources = [0, 1, 1, 3]
     with torch.no_grad():
         for p in m.parameters["theta_hat"]:
