@@ -532,7 +532,7 @@ def log_step(
     if run.m.omega is not None:
         metrics["omega_mean"] = run.m.omega.mean().item()
         omega_of_source = zip(run.sources.names, run.m.omega.tolist(), strict=True)
-        metrics |= {f"omega {name}": value for name, value in omega_of_source if name}
+        metrics |= {f"omega_{name}": value for name, value in omega_of_source if name}
     if rollouts is not None:
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / timer.seconds["sample"]
         run.folder.log_samples(step, rollouts.records[: rollouts.reward.shape[1]])

@@ -294,12 +294,12 @@ def swapped_cells(preset: str) -> list[Cell]:
     """RL above, SFT below (weighed.py): mix with all demonstrations, with filtered ones, and the method weighed."""
     cells = []
     alpha = tuned(preset, "mix").get("alpha", "4e-4")
-    for fault, (changed, filters) in FAULTS.items():
+    for fault, (changed, filters, eta) in FAULTS.items():
         if preset == "logic" and changed:  # the variants are of chains
             continue
         against = f"{fault}: all"
         flags = dict(alpha=alpha, mu="1") | changed  # λ = 0.5
-        weighed = dict(alpha=alpha, lam="0.5", eta=ETA) | changed
+        weighed = dict(alpha=alpha, lam="0.5", eta=eta) | changed
         cells.append(Cell(against, "mix", flags, against))
         for kind in ("useful", *filters):
             cells.append(Cell(f"{fault}: {kind}", "mix", flags, against, kind))
@@ -509,11 +509,10 @@ SWAPPED_COLUMNS = {
     "mean ω, useless": partial(last_probe, name="weight useless"),
 }
 PRETRAINED = ("sft_rl", "mix", "mix_lora", "bridge")
-ETA = "3"  # η of weighed, by runs on two tuning seeds
-FAULTS = {  # what is wrong with the useless demonstrations: flags of bridge.py, filters
-    "wrong answers": ({}, ("likely",)),
-    "a step left out": ({"task": "bench/variants.py:left_out_50"}, ("likely",)),
-    "two bad annotators": ({"task": "bench/variants.py:sources"}, ("likely", "likely_sources")),
+FAULTS = {  # what is wrong with the useless demonstrations: flags of bridge.py, filters, η by runs on two tuning seeds
+    "wrong answers": ({}, ("likely",), "10"),
+    "a step left out": ({"task": "bench/variants.py:left_out_50"}, ("likely",), "10"),
+    "two bad annotators": ({"task": "bench/variants.py:sources"}, ("likely", "likely_sources"), "3"),
 }
 WITHOUT_W = {
     "at the end": partial(trained_at, at=1),

@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from time import perf_counter
 
 import torch
 
@@ -30,6 +31,18 @@ def multiply_by_onednn() -> None:
     x = torch.full((64, 64), 1 + 2**-20)  # bf16 rounds it to 1
     if not torch.equal(x @ torch.eye(64), x):
         matmul.fp32_precision = before
+
+
+def slowdown_of_bf16() -> float:
+    """The time of a bf16 matmul divided by that of an fp32 one: about 8 without instructions for it, else below 1."""
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(512, 512, dtype=dtype)
+        x @ x  # the first call prepares
+        start = perf_counter()
+        x @ x
+        seconds[dtype] = perf_counter() - start
+    return seconds[torch.bfloat16] / seconds[torch.float32]
 
 
 def keep_freed_memory() -> None:

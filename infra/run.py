@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from torch import nn
 from tqdm import tqdm
 
-from infra import parallel
+from infra import cpu, parallel
 from infra.files import (
     DataError,
     append_line,
@@ -410,6 +410,10 @@ def describe(s: Settings, parameters: dict[str, list[nn.Parameter]], data: dict[
         "trainable": f"{', '.join(sizes)} parameters, on {place}",
         **data,
     }
+    if s.dtype == "bfloat16" and pick_device().type == "cpu":
+        slowdown = cpu.slowdown_of_bf16()
+        if slowdown > 2:
+            lines["dtype"] = f"this CPU computes bfloat16 {slowdown:.0f} times slower: --dtype float32 saves time"
     return "\n".join(f"{title:<10}{text}" for title, text in lines.items())
 
 

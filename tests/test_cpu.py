@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from infra import cpu, model
+from infra.run import describe
+from settings import Settings
 
 MATMUL = torch.backends.mkldnn.matmul
 
@@ -66,3 +68,14 @@ def test_a_model_that_computes_on_a_cpu_is_tuned_for_its_width(monkeypatch):
     assert tuned == [model.read_config("arithmetic-smoke").hidden_size]
     model.load("arithmetic-smoke", torch.device("meta"))
     assert len(tuned) == 1, "nothing is computed on a CPU"
+
+
+@pytest.mark.parametrize(("dtype", "slowdown", "warns"), [("bfloat16", 8, 1), ("bfloat16", 0.5, 0), ("float32", 8, 0)])
+def test_a_run_says_where_bfloat16_is_slower_than_float32(dtype, slowdown, warns, monkeypatch):
+    monkeypatch.setattr(cpu, "slowdown_of_bf16", lambda: slowdown)
+    text = describe(Settings(dtype=dtype), {}, {})
+    assert text.count("this CPU computes bfloat16 8 times slower: --dtype float32 saves time") == warns
+
+
+def test_the_slowdown_of_bfloat16_is_measured():
+    assert cpu.slowdown_of_bf16() > 0

@@ -134,6 +134,13 @@ def test_the_policy_takes_both_gradients_the_shadow_imitates_and_omega_ascends_t
     assert m.omega.min() >= LEAST
 
 
+@pytest.mark.parametrize(("lam", "moves"), [("0", False), ("0.5", True)])
+def test_without_a_reward_policy_and_shadow_are_one_and_omega_stays(lam, moves, tmp_path):
+    flags = ["--preset", "smoke", "--steps", "3", "--eval-every", "3", "--method", "weighed", "--lam", lam]
+    bridge.main([*flags, "--out", str(tmp_path / "run")])
+    assert (lines(tmp_path / "run/metrics.jsonl")[-1]["omega_mean"] < 1) == moves
+
+
 def test_without_steps_of_omega_the_method_is_mix_at_equal_weights(tmp_path):
     flags = ["--preset", "smoke", "--steps", "3", "--eval-every", "3"]
     bridge.main([*flags, "--method", "weighed", "--eta", "0", "--lam", "0.5", "--out", str(tmp_path / "weighed")])
