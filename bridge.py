@@ -162,7 +162,7 @@ def make_policies(model: nn.Module, s: Settings, sources: int = 1) -> Policies:
         optimizers["theta_sft"] = make_optimizer(theta, s.alpha)
     omega = None
     if method.shadow_imitates:
-        omega = nn.Parameter(torch.ones(sources, device=pick_device()))
+        omega = nn.Parameter(torch.ones(sources))  # on the CPU, where sums are the same on every rank
         optimizers["omega"] = torch.optim.SGD([omega], lr=s.eta)
     return Policies(model, shadow, reference, w, optimizers, omega)
 
@@ -350,8 +350,8 @@ def bilevel_gradients(
             omega = None
             if m.omega is not None:
                 lengths = torch.tensor([len(response) for _, response in demonstrations])
-                source = torch.tensor(sources).repeat_interleave(lengths).to(m.omega.device)  # [T]
-                omega = m.omega.detach()[source]
+                source = torch.tensor(sources).repeat_interleave(lengths)  # [T]
+                omega = m.omega.detach()[source].to(pick_device())
             update.nll = sft_pass(m.policy, demonstrations, sft_weight, s, omega)
             update.stats["sft_nll"] = update.nll.mean().item()
             g_sft = parallel.take_gradients(m.w.values())
@@ -359,7 +359,7 @@ def bilevel_gradients(
             # The levels swapped: θ̂ imitates, and ω ascends J_SFT(θ; ω) − J_SFT(θ̂; ω).
             if m.omega is not None:
                 nll_hat = sft_pass(m.shadow, demonstrations, 1.0, s, omega)
-                g = (nll_hat - update.nll).to(m.omega)  # [T]
+                g = (nll_hat - update.nll).to(m.omega)  # [T] log π(θ) − log π(θ̂)
                 m.omega.grad = -weighed.step_of_omega(g, m.omega.detach(), source)
 
     # Eq. (11), of losses: (1−λ)∇_w L_SFT + λ(∇_w L_RL(θ,w) − ∇_w L_RL(θ̂,w)). g_sft has its factor 1−λ already. On
@@ -470,8 +470,9 @@ def train(run: Run, start: int) -> None:
         for sft_weight, rl_weight in plan:
             # Steps 1-3: demonstrations; the gradients of θ, w and θ̂, all at iterate k.
             demonstrations, sources = run.demonstrations_of_update(rollouts) if sft_weight else ([], [])
-            weights = sft_weight, rl_weight
-            update = bilevel_gradients(m, rollouts, rollouts_hat, demonstrations, *weights, s, timer, sources)
+            update = bilevel_gradients(
+                m, rollouts, rollouts_hat, demonstrations, sft_weight, rl_weight, s, timer, sources
+            )
             keep_old_logp(update, rollouts, rollouts_hat, s)
             seen.append(update)
 

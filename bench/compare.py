@@ -304,6 +304,10 @@ def swapped_cells(preset: str) -> list[Cell]:
         for kind in ("useful", *filters):
             cells.append(Cell(f"{fault}: {kind}", "mix", flags, against, kind))
         cells.append(Cell(f"{fault}: weighed", "weighed", weighed, against, "omega"))
+        bridge_flags = rates(preset)
+        if changed:
+            bridge_flags |= {"lam": "0.5"} | changed
+        cells.append(Cell(f"{fault}: bridge, at its own rates", "bridge", bridge_flags, against))
         for kind in filters:
             cells.append(Cell(f"{fault}: weighed, to {kind}", "weighed", weighed, f"{fault}: {kind}", "omega"))
     return cells

@@ -158,7 +158,7 @@ def test_bridge_accepts_the_settings_of_every_row_of_every_table(name):
 
 
 def test_every_method_has_equally_many_trials():
-    assert {compare.method_of(row) for row in compare.TRIALS} == set(METHODS)
+    assert {compare.method_of(row) for row in compare.TRIALS} == set(METHODS) - {"weighed"}, "it has a table of its own"
     assert {len({json.dumps(flags) for flags in trials}) for trials in compare.TRIALS.values()} == {6}
     for row, trials in compare.TRIALS.items():
         for flags in trials:
