@@ -10,7 +10,8 @@ w earns on θ than on θ̂. One iteration k, every gradient taken at iterate k (
     5   θ̂ ← θ̂ + α ∇_θ̂ J_RL(θ̂,w)                                                                        (10)
     6   w ← w + β[(1−λ)∇_w J_SFT + λ(∇_w J_RL(θ,w) − ∇_w J_RL(θ̂,w))]                                    (11)
 
-The code minimises L = −J. The other methods (--method) are the same loop with other weights, see `updates`. Ranks share
+The code minimises L = −J. The other methods (--method) are the same loop with other weights, see `updates`; in the
+method `weighed` θ̂ takes SFT alone, and its upper variable is no adapter but ω, see weighed.py. Ranks share
 the work; every rank has rollouts, gradients and statistics of the whole batch. [T]: all response tokens of the batch,
 in order; [t]: those of a micro-batch, which the index t selects.
 """
@@ -233,7 +234,7 @@ def sft_pass(
 ) -> Tensor:
     """Adds this rank's part of weight·∇L_SFT to .grad; returns −log π of all response tokens [T].
 
-    L_SFT is −J_SFT of eq. (1), with a mean over the tokens of the whole batch instead of the sum.
+    L_SFT is −J_SFT of eq. (1), with a mean over the tokens of the whole batch, weighed by ω, instead of the sum.
     """
     lengths = [len(response) for _, response in demonstrations]
     if omega is None:
@@ -243,7 +244,7 @@ def sft_pass(
         # Demonstrations are imitated at temperature 1, whatever the sampling temperature.
         logp, entropy = response_logprobs(model, rows, dtype=getattr(torch, s.dtype))  # [t]
         token_weights = sft_token_weights(s, logp, entropy, rows)  # [t]
-        # All micro-batches and ranks divide by the batch's tokens: their gradients add up to that of the mean.
+        # All micro-batches and ranks divide by the batch's weight: their gradients add up to that of the mean.
         loss = -(omega[t] * token_weights * logp).sum() / omega.sum()
         (weight * loss).backward()
         nll[t] = -logp.detach().to(nll)
@@ -292,7 +293,7 @@ def bilevel_gradients(
     timer: Timer,
     sources: Sequence[int] = (),  # of each demonstration, for the method weighed
 ) -> Update:
-    """Writes the gradients of eqs. (8), (10) and (11), of losses, to the .grad of θ, θ̂ and w.
+    """Writes the gradients of eqs. (8), (10) and (11), of losses, to the .grad of θ, θ̂ and w (weighed.py: and of ω).
 
     θ's two terms add up in .grad. w's three are taken out of .grad one after another, and combined at the end.
     """
@@ -359,7 +360,8 @@ def bilevel_gradients(
             # The levels swapped: θ̂ imitates, and ω ascends J_SFT(θ; ω) − J_SFT(θ̂; ω).
             if m.omega is not None:
                 nll_hat = sft_pass(m.shadow, demonstrations, 1.0, s, omega)
-                g = (nll_hat - update.nll).to(m.omega)  # [T] log π(θ) − log π(θ̂)
+                update.stats["sft_nll_hat"] = nll_hat.mean().item()
+                g = (nll_hat - update.nll).float().cpu()  # [T] log π(θ) − log π(θ̂)
                 m.omega.grad = -weighed.step_of_omega(g, m.omega.detach(), source)
 
     # Eq. (11), of losses: (1−λ)∇_w L_SFT + λ(∇_w L_RL(θ,w) − ∇_w L_RL(θ̂,w)). g_sft has its factor 1−λ already. On
@@ -389,17 +391,18 @@ def clip_and_step(
 ) -> tuple[dict[str, float], bool]:
     """Clips the gradient of each set of parameters by its own norm, and steps all optimizers from iterate k.
 
+    ω is not clipped, but stays in [LEAST, 1].
     Returns (the norms before, whether the optimizers stepped): a norm or an SFT loss that is not finite steps none.
     """
     norms = {}
     for name, parameters in m.parameters.items():
-        # θ̂ has no gradient in an update without RL, and in the one-step reading, where it has stepped already.
+        # θ̂ has no gradient in an update without its loss, and in the one-step reading, where it has stepped already.
         if parameters[0].grad is not None:
             norm = parallel.total_norm(p.grad for p in parameters)
             torch.nn.utils.clip_grads_with_norm_(parameters, s.grad_clip, norm)
             norms[f"grad_norm_{name}"] = norm.item()
     # All ranks have the same numbers, so all take the same branch.
-    losses_and_norms = [stats.get("sft_nll", 0.0), *norms.values()]
+    losses_and_norms = [stats.get("sft_nll", 0.0), stats.get("sft_nll_hat", 0.0), *norms.values()]
     is_finite = all(math.isfinite(x) for x in losses_and_norms)
 
     # Algorithm 1 has two optimizers of θ, one for each loss; that of the other loss does not step.
@@ -531,9 +534,11 @@ def log_step(
     if run.m.w:
         metrics["lora_norm"] = lora.delta_norm(run.m.w, run.s.lora_alpha / run.s.lora_rank)
     if run.m.omega is not None:
-        metrics["omega_mean"] = run.m.omega.mean().item()
         omega_of_source = zip(run.sources.names, run.m.omega.tolist(), strict=True)
-        metrics |= {f"omega_{name}": value for name, value in omega_of_source if name}
+        named = {f"omega_{name}": value for name, value in omega_of_source if name}
+        if len(named) <= weighed.NAMED:
+            metrics |= named
+        metrics["omega_mean"] = run.m.omega.mean().item()
     if rollouts is not None:
         metrics["tokens_per_second"] = metrics["sampled_tokens"] / timer.seconds["sample"]
         run.folder.log_samples(step, rollouts.records[: rollouts.reward.shape[1]])

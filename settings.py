@@ -172,7 +172,7 @@ class Settings:
     # learning rates
     alpha: float = opt(3e-4, "α: learning rate of θ and θ̂ (paper: 5e-7)")
     beta: float = opt(2e-3, "β: learning rate of w; with β = α B·A hardly moves (paper: not stated)", "adapter")
-    eta: float = opt(3.0, "η: step of ω, the weights of the sources of demonstrations, per nat and token; 0: all weigh 1")
+    eta: float = opt(3.0, "η: step of ω, the weights of sources of demonstrations; 0 leaves all at 1")
     grad_clip: float = opt(1.0, "largest norm of a gradient, for each of θ, w and θ̂ (paper: unknown)", positive=True)
     # adapter
     lora_rank: int = opt(8, "rank r of w (paper: 16)", "adapter", least=1)

@@ -6,7 +6,7 @@ variable, and the mean log-likelihood of the weighed tokens of D_SFT
     J_SFT(θ; ω) = Σ_t ω_t log π_θ(t) / Σ_t ω_t,        ω_t: the weight of the source of token t
 
 the bilevel problem is max_ω J_RL(θ) subject to θ ∈ argmax J_SFT(·; ω). The penalty max J_SFT(·; ω) − J_SFT(θ; ω)
-replaces the lower level, as in eq. (7). A shadow θ̂ that imitates only follows the maximiser, so one iteration is
+replaces the lower level, as in eq. (7). A shadow θ̂ that takes SFT alone follows the maximiser. One iteration is
 
     θ ← θ + α∇[(1−λ) J_SFT(θ; ω) + λ J_RL(θ)]
     θ̂ ← θ̂ + α∇ J_SFT(θ̂; ω)
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 LEAST = 0.02  # of ω, so that no source is lost for good; the largest is 1
+NAMED = 100  # sources whose weights are logged, at most
 
 
 def step_of_omega(g: Tensor, omega: Tensor, source: Tensor) -> Tensor:

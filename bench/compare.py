@@ -335,7 +335,7 @@ def pretrained_cells(preset: str) -> list[Cell]:
     for label, changed in (*((m, {}) for m in PRETRAINED), ("bridge, own rollouts", {"shadow-rollouts": "own"})):
         jobs = short_runs(method_of(label))
         score = {key(run): trained(run, preset) for run in records(preset)}
-        best = max(jobs, key=lambda job: score.get(key(job), 0.0))
+        best = max(jobs, key=lambda job: score.get(key(job), 0.0))  # the first without trials: --tune makes them
         flags = {name: value for name, value in best["flags"].items() if name in ("alpha", "beta")}
         cells.append(Cell(label, method_of(label), flags | changed, kind="without_w"))
     return cells
@@ -584,8 +584,8 @@ TABLES = {
         "w adapts the projections of attention, θ and θ̂ have all other weights; λ = 0.5.", disjoint_cells, GAIN
     ),
     "swapped": Table(
-        "The levels swapped: SFT weighs its demonstrations by ω, which ascends the reward. `useful` has the right ones "
-        "alone, `likely` those that the base model finds likely.",
+        "The levels swapped: `weighed` learns a weight ω of each source of demonstrations. The others are `mix` with "
+        "all demonstrations, with the `useful` ones, and with those that the base model finds `likely`; λ = 0.5.",
         swapped_cells,
         SWAPPED_COLUMNS,
     ),
@@ -964,6 +964,8 @@ def draw_weights(out: Path) -> None:
             runs = list(runs_of(preset, c, PRESETS[preset].seeds).values())
             if c.label.endswith(": weighed") and runs:
                 cases.append((f"{preset}, {c.label.removesuffix(': weighed')}", runs))
+    if not cases:
+        raise SystemExit("no run of the method weighed is finished: make the table swapped first")
     figure = Figure(figsize=(3.6 * len(cases), 3.2), layout="constrained")
     for ax, (title, runs) in zip(figure.subplots(1, len(cases), squeeze=False, sharey=True).flat, cases, strict=True):
         steps = [p["step"] for p in runs[0]["probes"]]

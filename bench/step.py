@@ -69,7 +69,7 @@ from rollout import Environment, sample_rollouts
 from sampler import Sampler
 from settings import PAPER, Settings, parse
 from tasks.prompts import prompt_text
-from tasks.task import Problem, Stream, Task, sources_of
+from tasks.task import Problem, Sources, Stream, Task
 
 GiB, MEAN_LENGTH, LONGEST_DEMONSTRATION = 2**30, 950, 2500
 SMALL = dict(prompts_per_step=4, group_size=2, sft_batch=8, max_new_tokens=32, dtype="bfloat16" if GPU else "float32")
@@ -126,8 +126,9 @@ def random_run(size: str, s: Settings, mean: int | None) -> bridge.Run:
     lengths = [rng.randint(longest // 5, longest) if mean else longest for _ in range(200)]
     demonstrations = [(env.encode(f"demonstration {i}"), rng.choices(range(V), k=n)) for i, n in enumerate(lengths)]
     orders = Stream(200, (0, 0)), Stream(200, (0, 1))
-    policies = bridge.make_policies(model, s)
-    return bridge.Run(s, RunFolder(Path()), policies, env, demonstrations, sources_of(task), *orders, "")
+    policies = bridge.make_policies(model, s, 200)
+    sources = Sources([""] * 200, list(range(200)))
+    return bridge.Run(s, RunFolder(Path()), policies, env, demonstrations, sources, *orders, "")
 
 
 def one_step(run: bridge.Run, k: int) -> dict[str, dict[str, float]]:
@@ -139,8 +140,8 @@ def one_step(run: bridge.Run, k: int) -> dict[str, dict[str, float]]:
         rows |= {"sample": [([], response) for _, response in rollouts.rows], "rl": rollouts.rows}
         rows["shadow"] = rollouts_hat.rows
     for mu, lam in plan:
-        rows["sft"] = [run.demonstrations[i] for _, i in run.demonstration_order.take(s.sft_batch)] if mu else []
-        update = bridge.bilevel_gradients(m, rollouts, rollouts_hat, rows["sft"], mu, lam, s, timer)
+        rows["sft"], sources = run.demonstrations_of_update(rollouts) if mu else ([], [])
+        update = bridge.bilevel_gradients(m, rollouts, rollouts_hat, rows["sft"], mu, lam, s, timer, sources)
         bridge.keep_old_logp(update, rollouts, rollouts_hat, s)
         with timer("optimizer"):
             norms, stepped = bridge.clip_and_step(m, update.stats, s, lam)

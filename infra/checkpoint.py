@@ -31,7 +31,7 @@ from settings import METHODS, SettingError, Settings, may_change_on_resume
 warnings.filterwarnings("ignore", "torch.distributed is disabled")  # intended for a single process
 KEEP = 2  # newest checkpoints of a run; older ones are deleted, but for the best
 FILE = 2**30  # bytes
-Optimizers = dict[str, torch.optim.Optimizer]  # by name: theta, w, theta_hat, theta_sft
+Optimizers = dict[str, torch.optim.Optimizer]  # by name: theta, w, theta_hat, omega, theta_sft
 
 
 def save(folder: Path, step: int, facts: dict, tensors: dict[str, Tensor], best: int | None = None) -> None:

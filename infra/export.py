@@ -129,7 +129,7 @@ def accuracies(s: Settings, evals: list[dict], step: int) -> str:
         columns["before"] = by_step[0]["policy"]
     columns[f"{s.method}, step {step}"] = by_step[step]["policy"]
     if "shadow" in by_step[step]:
-        columns["its shadow (θ̂, w)"] = by_step[step]["shadow"]
+        columns["its shadow (θ̂, w)" if METHODS[s.method].adapter else "its shadow θ̂"] = by_step[step]["shadow"]
     return table(columns)
 
 
@@ -144,8 +144,8 @@ tags: [{s.method}]
 ---
 # {name}
 
-`{base}`, trained for {step} steps with `{s.method}` of [arXiv 2509.06948](https://arxiv.org/abs/2509.06948):
-{METHODS[s.method].text}.{licence}
+`{base}`, trained for {step} steps with the method `{s.method}` of an implementation of
+[arXiv 2509.06948](https://arxiv.org/abs/2509.06948): {METHODS[s.method].text}.{licence}
 
 All prompts of the training had the form of this one, for {facts["question"]!r}:
 

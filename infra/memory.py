@@ -109,7 +109,7 @@ def state(s: Settings, m: Shapes, world: int) -> tuple[Parts, Parts]:
         kept[f"{name} moments"] = 8 * size  # AdamW's
         gradients[f"{name} gradients"] = 4 * size
     if method.adapter:  # w has g_sft, g_rl and g_rl_hat
-        gradients["w gradients"] *= [method.sft, method.rl, method.shadow_of_rl].count(True)
+        gradients["w gradients"] *= [method.sft, method.rl, method.shadow].count(True)
     if method.two_optimizers:
         kept["θ moments"] *= 2
     if s.kl_coef > 0:

@@ -9,7 +9,7 @@ from infra.files import read_log, read_object, write_atomically
 POINTS = 500  # of a curve
 ANSWERS = 1_250_000  # bytes of the evaluations' answers in the page
 TOKENS = 3_500_000  # bytes of the tokens in the page
-SHOWN = ("method", "task", "model", "steps", "seed", "lam", "shadow_rollouts", "shadow_ratio_cap", "kl_coef")
+SHOWN = ("method", "task", "model", "steps", "seed", "lam", "eta", "shadow_rollouts", "shadow_ratio_cap", "kl_coef")
 
 
 def write(run: Path) -> Path:

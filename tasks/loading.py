@@ -79,6 +79,9 @@ def describe_data(task: Task, tokenizer, stop: list[int], demonstrations: list[R
     decode = tokenizer.decode
     counts = f"{len(task.problems)} prompts, {len(demonstrations)} demonstrations, "
     counts += f"{len(task.evaluation)} evaluation problems"
+    named = {d.source for d in task.demonstrations} - {""}
+    if named:
+        counts += f"; {len(named)} named sources of demonstrations"
     shown = (task.problems or task.demonstrations)[0]
     first = encode_prompt(tokenizer, shown.question, task.instruction, task.template)
     lines = {"data": "\n          ".join([counts, *task.notes]), "prompt": f"the first prompt: {decode(first)!r}"}

@@ -151,9 +151,8 @@ def _demonstration(place: str, row: dict, origin: str) -> Demonstration:
         response = solution if agrees else text
         if gold == "":
             gold = boxed if solution else None
-    stated = row.get("source")
-    is_named = isinstance(stated, str) and stated
-    return Demonstration(question, response, gold, source=stated if is_named else origin)
+    named = label(row, "source").removeprefix("source ")
+    return Demonstration(question, response, gold, source=named or origin)
 
 
 def worked(text: str) -> tuple[str, str]:

@@ -52,13 +52,13 @@ class Problem:
 
 @dataclass(frozen=True)
 class Demonstration:
-    """A question with a response to imitate. Raises TypeError unless both are text."""
+    """A question with a response to imitate. Raises TypeError unless these and the source are text."""
 
     question: str
     response: str
     answer: str | None = None  # gold: the data row's answer, else the boxed answer of the response
     extra: dict = field(default_factory=dict, compare=False, repr=False)  # as in Problem
-    source: str = ""  # an annotator, a file: the method weighed gives its demonstrations one weight
+    source: str = field(default="", repr=False)  # annotator or file: its demonstrations share a weight in weighed
 
     def __post_init__(self):
         _check_text(question=self.question, response=self.response, source=self.source)
@@ -311,6 +311,7 @@ class Sources(NamedTuple):
 
 
 def sources_of(task: Task) -> Sources:
+    """Numbers the sources of the task's demonstrations in the order of their first ones."""
     names: list[str] = []
     number_of: dict[str, int] = {}  # of named sources
     numbers = []
@@ -347,7 +348,9 @@ class Stream:
 
 def fingerprint(task: Task, with_extra: bool = False) -> str:
     """A hash of the text of problems, demonstrations, evaluation problems and prompts, and of each one's `extra`."""
-    text = repr((task.problems, task.demonstrations, task.evaluation, task.instruction, task.template))
+    # Of the sources their numbers, since names of files may change.
+    rows = task.problems, task.demonstrations, task.evaluation
+    text = repr((*rows, task.instruction, task.template, sources_of(task).number))
     if with_extra or task.verifier is not None:
         # Of an object that is no JSON value its type: its text may have an address, which differs between processes.
         extra = [row.extra for row in (*task.problems, *task.demonstrations, *task.evaluation)]

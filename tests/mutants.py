@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 TESTS = {  # start of a path -> tests that concern it; they run first to last until one fails
     "grpo.py": ["test_grpo.py"],
     "baselines.py": ["test_baselines.py"],
+    "weighed.py": ["test_weighed.py"],
     "logprob.py": ["test_logprob.py", "test_sampler.py", "test_fake_gpu.py"],
     "lora.py": ["test_lora.py", "test_sampler.py", "test_parallel.py"],
     "sampler.py": ["test_sampler.py", "test_kernels.py"],
@@ -25,7 +26,7 @@ TESTS = {  # start of a path -> tests that concern it; they run first to last un
     "ops/sample.py": ["test_sampler.py", "test_kernels.py"],
     "ops/": ["test_sampler.py", "test_kernels.py"],
     "infra/parallel.py": ["test_update.py", "test_parallel.py"],
-    "settings.py": ["test_update.py", "test_baselines.py", "test_run.py"],
+    "settings.py": ["test_update.py", "test_baselines.py", "test_weighed.py", "test_run.py"],
     "infra/model.py": ["test_cpu.py", "test_export.py", "test_logprob.py"],
     "infra/memory.py": ["test_memory.py"],
     "infra/files.py": ["test_report.py", "test_data.py", "test_run.py"],
@@ -34,13 +35,20 @@ TESTS = {  # start of a path -> tests that concern it; they run first to last un
     "infra/export.py": ["test_export.py"],
     "infra/results.py": ["test_evaluate.py"],
     "infra/": ["test_parallel.py", "test_run.py"],
-    "bridge.py": ["test_update.py", "test_loop.py", "test_baselines.py", "test_report.py", "test_fake_gpu.py"],
+    "bridge.py": [
+        "test_update.py",
+        "test_weighed.py",
+        "test_loop.py",
+        "test_baselines.py",
+        "test_report.py",
+        "test_fake_gpu.py",
+    ],
     "rollout.py": ["test_loop.py", "test_update.py", "test_baselines.py"],
     "grading/scores.py": ["test_evaluate.py"],
     "grading/": ["test_rewards.py"],
     "rewards.py": ["test_rewards.py", "test_data.py"],
     "evaluate.py": ["test_evaluate.py", "test_verifier.py"],
-    "tasks/": ["test_data.py", "test_tasks.py", "test_verifier.py"],
+    "tasks/": ["test_weighed.py", "test_data.py", "test_tasks.py", "test_verifier.py"],
 }
 
 MUTANTS = [  # file, line as it is, line as it should not be
@@ -284,7 +292,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("infra/checkpoint.py", "self.thread_count = 1  # the thread count", "pass  # the thread count"),
     ("infra/memory.py", '"] = 8 * size', '"] = 4 * size'),
     ("infra/memory.py", 'kept["reference"] = 4 *', 'kept["reference"] = 2 *'),
-    ("infra/memory.py", "[method.sft, method.rl, method.shadow_of_rl].count(True)", "1"),
+    ("infra/memory.py", "[method.sft, method.rl, method.shadow].count(True)", "1"),
     ("infra/memory.py", "adapted = [out + into for", "adapted = [max(out, into) for"),
     ("infra/memory.py", "m.layers * 2 * cached *", "m.layers * cached *"),
     ("infra/memory.py", "4 * m.heads + b * m.q  # log", "4 * m.heads  # log"),

@@ -70,12 +70,17 @@ def test_a_model_that_computes_on_a_cpu_is_tuned_for_its_width(monkeypatch):
     assert len(tuned) == 1, "nothing is computed on a CPU"
 
 
-@pytest.mark.parametrize(("dtype", "slowdown", "warns"), [("bfloat16", 8, 1), ("bfloat16", 0.5, 0), ("float32", 8, 0)])
-def test_a_run_says_where_bfloat16_is_slower_than_float32(dtype, slowdown, warns, monkeypatch):
+CASES = [("cpu", "bfloat16", 8, 1), ("cpu", "bfloat16", 0.5, 0), ("cpu", "float32", 8, 0), ("cuda", "bfloat16", 8, 0)]
+
+
+@pytest.mark.parametrize(("device", "dtype", "slowdown", "warns"), CASES)
+def test_a_run_says_where_bfloat16_is_slower_than_float32(device, dtype, slowdown, warns, monkeypatch):
+    monkeypatch.setattr("infra.run.pick_device", lambda: torch.device(device))
     monkeypatch.setattr(cpu, "slowdown_of_bf16", lambda: slowdown)
     text = describe(Settings(dtype=dtype), {}, {})
-    assert text.count("this CPU computes bfloat16 8 times slower: --dtype float32 saves time") == warns
+    assert text.count("this CPU takes 8 times as long in bfloat16 as in float32: --dtype float32 saves time") == warns
 
 
-def test_the_slowdown_of_bfloat16_is_measured():
-    assert cpu.slowdown_of_bf16() > 0
+def test_the_slowdown_of_bfloat16_is_its_time_divided_by_that_of_float32(monkeypatch):
+    monkeypatch.setattr(cpu, "perf_counter", iter([0, 1, 0, 8]).__next__)
+    assert cpu.slowdown_of_bf16() == 8

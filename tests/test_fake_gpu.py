@@ -171,7 +171,7 @@ def step(family: str, s: Settings) -> list[dict]:
     model = tiny_model(family).to(pick_device())
     model.generation_config.suppress_tokens = [36]
     engine = sampler.Sampler(model, [0], s.sampler_slots, getattr(torch, s.dtype))
-    m = bridge.make_policies(model, s)
+    m = bridge.make_policies(model, s, sources=2)
     engine.refresh(m.policy)
     prompts = [[1, 2, 3], [4]]
     groups = []
@@ -179,22 +179,32 @@ def step(family: str, s: Settings) -> list[dict]:
         rewards = [float(sum(completion.ids) % 3) for completion in drawn]
         groups.append(Group(0, Problem("", ""), prompt, drawn, ["", ""], rewards, [None, None]))
     rollouts = make_rollouts(groups, s, statistics(groups))
+    shown = [([5], [7, 8]), ([6], [3])]
     metrics = []
     for _ in range(2):
-        seen = bridge.bilevel_gradients(m, rollouts, rollouts, [([5], [7, 8])], 0.5, 0.5, s, nullcontext)
+        seen = bridge.bilevel_gradients(m, rollouts, rollouts, shown, 0.5, 0.5, s, nullcontext, [0, 1])
         bridge.keep_old_logp(seen, rollouts, rollouts, s)
         norms, _ = bridge.clip_and_step(m, seen.stats, s)
-        metrics.append(seen.stats | norms)
+        weights = {} if m.omega is None else {"omega": m.omega.tolist()}
+        metrics.append(seen.stats | norms | weights)
     return metrics
 
 
-CASES = [("qwen2", "float32", 0.1, 0), ("qwen3", "bfloat16", 0.1, 0), ("llama", "bfloat16", 0.0, 1)]
+CASES = [
+    ("bridge", "qwen2", "float32", 0.1, 0),
+    ("bridge", "qwen3", "bfloat16", 0.1, 0),
+    ("bridge", "llama", "bfloat16", 0.0, 1),
+    ("weighed", "qwen2", "float32", 0.0, 0),
+]
 
 
-@pytest.mark.parametrize(("family", "dtype", "kl_coef", "recomputed"), CASES)
-def test_the_code_of_a_gpu_samples_and_trains_like_that_of_a_cpu(monkeypatch, family, dtype, kl_coef, recomputed):
+@pytest.mark.parametrize(("method", "family", "dtype", "kl_coef", "recomputed"), CASES)
+def test_the_code_of_a_gpu_samples_and_trains_like_that_of_a_cpu(
+    monkeypatch, method, family, dtype, kl_coef, recomputed
+):
     monkeypatch.setattr(decoder, "PROBE_TOKENS", 3)  # the interpreter is slow
-    s = Settings(dtype=dtype, kl_coef=kl_coef, checkpoint_layers=recomputed, max_new_tokens=3, sampler_slots=4)
+    small = dict(checkpoint_layers=recomputed, max_new_tokens=3, sampler_slots=4)
+    s = Settings(method=method, dtype=dtype, kl_coef=kl_coef, **small)
     expected = step(family, s)
     scores = head.score_kernel
     Kernel.launched.clear()
@@ -204,4 +214,5 @@ def test_the_code_of_a_gpu_samples_and_trains_like_that_of_a_cpu(monkeypatch, fa
     assert (scores in Kernel.launched) == (dtype == "bfloat16" and kl_coef > 0)
     tolerance = dict(rel=1e-4, abs=1e-5) if dtype == "float32" else dict(rel=0.03, abs=0.03)
     for ours, cpu in zip(metrics, expected, strict=True):
+        assert ours.pop("omega", []) == pytest.approx(cpu.pop("omega", []), **tolerance)
         assert ours == pytest.approx(cpu, nan_ok=True, **tolerance)

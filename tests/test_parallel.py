@@ -107,7 +107,7 @@ def test_ranks_without_a_variable_of_torchrun_or_with_a_port_in_use_are_refused_
 
 @pytest.mark.parametrize(
     "flags",
-    ["--shadow-rollouts one_step --dynamic-sampling 1", "--method srft"],
+    ["--shadow-rollouts one_step --dynamic-sampling 1", "--method srft", "--method weighed"],
 )
 def test_other_methods_too_are_the_same_on_two_ranks(tmp_path, flags):
     run(tmp_path / "one", 1, *flags.split())

@@ -85,7 +85,7 @@ def test_every_function_test_and_file_that_a_page_names_exists():
 
 @pytest.mark.parametrize("module", [
     "baselines", "grading.expression", "grading.scores", "grpo", "infra.run", "logprob", "ops.packed", "rewards",
-    "tasks.arithmetic", "tasks.logic",
+    "tasks.arithmetic", "tasks.logic", "weighed",
 ])  # fmt: skip
 def test_the_examples_in_the_docstrings_are_true(module):
     failed, tried = doctest.testmod(importlib.import_module(module))

@@ -93,7 +93,8 @@ def test_every_method_runs_and_leaves_a_complete_folder(method, tmp_path, capsys
     assert "greedy accuracy" in out
     metrics = lines(folder / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(1, 3 if method != "sft_rl" else 4))
-    assert all(set(m) == {"step", "seconds", *METRICS} for m in metrics)
+    of_weighed = {"omega_mean", "sft_nll_hat"} if method == "weighed" else set()
+    assert all(set(m) == {"step", "seconds", *METRICS} | of_weighed for m in metrics)
     if method == "bridge":
         assert all(value is not None for m in metrics for value in m.values())
         assert metrics[0]["gain_grad_norm"] == 0 < metrics[-1]["gain_grad_norm"]
@@ -132,6 +133,7 @@ def adagrad(parameters, lr, **options):
         (["--shadow-rollouts", "own", "--kl-coef", "0.01"], torch.optim.AdamW),
         (["--dynamic-sampling", "2", "--updates-per-rollout", "2", "--shadow-rollouts", "one_step"], torch.optim.AdamW),
         (["--method", "sft_rl", "--sft-steps", "2"], momentum),
+        (["--method", "weighed"], torch.optim.AdamW),
         (["--method", "alternating", "--aggregation", "dr_grpo", "--overlong-mask"], adagrad),
     ],
 )

@@ -4,15 +4,16 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from conftest import lines, rows, tiny_model
+from conftest import lines, rows, shipped_tokenizer, tiny_model
 from test_loop import make_run
 
 import bridge
 from infra.files import write_lines
 from infra.run import Timer
 from settings import Settings
+from tasks.loading import describe_data
 from tasks.sources import read_demonstrations
-from tasks.task import Demonstration, Task, sources_of
+from tasks.task import Demonstration, Problem, Task, sources_of
 from weighed import LEAST, step_of_omega
 
 CONTEXTS = 8
@@ -154,17 +155,20 @@ def test_demonstrations_of_one_source_share_a_weight_and_one_without_has_its_own
     named = ["a", "", "b", "a", "", "b"]
     task = Task([], [Demonstration("q", "r", source=name) for name in named], [])
     assert sources_of(task) == (["a", "", "b", ""], [0, 1, 2, 0, 3, 2])
+    for some, ending in ((named, "; 2 named sources of demonstrations"), ([""], "0 evaluation problems")):
+        task = Task([Problem("1+1", "2")], [Demonstration("1+1", "2", source=name) for name in some], [])
+        assert describe_data(task, shipped_tokenizer(), [1], [])["data"].endswith(ending)
 
 
 def test_a_source_is_the_field_of_a_row_or_else_one_of_several_files(tmp_path):
     row = dict(question="1+1?", solution="\\boxed{2}")
     one = tmp_path / "one.jsonl"
     two = tmp_path / "two.jsonl"
-    write_lines(one, [row, row | {"source": "web"}, row | {"source": 3}])
+    write_lines(one, [row, row | {"source": " web "}, row | {"source": 3}])
     write_lines(two, [row])
 
     def sources(files):
         return [d.source for d in read_demonstrations(files, "sft_data", [])]
 
-    assert sources(str(one)) == ["", "web", ""]
-    assert sources(f"{one},{two}") == [str(one), "web", str(one), str(two)]
+    assert sources(str(one)) == ["", "web", "3"]
+    assert sources(f"{one},{two}") == [str(one), "web", "3", str(two)]
