@@ -67,7 +67,7 @@ SHORT = {"steps": "24", "prompts-per-step": "8", "eval-problems": "20", "eval-ev
 PRESETS = {
     "chains": Preset({"preset": "chains"}, ("n=8", "n=9")),
     "logic": Preset({"preset": "logic"}, ()),
-    "smollm2": Preset({"preset": "smollm2", "eval-problems": "150", "eval-every": "30"}, (), (1, 2, 3)),
+    "smollm2": Preset({"preset": "smollm2", "eval-problems": "100", "eval-every": "30"}, (), (1, 2, 3)),
     "quick": Preset({"preset": "chains"} | SHORT, ("n=8", "n=9"), (0, 1)),
 }
 
@@ -590,7 +590,7 @@ TABLES = {
         SWAPPED_COLUMNS,
     ),
     "pretrained": Table(
-        "SmolLM2-135M-Instruct on the task of legs, 450 evaluation problems; accuracies without w as fractions.",
+        "SmolLM2-135M-Instruct on the task of legs, 300 evaluation problems; accuracies without w as fractions.",
         pretrained_cells,
         WITHOUT_W,
         workers=1,

@@ -36,7 +36,7 @@ KINDS = (1, 2, 2, 2)  # of things in a question of training
 DEMONSTRATIONS = 256
 PROMPTS = 512
 GROUPS = {"one thing": (ASKED, (1,)), "two things": (ASKED, (2,)), "new things": (NEW, (1, 2))}  # of evaluation
-EVAL_MAX = 150  # evaluation problems of each group; training excludes all of them
+EVAL_MAX = 100  # evaluation problems of each group; training excludes all of them
 
 
 def question(rng: random.Random, tables: slice, kinds: int) -> Drawn:

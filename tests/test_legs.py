@@ -91,8 +91,8 @@ def test_no_question_occurs_twice_and_the_evaluation_is_the_same_for_every_seed(
     assert other.evaluation == task.evaluation
     assert other.problems != task.problems
     assert legs.evaluation(7) == [p for g in legs.GROUPS for p in [p for p in task.evaluation if p.group == g][:7]]
-    with pytest.raises(DataError, match=r"^eval_problems: the task has 150 of each group, 151 asked for"):
-        legs.evaluation(151)
+    with pytest.raises(DataError, match=r"^eval_problems: the task has 100 of each group, 101 asked for"):
+        legs.evaluation(101)
 
 
 def test_the_preset_names_the_task_and_a_small_model_is_refused():
