@@ -2,6 +2,7 @@
 
 python bench/compare.py --table main --preset quick           # every method, two seeds, minutes
 python bench/compare.py --tune --preset chains                # six trials of every method's own rates
+python bench/compare.py --tune-fairly --preset chains         # 26 trials, by halving, of the rows of bench/fair.py
 python bench/compare.py --table noise --preset chains         # one of the tables below
 python bench/compare.py --tables > bench/results/tables.md    # every table whose runs are finished
 python bench/compare.py --table main --preset chains --no-runs --figure docs/chains.png
@@ -30,6 +31,7 @@ from statistics import stdev
 from typing import NamedTuple
 
 os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}  # before torch is imported
+import fair
 import kinds
 import mpmath
 import numpy as np
@@ -45,6 +47,7 @@ from settings import METHODS
 KINDS = kinds.KINDS | SWAPPED
 TUNING_SEEDS = (1000, 1001, 1002)
 SEEDS = tuple(range(10))
+FRESH = tuple(range(10, 20))  # of the table fair: no choice was made on them
 ON = ""  # the value of a flag that takes none
 FEWEST = 5  # runs of a row; a table shows no row with fewer, unless the preset has fewer seeds
 LAST = 3  # evaluations whose mean is a run's accuracy
@@ -313,6 +316,45 @@ def swapped_cells(preset: str) -> list[Cell]:
     return cells
 
 
+def fair_job(row: str, flags: dict[str, str], seed: int) -> dict:
+    """A trial of bench/fair.py."""
+    spec = fair.ROWS[row]
+    spare = {"task": "bench/variants.py:spare"}
+    return dict(method=spec.method, flags=flags | spare, seed=seed, kind=spec.trial)
+
+
+def fair_score(preset: str) -> fair.Score:
+    """The accuracies of the finished trials of bench/fair.py."""
+    finished = {key(run): trained(run, preset) for run in records(preset) if "spare" in run["flags"].get("task", "")}
+    return lambda row, flags, seed: finished[key(fair_job(row, flags, seed))]
+
+
+def tune_fairly(preset: str, rows: list[str], workers: int) -> None:
+    """The trials of bench/fair.py, stage after stage; prints each row's winner, and whether it lies at an edge."""
+    for stage, seeds in enumerate(fair.STAGES):
+        jobs = []
+        for row in rows:
+            settings = fair.alive(row, stage, fair_score(preset))
+            jobs += [fair_job(row, flags, seed) for seed in seeds for flags in settings]
+        make(preset, jobs, workers)
+    for row in rows:
+        flags = fair.winner(row, fair_score(preset))
+        edges = ", ".join(fair.at_edge(row, flags))
+        print(f"{row} {flags}" + (f", at an edge: {edges}" if edges else ""), flush=True)
+
+
+def fair_cells(preset: str) -> list[Cell]:
+    """Every row of bench/fair.py whose trials have all run, with its winner."""
+    cells = []
+    for row, spec in fair.ROWS.items():
+        try:
+            flags = fair.winner(row, fair_score(preset))
+        except KeyError:  # a trial is missing
+            continue
+        cells.append(Cell(row, spec.method, flags, "bridge", spec.kind))
+    return cells
+
+
 SHORT_RUNS = {"sft_rl": {"sft-steps": "20", "steps": "10"}}  # that choose α; the other methods have 20 steps
 
 
@@ -542,6 +584,11 @@ class Table(NamedTuple):
     columns: dict[str, Callable[[dict, str], float | None]]
     seeds: int = len(SEEDS)  # that its command makes; a table shows every seed that has a run
     workers: int | None = None  # runs at a time, where it matters
+    fresh: bool = False  # its runs have the seeds FRESH
+
+    def seeds_of(self, preset: str) -> tuple[int, ...]:
+        """The seeds that the table shows."""
+        return FRESH if self.fresh else PRESETS[preset].seeds
 
 
 TABLES = {
@@ -588,6 +635,12 @@ TABLES = {
         "all demonstrations, with the `useful` ones, and with those that the base model finds `likely`; λ = 0.5.",
         swapped_cells,
         SWAPPED_COLUMNS,
+    ),
+    "fair": Table(
+        "Equal trials for every row, by halving (bench/fair.py), and ten seeds on which no choice was made.",
+        fair_cells,
+        ACCURACY,
+        fresh=True,
     ),
     "pretrained": Table(
         "SmolLM2-135M-Instruct on the task of legs, 300 evaluation problems; accuracies without w as fractions.",
@@ -652,7 +705,7 @@ def flags_of(preset: str, job: dict) -> list[str]:
         flags.pop("sft-steps", None)
     if not METHODS[job["method"]].rl:
         flags.pop("prompts-per-step", None)
-    if KINDS[job["kind"]] is None:
+    if KINDS[job["kind"]] is None or job["kind"].endswith(" trial"):
         flags["eval-every"] = "100000"  # at the end only
     words = [f"--{name}" if value == ON else f"--{name}={value}" for name, value in flags.items()]
     return [*words, "--save-every=100000", "--keep-rollouts=none"]
@@ -800,8 +853,9 @@ def table(preset: str, name: str) -> str:
     """
     spec = TABLES[name]
     cells = spec.cells(preset)
-    fewest = min(FEWEST, len(PRESETS[preset].seeds))
-    runs = {c.label: runs_of(preset, c, PRESETS[preset].seeds) for c in cells}
+    seeds = spec.seeds_of(preset)
+    fewest = min(FEWEST, len(seeds))
+    runs = {c.label: runs_of(preset, c, seeds) for c in cells}
     lines = [f"| | {' | '.join(spec.columns)} | difference | to | seeds |", "|---" * (len(spec.columns) + 4) + "|"]
     for c in cells:
         if len(runs[c.label]) >= fewest:
@@ -843,7 +897,7 @@ def page() -> str:
     parts = [PAGE]
     for preset in PRESETS:
         for name, spec in TABLES.items():
-            seeds = PRESETS[preset].seeds
+            seeds = spec.seeds_of(preset)
             counts = [len(runs_of(preset, c, seeds)) for c in spec.cells(preset)]
             if counts and min(counts) >= min(FEWEST, len(seeds)):
                 command = f"python bench/compare.py --preset {preset} --table {name}"
@@ -985,7 +1039,8 @@ def main() -> None:
     parser.add_argument("--table", choices=TABLES, help="make its runs, print it")
     parser.add_argument("--tables", action="store_true", help="print every table whose runs are finished; make none")
     parser.add_argument("--tune", action="store_true", help="make the trials of every method first")
-    parser.add_argument("--rows", default="", help="only these of the table main, separated by ;")
+    parser.add_argument("--tune-fairly", action="store_true", help="make the trials of bench/fair.py")
+    parser.add_argument("--rows", default="", help="only these of the table main or of bench/fair.py, separated by ;")
     parser.add_argument("--figure", type=Path, help="draw the runs of the table main")
     parser.add_argument("--finals", type=Path, help="draw the final accuracies of the table main, of all presets")
     parser.add_argument("--weights", type=Path, help="draw ω over the steps, of the table swapped")
@@ -995,10 +1050,13 @@ def main() -> None:
     args = parser.parse_args()
     if args.model:
         PRESETS[args.preset].flags["model"] = args.model
-    rows = args.rows.split(";") if args.rows else list(TRIALS)
-    unknown = [row for row in rows if row not in TRIALS]
+    known = fair.ROWS if args.tune_fairly or args.table == "fair" else TRIALS
+    rows = args.rows.split(";") if args.rows else list(known)
+    unknown = [row for row in rows if row not in known]
     if unknown:
-        parser.error(f"--rows: no {unknown[0]!r}; there are {', '.join(TRIALS)}")
+        parser.error(f"--rows: no {unknown[0]!r}; there are {', '.join(known)}")
+    if args.tune_fairly:
+        tune_fairly(args.preset, rows, args.workers)
     if args.tune and args.preset == "smollm2":
         make(args.preset, [job for method in PRETRAINED for job in short_runs(method)], args.workers)
     elif args.tune:
@@ -1007,7 +1065,7 @@ def main() -> None:
         spec = TABLES[args.table]
         if not args.no_runs:
             cells = [c for c in spec.cells(args.preset) if not args.rows or c.label in rows]
-            seeds = PRESETS[args.preset].seeds[: spec.seeds]
+            seeds = spec.seeds_of(args.preset)[: spec.seeds]
             make(args.preset, [c.job(seed) for seed in seeds for c in cells], spec.workers or args.workers)
         print(table(args.preset, args.table))
     if args.tables:

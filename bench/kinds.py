@@ -298,6 +298,61 @@ def with_shuffled_rewards(rollouts: rollout.Rollouts, order: torch.Generator) ->
     return replace(rollouts, reward=reward, advantage=advantage.to(rollouts.advantage))
 
 
+def split() -> None:
+    """θ takes RL alone and w SFT alone, without θ̂: the parameters as LSPO splits them (arXiv 2607.27787)."""
+    gradients = bridge.bilevel_gradients
+
+    def one_loss_each(m, rollouts, rollouts_hat, demonstrations, sft_weight, rl_weight, *rest) -> bridge.Update:
+        update = gradients(m, rollouts, rollouts_hat, [], 0.0, rl_weight, *rest)
+        of_theta = [p.grad for p in m.parameters["theta"]]
+        of_sft = gradients(m, None, None, demonstrations, sft_weight, 0.0, *rest)
+        for p, gradient in zip(m.parameters["theta"], of_theta, strict=True):
+            p.grad = gradient
+        stats = update.stats | of_sft.stats
+        return replace(update, stats=stats, demonstrations=demonstrations, nll=of_sft.nll)
+
+    bridge.bilevel_gradients = one_loss_each
+
+
+def averaged() -> None:
+    """θ takes the mean of an update by RL and one by SFT, each with its own Adam state (arXiv 2606.04272).
+
+    Changes the method `alternating`: both gradients are taken at the same θ, and each optimizer has the rate α/2.
+    """
+    make_optimizer = bridge.make_optimizer
+    of_rl: list[Tensor] = []
+
+    def with_half_rate(parameters: list[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+        return make_optimizer(parameters, rate / 2)
+
+    def step_both(m: bridge.Policies, stats: dict, s: bridge.Settings, rl_weight: float = 1.0):
+        theta = m.parameters["theta"]
+        norm = torch.nn.utils.clip_grad_norm_(theta, s.grad_clip)
+        if rl_weight:  # the first update of a step: θ waits for the second
+            of_rl[:] = [p.grad.clone() for p in theta]
+        else:
+            m.optimizers["theta_sft"].step()
+            for p, gradient in zip(theta, of_rl, strict=True):
+                p.grad = gradient
+            m.optimizers["theta"].step()  # without weight decay its step does not depend on θ
+        for optimizer in m.optimizers.values():
+            optimizer.zero_grad()
+        return {"grad_norm_theta": norm.item()}, True
+
+    bridge.make_optimizer = with_half_rate
+    bridge.clip_and_step = step_both
+
+
+def measured(change: Callable[[], None]) -> Callable[[], None]:
+    """A kind of run that counts right answers at the end, too."""
+
+    def changed() -> None:
+        change()
+        probe(right_of_many)
+
+    return changed
+
+
 def disjoint() -> None:
     """θ and θ̂ lack the matrices that w adapts, so θ cannot undo w."""
     base_parameters = bridge.lora.base_parameters
@@ -335,4 +390,8 @@ KINDS: dict[str, Callable[[], None] | None] = {
     "inner_8": lambda: gradients_of_w(shadow_steps=8),
     "inner_shuffled": lambda: gradients_of_w(shuffled=True),
     "disjoint": disjoint,
+    "split": measured(split),
+    "split trial": split,
+    "averaged": measured(averaged),
+    "averaged trial": averaged,
 }

@@ -9,7 +9,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from kinds import probe
+from kinds import measured, probe
 from torch import Tensor, nn
 
 import bridge
@@ -17,6 +17,7 @@ from logprob import response_logprobs
 from ops.packed import Row
 from rewards import is_correct
 from settings import Settings
+from tasks.task import Problem
 
 
 def is_useless(run: bridge.Run) -> list[bool]:
@@ -30,12 +31,12 @@ def is_useless(run: bridge.Run) -> list[bool]:
 
 def mean_weights(run: bridge.Run, omega: list[float]) -> dict[str, float]:
     """The mean of the weights of the useful, and of the useless demonstrations."""
-    measured = {}
+    means = {}
     for name, kind in (("useful", False), ("useless", True)):
         values = [value for value, useless in zip(omega, is_useless(run), strict=True) if useless == kind]
         if values:
-            measured[f"weight {name}"] = sum(values) / len(values)
-    return measured
+            means[f"weight {name}"] = sum(values) / len(values)
+    return means
 
 
 def measure_omega() -> None:
@@ -74,6 +75,12 @@ def useful_ones(run: bridge.Run) -> list[bool]:
     return [not useless for useless in is_useless(run)]
 
 
+def accepted_ones(run: bridge.Run) -> list[bool]:
+    """The demonstrations whose own answer the verifier accepts: what a user can do without a method."""
+    task = run.env.task
+    return [task.verdict(d.response, Problem(d.question, d.answer or "")).correct for d in task.demonstrations]
+
+
 def likelihoods(run: bridge.Run) -> np.ndarray:
     """[N] log π per token of each demonstration under the base model, which the policy is at step 0."""
     rows = run.demonstrations
@@ -110,6 +117,8 @@ def likelier_half(run: bridge.Run) -> list[bool]:
 SWAPPED: dict[str, Callable[[], None]] = {  # kinds of runs of bench/compare.py
     "omega": measure_omega,  # of weighed
     "useful": partial(keep_only, useful_ones),  # of mix
+    "accepted": measured(partial(keep_only, accepted_ones)),  # of any method
+    "accepted trial": partial(keep_only, accepted_ones),
     "likely": partial(keep_only, likely_ones),
     "likelier_half": partial(keep_only, likelier_half),
     "likely_sources": partial(keep_only, partial(likely_ones, by_source=True)),

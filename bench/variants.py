@@ -7,7 +7,7 @@ from functools import partial
 from itertools import count
 
 from rewards import is_correct
-from tasks import chains, logic
+from tasks import arithmetic, chains, logic
 
 calls = count()
 
@@ -19,6 +19,15 @@ def task(s, **changes):
 
 useless_0, useless_20, useless_60 = (partial(task, useless=share) for share in (0.0, 0.2, 0.6))  # of 256
 demonstrations_16, demonstrations_1024 = (partial(task, useless=0.0, demonstrations=n) for n in (16, 1024))
+
+
+def spare(s):
+    """The task with evaluation problems that no table uses: those after the first eval_problems of each group."""
+    made = task(s)
+    module = logic if s.model == "logic-laptop" else chains
+    most = logic.EVAL_MAX if module is logic else arithmetic.EVAL_MAX
+    made.evaluation = [p for p in module.evaluation(most) if p not in made.evaluation]
+    return made
 
 
 def without_a_step(response: str, rng: random.Random) -> str:
