@@ -319,7 +319,7 @@ def test_an_export_of_an_earlier_step_has_its_weights_and_names_no_accuracy_of_a
     assert contents(folder)["model.safetensors"] == contents(one / "model")["model.safetensors"]
     assert contents(folder)["model.safetensors"] != contents(two / "model")["model.safetensors"]
     card = contents(folder)["README.md"].decode()
-    assert "for 1 steps with `bridge`" in card
+    assert "for 1 steps with the method `bridge`" in card
     assert "none: step 1 was not evaluated" in card and "| before" not in card  # noqa: PT018
 
 
