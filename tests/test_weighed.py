@@ -135,6 +135,17 @@ def test_the_policy_takes_both_gradients_the_shadow_imitates_and_omega_ascends_t
     assert m.omega.min() >= LEAST
 
 
+def test_a_loss_of_the_shadow_that_is_not_finite_steps_nothing(tmp_path):
+    m = make_run(tmp_path, method="weighed").m
+    for parameters in m.parameters.values():
+        for p in parameters:
+            p.grad = torch.ones_like(p)
+    m.omega.grad = torch.full_like(m.omega, float("nan"))
+    _, stepped = bridge.clip_and_step(m, {"sft_nll": 1.0, "sft_nll_hat": float("inf")}, Settings(method="weighed"))
+    assert not stepped
+    assert (m.omega == 1).all()
+
+
 @pytest.mark.parametrize(("lam", "moves"), [("0", False), ("0.5", True)])
 def test_without_a_reward_policy_and_shadow_are_one_and_omega_stays(lam, moves, tmp_path):
     flags = ["--preset", "smoke", "--steps", "3", "--eval-every", "3", "--method", "weighed", "--lam", lam]
