@@ -465,7 +465,7 @@ def refused(*flags):
         (["--lam", "1.5"], "lam must be in [0, 1]; got 1.5"),
         (["--clip-low", "1.5"], "clip_low must be in [0, 1]; got 1.5"),
         (["--lam", "nan"], "lam must be in [0, 1]; got nan"),
-        (["--method", "ppo"], "alternating, mix, chord, luffy, srft, hpt, mix_lora, no_meta, bridge, weighed; got 'ppo'"),
+        (["--method", "ppo"], "chord, luffy, srft, hpt, mix_lora, no_meta, bridge, weighed; got 'ppo'"),
         (["--shadow-ratio-cap", "0.5"], "shadow_ratio_cap must be 0 or at least 1"),
         (["--eval-data", "x.jsonl"], "eval_data needs rl_data"),
         (["--lora-targets", "lm_head"], "no linear layer is named ['lm_head']"),
