@@ -1,6 +1,7 @@
 """weighed.py: weights of the sources of demonstrations find the right annotator, where mixing provably cannot."""
 
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,12 +11,13 @@ from test_loop import make_run
 import bridge
 from infra.files import write_lines
 from infra.run import Timer
-from settings import Settings
+from settings import SettingError, Settings, parse
 from tasks.loading import describe_data
 from tasks.sources import read_demonstrations
 from tasks.task import Demonstration, Problem, Task, sources_of
 from weighed import LEAST, step_of_omega
 
+ROOT = Path(__file__).parents[1]
 CONTEXTS = 8
 REWARDED = torch.arange(CONTEXTS) < 4
 ANNOTATOR = torch.arange(2).repeat_interleave(CONTEXTS)  # of each token: a demonstration is one token
@@ -160,6 +162,27 @@ def test_without_steps_of_omega_the_method_is_mix_at_equal_weights(tmp_path):
     for a, b in zip(lines(tmp_path / "weighed/metrics.jsonl"), lines(tmp_path / "mix/metrics.jsonl"), strict=True):
         assert a["omega_mean"] == 1.0
         assert (a["sft_nll"], a["reward"], a["grad_norm_theta"]) == (b["sft_nll"], b["reward"], b["grad_norm_theta"])
+
+
+def test_settings_of_a_shadow_that_takes_rl_are_refused():
+    for flags in (["--shadow-rollouts", "own"], ["--shadow-ratio-cap", "3"]):
+        with pytest.raises(SettingError, match="does nothing with method weighed, only with bridge"):
+            parse(["--method", "weighed", *flags])
+
+
+ANNOTATORS = f"{ROOT}/bench/variants.py:sources"
+
+
+@pytest.mark.parametrize(("most", "logged"), [(4, 4), (3, 0)])
+def test_a_run_logs_the_weight_of_each_named_source_if_they_are_few(most, logged, tmp_path, monkeypatch):
+    monkeypatch.setattr("weighed.NAMED", most)
+    flags = ["--preset", "smoke", "--method", "weighed", "--task", ANNOTATORS, "--steps", "2", "--eval-every", "2"]
+    bridge.main([*flags, "--out", str(tmp_path / "run")])
+    last = lines(tmp_path / "run/metrics.jsonl")[-1]
+    named = [last[f"omega_{name}"] for name in range(4) if f"omega_{name}" in last]
+    assert len(named) == logged
+    if named:
+        assert last["omega_mean"] == pytest.approx(sum(named) / 4)
 
 
 def test_demonstrations_of_one_source_share_a_weight_and_one_without_has_its_own():
