@@ -308,7 +308,7 @@ def bilevel_gradients(
 
     if rl_weight:
         # On shared rollouts policy and shadow have one surrogate: while θ̂ = θ, their gradients are equal.
-        shadow_of_rl = m.shadow is not None and not METHODS[s.method].shadow_imitates
+        shadow_of_rl = m.shadow is not None and METHODS[s.method].shadow_of_rl
         shared = shadow_of_rl and rollouts_hat is rollouts
         ratio_cap = None
         if shared and s.shadow_ratio_cap > 0:

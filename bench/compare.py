@@ -333,12 +333,14 @@ def tune_fairly(preset: str, rows: list[str], workers: int) -> None:
     """The trials of bench/fair.py, stage after stage; prints each row's winner, and whether it lies at an edge."""
     for stage, seeds in enumerate(fair.STAGES):
         jobs = []
+        score = fair_score(preset)
         for row in rows:
-            settings = fair.alive(row, stage, fair_score(preset))
+            settings = fair.alive(row, stage, score)
             jobs += [fair_job(row, flags, seed) for seed in seeds for flags in settings]
         make(preset, jobs, workers)
+    score = fair_score(preset)
     for row in rows:
-        flags = fair.winner(row, fair_score(preset))
+        flags = fair.winner(row, score)
         edges = ", ".join(fair.at_edge(row, flags))
         print(f"{row} {flags}" + (f", at an edge: {edges}" if edges else ""), flush=True)
 
@@ -346,9 +348,10 @@ def tune_fairly(preset: str, rows: list[str], workers: int) -> None:
 def fair_cells(preset: str) -> list[Cell]:
     """Every row of bench/fair.py whose trials have all run, with its winner."""
     cells = []
+    score = fair_score(preset)
     for row, spec in fair.ROWS.items():
         try:
-            flags = fair.winner(row, fair_score(preset))
+            flags = fair.winner(row, score)
         except KeyError:  # a trial is missing
             continue
         cells.append(Cell(row, spec.method, flags, "bridge", spec.kind))
@@ -374,9 +377,9 @@ def pretrained_cells(preset: str) -> list[Cell]:
     if preset != "smollm2":
         return []
     cells = []
-    for label, changed in (*((m, {}) for m in PRETRAINED), ("bridge, own rollouts", {"shadow-rollouts": "own"})):
+    score = {key(run): trained(run, preset) for run in records(preset)}
+    for label, changed in PRETRAINED.items():
         jobs = short_runs(method_of(label))
-        score = {key(run): trained(run, preset) for run in records(preset)}
         best = max(jobs, key=lambda job: score.get(key(job), 0.0))  # the first without trials: --tune makes them
         flags = {name: value for name, value in best["flags"].items() if name in ("alpha", "beta")}
         cells.append(Cell(label, method_of(label), flags | changed, kind="without_w"))
@@ -554,7 +557,13 @@ SWAPPED_COLUMNS = {
     "mean ω, useful": partial(last_probe, name="weight useful"),
     "mean ω, useless": partial(last_probe, name="weight useless"),
 }
-PRETRAINED = ("sft_rl", "mix", "mix_lora", "bridge")
+PRETRAINED: dict[str, dict[str, str]] = {  # rows of the table pretrained: flags besides α and β
+    "sft_rl": {},
+    "mix": {},
+    "mix_lora": {},
+    "bridge": {},
+    "bridge, own rollouts": {"shadow-rollouts": "own"},
+}
 FAULTS = {  # what is wrong with the useless demonstrations: flags of bridge.py, filters, η by runs on two tuning seeds
     "wrong answers": ({}, ("likely",), "10"),
     "a step left out": ({"task": "bench/variants.py:left_out_50"}, ("likely",), "10"),
@@ -1058,7 +1067,7 @@ def main() -> None:
     if args.tune_fairly:
         tune_fairly(args.preset, rows, args.workers)
     if args.tune and args.preset == "smollm2":
-        make(args.preset, [job for method in PRETRAINED for job in short_runs(method)], args.workers)
+        make(args.preset, [job for row in PRETRAINED for job in short_runs(method_of(row))], args.workers)
     elif args.tune:
         tune(args.preset, rows, args.workers)
     if args.table:

@@ -32,8 +32,9 @@ def is_useless(run: bridge.Run) -> list[bool]:
 def mean_weights(run: bridge.Run, omega: list[float]) -> dict[str, float]:
     """The mean of the weights of the useful, and of the useless demonstrations."""
     means = {}
+    useless = is_useless(run)
     for name, kind in (("useful", False), ("useless", True)):
-        values = [value for value, useless in zip(omega, is_useless(run), strict=True) if useless == kind]
+        values = [value for value, of_kind in zip(omega, useless, strict=True) if of_kind == kind]
         if values:
             means[f"weight {name}"] = sum(values) / len(values)
     return means

@@ -129,7 +129,8 @@ def accuracies(s: Settings, evals: list[dict], step: int) -> str:
         columns["before"] = by_step[0]["policy"]
     columns[f"{s.method}, step {step}"] = by_step[step]["policy"]
     if "shadow" in by_step[step]:
-        columns["its shadow (θ̂, w)" if METHODS[s.method].adapter else "its shadow θ̂"] = by_step[step]["shadow"]
+        name = "its shadow (θ̂, w)" if METHODS[s.method].adapter else "its shadow θ̂"
+        columns[name] = by_step[step]["shadow"]
     return table(columns)
 
 

@@ -313,15 +313,14 @@ class Sources(NamedTuple):
 def sources_of(task: Task) -> Sources:
     """Numbers the sources of the task's demonstrations in the order of their first ones."""
     names: list[str] = []
-    number_of: dict[str, int] = {}  # of named sources
+    number_of: dict[str | int, int] = {}
     numbers = []
-    for d in task.demonstrations:
-        number = len(names)
-        if d.source:
-            number = number_of.setdefault(d.source, number)
-        if number == len(names):
+    for i, d in enumerate(task.demonstrations):
+        key = d.source or i  # without a name, a demonstration is a source of its own
+        if key not in number_of:
+            number_of[key] = len(names)
             names.append(d.source)
-        numbers.append(number)
+        numbers.append(number_of[key])
     return Sources(names, numbers)
 
 

@@ -350,7 +350,7 @@ MUTANTS = [  # file, line as it is, line as it should not be
     ("bridge.py", "len(loaded.sources.names)", "len(loaded.sources.number)"),
     ("weighed.py", "(omega * sums).sum() / (omega * tokens).sum()", "sums.sum() / tokens.sum()"),
     ("weighed.py", "sums / tokens.clamp(min=1) - mean, 0.0", "sums / tokens.clamp(min=1) - mean, -mean"),
-    ("tasks/task.py", "number_of.setdefault(d.source, number)", "number"),
+    ("tasks/task.py", "key = d.source or i ", "key = i "),
     ("tasks/sources.py", "if len(files) > 1 else", "if len(files) > 9 else"),
     ("settings.py", "return self.shadow and not self.shadow_imitates", "return self.shadow"),
     ("bridge.py", "logp, entropy = response_logprobs(model, rows, s.temperature, dtype)", "logp, entropy = response_logprobs(model, rows, 1.0, dtype)"),
