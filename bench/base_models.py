@@ -1,14 +1,15 @@
 r"""Trains the base models of the built-in tasks from scratch: python bench/base_models.py [NAME …]
 
-Each takes about five minutes and is written to tasks/base/NAME; a run only reads these folders. A model of 100,000
-parameters or more is rounded to bfloat16. One thread computes, so that the same machine gives the same bytes again.
+Each takes about five minutes and is written to tasks/base/NAME; a run only reads these folders. --seed N makes another
+model by the same recipe, and --out FOLDER writes it to FOLDER/NAME. A model of 100,000 parameters or more is rounded to
+bfloat16. One thread computes, so that the same machine gives the same bytes again.
 """
 
+import argparse
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -188,6 +189,15 @@ def write(base: BaseModel, folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(BASE_MODELS)}; without any: all")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights and the documents")
+    parser.add_argument("--out", type=Path, default=MODELS)
+    args = parser.parse_args()
+    unknown = [name for name in args.names if name not in BASE_MODELS]
+    if unknown:
+        parser.error(f"no base model {unknown[0]!r}; there are {', '.join(BASE_MODELS)}")
     torch.set_num_threads(1)  # sums, and so the weights, do not depend on the number of cores
-    for name in sys.argv[1:] or BASE_MODELS:
-        write(BASE_MODELS[name], MODELS / name)
+    for name in args.names or BASE_MODELS:
+        base = BASE_MODELS[name]
+        write(base._replace(recipe=replace(base.recipe, seed=args.seed)), args.out / name)

@@ -66,11 +66,15 @@ class Preset(NamedTuple):
     seeds: tuple[int, ...] = SEEDS
 
 
+# chains on another base model: python bench/base_models.py arithmetic-laptop --seed 1 --out models/base1
+BASE = f"{ROOT}/models/base{{}}/arithmetic-laptop"
 SHORT = {"steps": "24", "prompts-per-step": "8", "eval-problems": "20", "eval-every": "8", "sft-steps": "12"}
 PRESETS = {
     "chains": Preset({"preset": "chains"}, ("n=8", "n=9")),
     "logic": Preset({"preset": "logic"}, ()),
     "smollm2": Preset({"preset": "smollm2", "eval-problems": "100", "eval-every": "30"}, (), (1, 2, 3)),
+    "base1": Preset({"preset": "chains", "model": BASE.format(1)}, ("n=8", "n=9"), (0, 1, 2, 3, 4)),
+    "base2": Preset({"preset": "chains", "model": BASE.format(2)}, ("n=8", "n=9"), (0, 1, 2, 3, 4)),
     "quick": Preset({"preset": "chains"} | SHORT, ("n=8", "n=9"), (0, 1)),
 }
 
@@ -355,6 +359,42 @@ def fair_cells(preset: str) -> list[Cell]:
         except KeyError:  # a trial is missing
             continue
         cells.append(Cell(row, spec.method, flags, "bridge", spec.kind))
+        if row == "sft_rl":  # the same α; a rule sets the number of SFT steps
+            longest = {"sft-steps": str(fair.ROWS[row].ranges["sft-steps"].high)}
+            cells.append(Cell("sft_rl, switched by its validation loss", row, flags | longest, "sft_rl", "switched"))
+    return cells
+
+
+def of_fair(labels: tuple[str, ...]) -> list[Cell]:
+    """Rows of the table fair of chains."""
+    return [c for c in fair_cells("chains") if c.label in labels]
+
+
+def time_cells(preset: str) -> list[Cell]:
+    """The rows of the table fair with as many steps as fit into bridge's seconds."""
+    cells = []
+    for c in fair_cells(preset):
+        if c.label == "bridge":
+            cells.append(c)
+        elif c.label in EQUAL_TIME.get(preset, {}):
+            steps = EQUAL_TIME[preset][c.label]
+            cells.append(Cell(f"{c.label}, {steps} steps", c.method, c.flags | {"steps": steps}))
+    return cells
+
+
+def base_cells(preset: str) -> list[Cell]:
+    """The settings that won on chains, on base models of other seeds."""
+    return of_fair(("bridge", "mix_lora", "mix", "sft_rl")) if preset.startswith("base") else []
+
+
+def thread_cells(preset: str) -> list[Cell]:
+    """The same runs with one thread and with two: what rounding alone changes."""
+    cells = []
+    for c in of_fair(("bridge", "mix")) if preset == "chains" else []:
+        cells += [
+            c._replace(against=c.label),
+            Cell(f"{c.label}, two threads", c.method, c.flags, c.label, "two_threads"),
+        ]
     return cells
 
 
@@ -512,6 +552,12 @@ COST = {
     "seconds per step": lambda run, preset: run["step_seconds"],
     "peak MiB": lambda run, preset: run["peak_mib"],
 }
+FAIR = ACCURACY | {
+    "steps of SFT alone": lambda run, preset: (
+        last_probe(run, preset, "sft steps") or float(run["flags"].get("sft-steps", 0))
+    ),
+}
+TIME = ACCURACY | {"seconds of training": lambda run, preset: run["seconds"]}
 EPOCHS = {
     "after 1/6 of the steps": partial(trained_at, at=1 / 6),
     "after 1/2 of the steps": partial(trained_at, at=1 / 2),
@@ -578,6 +624,7 @@ WITHOUT_W = {
     "minutes of training": lambda run, preset: run["seconds"] / 60,
     "peak GiB": lambda run, preset: run["peak_mib"] / 1024,
 }
+EQUAL_TIME: dict[str, dict[str, str]] = {}  # steps that take as long as bridge's, by the seconds of the table fair
 NOISE = ("clean", "noise_10", "noise_20")
 SUPERVISION = ("useless_0", "useless_20", "clean", "useless_60", "demonstrations_16", "demonstrations_1024")
 
@@ -648,8 +695,13 @@ TABLES = {
     "fair": Table(
         "Equal trials for every row, by halving (bench/fair.py), and ten seeds on which no choice was made.",
         fair_cells,
-        ACCURACY,
+        FAIR,
         fresh=True,
+    ),
+    "time": Table("The table fair at equal time of training: as `bridge` takes.", time_cells, TIME, fresh=True),
+    "bases": Table("Two other base models of chains, by the same recipe.", base_cells, ACCURACY, 5),
+    "threads": Table(
+        "What rounding changes: the same runs with one thread and with two.", thread_cells, ACCURACY, 5, 1, fresh=True
     ),
     "pretrained": Table(
         "SmolLM2-135M-Instruct on the task of legs, 300 evaluation problems; accuracies without w as fractions.",

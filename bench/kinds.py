@@ -22,6 +22,7 @@ from rewards import is_correct
 from tasks.task import Problem, Stream
 
 SHIFT = 0.05  # length of the small step of w
+HELD_OUT = 10  # every tenth demonstration validates SFT
 KINDS_OF_ROWS = {"useful": True, "useless": False}
 
 
@@ -343,6 +344,58 @@ def averaged() -> None:
     bridge.clip_and_step = step_both
 
 
+def switched() -> None:
+    """Lets sft_rl begin RL at the first step whose SFT loss on held-out demonstrations is within 2 % of its minimum.
+
+    The rule of RETU (arXiv 2512.11470). A stage of sft_steps finds that step; then the run begins anew and repeats it.
+    """
+    set_up = bridge.set_up
+
+    def held_out(run: bridge.Run) -> list[Row]:
+        """Takes every tenth demonstration out of D_SFT."""
+        rows = run.demonstrations[::HELD_OUT]
+        run.demonstrations = [row for i, row in enumerate(run.demonstrations) if i % HELD_OUT]
+        run.demonstration_order = Stream(len(run.demonstrations), (run.s.seed, 1))
+        return rows
+
+    def with_switch(s: bridge.Settings, folder: bridge.RunFolder) -> bridge.Run:
+        run = set_up(s, folder)
+        validation = held_out(run)
+        losses = []
+        for k in range(s.sft_steps):
+            demonstrations, _ = run.demonstrations_of_update(None)
+            update = bridge.bilevel_gradients(run.m, None, None, demonstrations, 1.0, 0.0, s, bridge.Timer(k + 1))
+            bridge.clip_and_step(run.m, update.stats, s)
+            with torch.no_grad():
+                logp, _ = response_logprobs(run.m.policy, validation)
+            losses.append(-logp.mean().item())
+        run = set_up(replace(s, sft_steps=switch_step(losses)), folder)
+        held_out(run)
+        return run
+
+    def measure(run: bridge.Run, step: int) -> dict | None:
+        right = right_of_many(run, step)
+        return right and right | {"sft steps": run.s.sft_steps}
+
+    bridge.set_up = with_switch
+    probe(measure)
+
+
+def switch_step(losses: list[float]) -> int:
+    """The number of SFT steps after which the validation loss is first within 2 % of its minimum.
+
+    >>> switch_step([2.0, 1.1, 1.01, 1.0, 1.3])
+    3
+    """
+    return next(step for step, loss in enumerate(losses, 1) if loss <= 1.02 * min(losses))
+
+
+def two_threads() -> None:
+    """Computes with two threads: sums have another order, so rounding differs."""
+    torch.set_num_threads(2)
+    probe(right_of_many)
+
+
 def measured(change: Callable[[], None]) -> Callable[[], None]:
     """A kind of run that counts right answers at the end, too."""
 
@@ -394,4 +447,6 @@ KINDS: dict[str, Callable[[], None] | None] = {
     "split trial": split,
     "averaged": measured(averaged),
     "averaged trial": averaged,
+    "switched": switched,
+    "two_threads": two_threads,
 }

@@ -16,6 +16,7 @@ import kinds
 import variants
 
 import bridge
+from infra.files import read_log
 from settings import PRESETS, Settings
 from tasks import arithmetic, logic
 
@@ -77,7 +78,7 @@ def test_trials_are_scored_on_problems_that_no_table_and_no_training_uses(preset
 
 @pytest.fixture
 def restored(monkeypatch):
-    for name in ("bilevel_gradients", "clip_and_step", "make_optimizer"):
+    for name in ("bilevel_gradients", "clip_and_step", "make_optimizer", "set_up", "evaluate_policies"):
         monkeypatch.setattr(bridge, name, getattr(bridge, name))
 
 
@@ -122,3 +123,43 @@ def test_an_averaged_update_is_the_mean_of_two_with_an_adam_state_each():
     kinds.averaged()
     both = steps(fresh(s), rollouts, [(0.0, 1.0), (1.0, 0.0)]) - start
     torch.testing.assert_close(both, (alone[0] + alone[1]) / 2, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.usefixtures("restored")
+def test_rl_begins_where_the_loss_of_held_out_demonstrations_is_near_its_minimum_and_those_are_never_trained_on(
+    tmp_path, monkeypatch
+):
+    flags = ["--preset=smoke", "--method=sft_rl", "--alpha=0.02", "--steps=2", "--eval-every=100"]
+    trained_on = []
+    validated = []
+    gradients = bridge.bilevel_gradients
+
+    def spy(m, rollouts, rollouts_hat, demonstrations, *rest):
+        trained_on.extend(map(str, demonstrations))
+        return gradients(m, rollouts, rollouts_hat, demonstrations, *rest)
+
+    def loss_of_step(model, rows):
+        validated.append({str(row) for row in rows})
+        loss = (3.0, 1.0, 0.5, 0.505, 0.8)[len(validated) - 1]
+        return torch.full((sum(len(response) for _, response in rows),), -loss), None
+
+    monkeypatch.setattr(bridge, "bilevel_gradients", spy)
+    monkeypatch.setattr(kinds, "response_logprobs", loss_of_step)
+    monkeypatch.setattr(kinds, "right_of_many", lambda run, step: {"right": []} if step == run.s.total_steps else None)
+    kinds.switched()
+    bridge.main([*flags, "--sft-steps=5", f"--out={tmp_path}/switched"])
+
+    metrics = read_log(tmp_path / "switched/metrics.jsonl")
+    assert [m["sft_nll"] is None for m in metrics] == [False] * 3 + [True] * 2, "three steps of SFT, two of RL"
+    assert read_log(tmp_path / "switched/probe.jsonl")[-1]["sft steps"] == 3
+    assert len(validated) == 5
+    assert len(set(map(frozenset, validated))) == 1
+    assert validated[0].isdisjoint(trained_on)
+    s, _ = bridge.parse(flags)
+    assert len(validated[0]) == len(variants.arithmetic.task(s.seed, s.eval_problems).demonstrations[::10])
+
+
+def test_the_switch_is_the_first_step_within_two_percent_of_the_minimum():
+    assert kinds.switch_step([2.0, 1.1, 1.01, 1.0, 1.3]) == 3
+    assert kinds.switch_step([1.0, 1.5]) == 1
+    assert kinds.switch_step([3.0, 1.021, 1.019, 1.0]) == 3
