@@ -163,9 +163,11 @@ def compared(differences: list[float]) -> str:
 
 
 def excluded(differences: list[float], leads: tuple[float, ...]) -> str:
-    """The paper's leads, each with whether the interval excludes it."""
+    """Those of the paper's leads that lie above the interval."""
     _, high = interval(differences)
-    return ", ".join(f"{lead:.1f} {'yes' if lead > high else 'no'}" for lead in leads) or "–"
+    if not leads:
+        return "–"
+    return ", ".join(f"{lead:.1f}" for lead in leads if lead > high) or "none"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,11 +235,20 @@ def primary_table() -> str:
 
 
 def claims_table() -> str:
-    lines = ["| claim | task | contrast | difference | the paper's lead: excluded? | verdict |", "|---" * 6 + "|"]
+    """A row for each contrast: on each task the difference, the verdict, and the leads of the paper that it excludes."""
+    found: dict[tuple[str, str, str], dict[str, list[str]]] = {}  # (claim, contrast, leads) -> {task: cells}
     for c in CLAIMS:
         d = paired(values_of(c.preset, c.table, c.row, c.column), values_of(c.preset, c.table, c.other, c.column))
-        what = f"{c.row} − {c.other}" + ("" if c.column == "trained" else f", {c.column}")
-        cells = [c.text, c.preset, what, compare.with_interval(d, "+"), excluded(d, c.leads), verdict_of(c, d)]
+        contrast = f"{c.row} − {c.other}" + ("" if c.column == "trained" else f", {c.column}")
+        leads = ", ".join(f"{lead:.1f}" for lead in c.leads) or "–"
+        cells = [f"{compare.with_interval(d, '+')}, {verdict_of(c, d)}", excluded(d, c.leads)]
+        found.setdefault((c.text, contrast, leads), {})[c.preset] = cells
+    columns = "| claim | contrast | the paper's leads | chains | leads excluded | logic | leads excluded |"
+    lines = [columns, "|---" * 7 + "|"]
+    for row, of_task in found.items():
+        cells = [*row]
+        for preset in TASKS:
+            cells += of_task.get(preset, ["–", "–"])
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines + noise_rows())
 
@@ -251,8 +262,9 @@ def noise_rows() -> list[str]:
     rows = []
     for name, p in (("noise_10", "0.1"), ("noise_20", "0.2")):
         d = paired(leads[name], leads["clean"])
-        cells = ["keeps its lead over RL", "chains", f"lead with p = {p} − lead without noise"]
-        rows.append(f"| {' | '.join(cells)} | {compare.with_interval(d, '+')} | – | {verdict(d, False)} |")
+        contrast = f"lead with p = {p} − lead without noise"
+        found = f"{compare.with_interval(d, '+')}, {verdict(d, False)}"
+        rows.append(f"| keeps its lead over RL | {contrast} | – | {found} | – | – | – |")
     return rows
 
 
