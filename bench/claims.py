@@ -235,7 +235,7 @@ def primary_table() -> str:
 
 
 def claims_table() -> str:
-    """A row for each contrast: on each task the difference, the verdict, and the leads of the paper that it excludes."""
+    """A row for each contrast: on each task difference, verdict, and the leads of the paper that it excludes."""
     found: dict[tuple[str, str, str], dict[str, list[str]]] = {}  # (claim, contrast, leads) -> {task: cells}
     for c in CLAIMS:
         d = paired(values_of(c.preset, c.table, c.row, c.column), values_of(c.preset, c.table, c.other, c.column))

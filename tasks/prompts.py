@@ -1,6 +1,8 @@
 """A question as token ids: by the model's chat template, or by one that --template names."""
 
 import re
+import string
+from collections import Counter
 from datetime import datetime
 from functools import lru_cache
 
@@ -50,6 +52,12 @@ def encode_prompt(tokenizer, question: str, instruction: str, template: str = ""
     if template and tokenizer.encode("")[:1] == [tokenizer.bos_token_id]:
         return [tokenizer.bos_token_id, *ids]
     return ids
+
+
+def unknown_characters(tokenizer, text: str) -> set[str]:
+    """The characters that are lost when the text becomes tokens: the built-in models know their task's only."""
+    kept = tokenizer.decode(_encode(tokenizer, text), skip_special_tokens=True)
+    return set((Counter(text) - Counter(kept)).elements()) - {*string.whitespace}
 
 
 def encode_response(tokenizer, response: str, prompt: str, template: str, end: int) -> list[int]:

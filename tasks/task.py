@@ -16,7 +16,7 @@ from grading.answers import MAX_ANSWER
 from infra.files import DataError
 from infra.run import progress
 from ops.packed import Row
-from tasks.prompts import INSTRUCTION, encode_prompt, encode_response, end_of_turn, prompt_text
+from tasks.prompts import INSTRUCTION, encode_prompt, encode_response, end_of_turn, prompt_text, unknown_characters
 
 Drawn = tuple[str, str, str]  # (question, worked steps, answer) of a built-in task
 BOX = "\\boxed{"  # begins the answer of a built-in task's demonstration
@@ -201,9 +201,16 @@ def without_numbers(text: str) -> str:
 def check_evaluation(
     problems: list[Problem], tokenizer, instruction: str, max_new_tokens: int, positions: int, template: str = ""
 ) -> None:
-    """Raises DataError without problems, or if a prompt and `max_new_tokens` more exceed the model's `positions`."""
+    """Raises DataError without problems, or if a prompt and `max_new_tokens` more exceed the model's `positions`.
+
+    Also if the tokenizer loses characters of every question, as that of a built-in model does on another's task.
+    """
     if not problems:
         raise DataError("eval_data: no usable row is left")
+    unknown = [unknown_characters(tokenizer, p.question) for p in problems]
+    if all(unknown):
+        some = ", ".join(repr(character) for character in sorted(set.union(*unknown))[:8])
+        raise DataError(f"the model's tokenizer has no token for {some} of the questions: choose another model")
     room = positions - max_new_tokens  # tokens a prompt may have
     lengths = [len(encode_prompt(tokenizer, p.question, instruction, template)) for p in problems]
     too_long = sum(length > room for length in lengths)

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from dataclasses import asdict
 from itertools import islice
@@ -203,6 +204,24 @@ def test_a_solution_without_an_answer_is_counted_and_an_eos_in_a_solution_is_not
     encoded = tasks.prepare(task, tokenizer, 20, 64, True)
     assert "refuses 1 of 2 demonstrations" in task.notes[0]
     assert [ids.count(tokenizer.eos_token_id) for _, ids in encoded] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("name", "unknown", "named"),
+    [
+        ("arithmetic-smoke", "What is 3/4?", "'/', '?', 'W', 'a', 'h', 'i', 's', 't'"),
+        ("logic-laptop", "hello?", "'e', 'h', 'l', 'o'"),
+    ],
+)
+def test_questions_whose_characters_the_tokenizer_loses_are_refused(name, unknown, named):
+    task = small_task(evaluation=[Problem(unknown, "1"), Problem(unknown, "2")])
+    with pytest.raises(DataError, match=re.escape(f"no token for {named} of the questions")):
+        tasks.prepare(task, shipped_tokenizer(name), 20, 64, True)
+
+
+def test_one_question_that_the_tokenizer_keeps_whole_is_enough(tokenizer):
+    evaluation = [Problem("What is 3/4?", "1"), Problem("3*4", "2")]
+    assert tasks.prepare(small_task(evaluation=evaluation), tokenizer, 20, 64, True)
 
 
 def test_empty_sets_are_refused(tokenizer):
