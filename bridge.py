@@ -63,7 +63,10 @@ from tasks.task import Sources, Stream
 
 
 def updates(s: Settings, k: int) -> list[tuple[float, float]]:
-    """The updates of the method at step k, in order, each as (weight of L_SFT, weight of L_RL)."""
+    """The updates of the method at step k, in order, each as (weight of L_SFT, weight of L_RL).
+
+    Raises SettingError for a method without a case.
+    """
     match s.method:
         case "sft":
             return [(1.0, 0.0)]

@@ -52,6 +52,7 @@ def token_weights(lengths: Tensor, aggregation: str, max_length: int, keep: Tens
       "grpo"     1 / (N·|o_i|)           mean over tokens, then over sequences: long answers count less per token
       "dapo"     1 / Σ_kept |o_i|        mean over all tokens
       "dr_grpo"  1 / (N·max_length)      constant: no length bias at all
+    Raises ValueError for another aggregation.
 
     >>> token_weights(torch.tensor([1, 2]), "grpo", 8)
     tensor([0.5000, 0.2500, 0.2500])
@@ -119,12 +120,13 @@ def grpo_loss(
     advantage: Tensor,  # [T]
     weight: Tensor,  # [T] of `token_weights`
     clip: tuple[float, float] = (0.2, 0.2),  # how far ρ may be below and above 1
-    ratio_cap: float | None = None,  # selects the truncated surrogate, and bounds the ρ of the KL term, too
+    ratio_cap: float | None = None,  # selects the truncated surrogate; the KL term's ρ is then min(ρ, cap)
     ref_logp: Tensor | None = None,  # [T] log π_ref; None: no KL term
     kl_coef: float = 0.0,
 ) -> tuple[Tensor, LossTerms]:
     """−J_RL of eq. (2) as GRPO estimates it: Σ_t weight_t·(kl_coef·ρ_t·k3_t − surrogate_t).
 
+    Also a ρ that the cap bounds has a gradient in the KL term: min(ρ, cap)·∇log π.
     Only its gradient is informative. On-policy its value is about 0 with the clip and the weights "grpo", and
     Σ −weight·A·log π with the truncated surrogate.
     """
@@ -135,7 +137,7 @@ def grpo_loss(
     else:
         logp = torch.where(weight != 0, logp, 0.0)  # 0·(−∞) would be NaN
         surrogate, limited = truncated_surrogate(logp, ratio, advantage, ratio_cap)
-        # min(ρ, cap) with the gradient min(ρ, cap)·∇log π: a plain clamp would have none beyond the cap.
+        # A plain clamp would have no gradient beyond the cap.
         kl_ratio = ratio * (ratio_cap / ratio.detach()).clamp(max=1)
 
     kl = torch.zeros_like(ratio)

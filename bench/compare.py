@@ -1012,7 +1012,9 @@ def draw(preset: str, out: Path) -> None:
     for ax, (title, label) in zip(axes, titles, strict=True):
         ax.set(title=title, xlabel=label)
         ax.spines[["top", "right"]].set_visible(False)
-    cells = [*main_cells(preset), cell(preset, "bridge, own rollouts", HALF, shadow_rollouts="own")]
+    cells = pretrained_cells(preset)
+    if not cells:
+        cells = [*main_cells(preset), cell(preset, "bridge, own rollouts", HALF, shadow_rollouts="own")]
     colors = matplotlib.colormaps["tab20"].colors
     for c, color in zip(cells, (*colors[::2], *colors[1::2]), strict=False):
         runs = list(runs_of(preset, c, PRESETS[preset].seeds).values())

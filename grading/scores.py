@@ -34,7 +34,7 @@ def verdicts(problems: list[list[dict]]) -> np.ndarray:
 def pass_at_k(correct: np.ndarray, k: int) -> np.ndarray:
     """Unbiased estimate of the chance that one of k answers is correct, per problem: [n, s] -> [n].
 
-    It is 1 − C(s−c, k)/C(s, k) for c correct answers (Chen et al. 2021, eq. 1). Raises ValueError for k above s.
+    It is 1 − C(s−c, k)/C(s, k) for c correct answers (Chen et al. 2021, eq. 1). Raises ValueError unless 1 ≤ k ≤ s.
 
     >>> pass_at_k(np.array([[1, 0, 0, 0], [1, 1, 0, 0]]), 2)
     array([0.5       , 0.83333333])
@@ -80,7 +80,7 @@ def is_same_answer(a: str, a_is_correct: bool, b: str, b_is_correct: bool) -> bo
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """(low, high), Wilson's 95 % interval of a share of n problems; at 0 and 1 it still has a width.
+    """(low, high), Wilson's 95 % interval of a share of n problems: at 0 and 1 it has a width, and stays in [0, 1].
 
     >>> "%.3f %.3f" % wilson(0.0, 30)
     '0.000 0.114'

@@ -48,7 +48,7 @@ BLANKS = (
     )),
     Blank("weights", 5, "weights of tokens: GRPO, DAPO, Dr.GRPO", "grpo.py", "token_weights", (
         "test_grpo.py::test_token_weights_of_each_aggregation",
-        "test_grpo.py::test_dapo_divides_by_the_tokens_of_kept_sequences_only",
+        "test_grpo.py::test_a_masked_sequence_weighs_nothing_and_dapo_alone_does_not_count_it",
     )),
     Blank("clip", 5, "PPO's clipped surrogate (arXiv 1707.06347)", "grpo.py", "clipped_surrogate", (
         "test_grpo.py::test_the_clipped_surrogate_is_the_smaller_of_two_products",
@@ -66,6 +66,7 @@ BLANKS = (
         "test_grpo.py::test_the_gradient_of_the_kl_term_is_that_of_the_exact_kl",
         "test_grpo.py::test_a_cap_on_the_ratio_bounds_the_weight_of_the_kl_term",
         "test_grpo.py::test_masked_sequences_weigh_nothing_and_their_infinities_stay_out",
+        "test_grpo.py::test_a_log_ratio_is_clamped_at_twenty_on_both_sides",
     )),
     Blank("gradient", 8, "gradient of log π and entropy by the logits", "ops/head.py", "row_gradients_torch", (
         "test_logprob.py::test_the_gradients_of_rows_of_logits_are_autograds",
@@ -80,6 +81,7 @@ BLANKS = (
         "test_lora.py::test_layers_of_one_shape_begin_with_different_random_numbers",
         "test_lora.py::test_the_same_seed_makes_the_same_adapter",
         "test_lora.py::test_initialisation_equals_pefts",
+        "test_lora.py::test_an_unknown_target_is_refused_with_the_names_of_the_layers",
     )),
     Blank("merged", 6, "θ + s·B·A, and with it ∇A and ∇B", "lora.py", "LoRALinear.merged_weight", (
         "test_lora.py::test_a_fresh_adapter_changes_nothing_bit_for_bit",
@@ -109,6 +111,8 @@ BLANKS = (
         "test_update.py::test_w_s_gradient_is_the_weighted_sum_of_three_separate_ones",
         "test_update.py::test_without_j_meta_w_takes_sft_alone_and_theta_the_same_as_in_bridge",
         "test_update.py::test_the_shadow_gets_nothing_from_sft_and_the_full_weight_of_rl",
+        "test_update.py::test_the_shadow_s_loss_has_the_kl_term_too",
+        "test_update.py::test_policy_and_shadow_have_one_surrogate_on_shared_rollouts_and_the_clip_on_own_ones",
     )),
     Blank("pass_at_k", 4, "pass@k without bias (arXiv 2107.03374)", "grading/scores.py", "pass_at_k", (
         "test_evaluate.py::test_pass_at_k_is_the_share_of_k_subsets_with_a_right_answer",
@@ -179,13 +183,13 @@ def make(folder: Path, blanks: list[Blank]) -> None:
 
 
 def command(blank: Blank) -> list[str]:
-    """pytest on the tests of a blank, until one fails, in one process."""
+    """pytest on the tests of a blank, until one fails, in one process; it shows the lines of that test."""
     tests = [f"tests/{test}" for test in blank.tests]
-    return [sys.executable, "-m", "pytest", "-x", "-q", "--tb=short", "-o", "addopts=", *tests]
+    return [sys.executable, "-m", "pytest", "-x", "-q", "--tb=long", "-o", "addopts=", *tests]
 
 
 def why_it_fails(project: Path, blank: Blank) -> str:
-    """The first error of the blank's tests in a copy of the project; empty if they pass."""
+    """The first of the blank's tests that fails in a copy of the project, and its error; empty if all pass."""
     with subprocess.Popen(
         command(blank), cwd=project, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
         start_new_session=True,
@@ -198,7 +202,10 @@ def why_it_fails(project: Path, blank: Blank) -> str:
     if process.returncode == 0 and re.search(r"^\d+ passed", output, re.MULTILINE):
         return ""
     error = re.search(r"^E +(.+)", output, re.MULTILINE)
-    return error[1] if error else f"pytest ended with status {process.returncode}"
+    if error is None:
+        return f"pytest ended with status {process.returncode}"
+    test = re.search(r"^FAILED tests/\S+?::(\w+)", output, re.MULTILINE)
+    return f"{test[1]}: {error[1]}" if test else error[1]
 
 
 def grade_blank(folder: Path, blank: Blank) -> str:
@@ -220,13 +227,18 @@ def grade_blank(folder: Path, blank: Blank) -> str:
 
 
 def grade(folder: Path, blanks: list[Blank]) -> None:
-    """Prints the points of each blank, and their sum."""
+    """Prints the points of each blank, and their sum. Raises SyntaxError if a file of this project does not compile.
+
+    In a copy this project is the student's, and every test imports every file.
+    """
+    for blank in BLANKS:
+        ast.parse((ROOT / blank.file).read_text("utf-8"), blank.file)
     total = 0
     for blank in blanks:
         reason = grade_blank(folder, blank)
         points = 0 if reason else blank.points
         total += points
-        print(f"{blank.name:<12}{points:>3} of {blank.points:>2}  {reason[:100] or 'passed'}", flush=True)
+        print(f"{blank.name:<12}{points:>3} of {blank.points:>2}  {reason[:200] or 'passed'}", flush=True)
     print(f"{'sum':<12}{total:>3} of {sum(blank.points for blank in blanks)}")
 
 
@@ -257,7 +269,12 @@ def main(argv: list[str]) -> None:
             parser.error("--grade needs the FOLDER with a student's files")
         if not args.folder.is_dir():
             parser.error(f"there is no folder {args.folder}")
-        grade(args.folder, blanks)
+        try:
+            grade(args.folder, blanks)
+        except SyntaxError as error:
+            parser.error(
+                f"{error.filename}, line {error.lineno}: {error.msg}: no blank can be graded before this is mended"
+            )
     elif args.folder is None:
         show()
     elif args.folder.exists():

@@ -123,8 +123,13 @@ def test_token_weights_of_each_aggregation():
     assert grpo.token_weights(lengths, "grpo", 8).tolist() == pytest.approx([1 / 2, 1 / 6, 1 / 6, 1 / 6])
     assert grpo.token_weights(lengths, "dapo", 8).tolist() == pytest.approx([1 / 4] * 4)
     assert grpo.token_weights(lengths, "dr_grpo", 8).tolist() == pytest.approx([1 / 16] * 4)
-    with pytest.raises(ValueError, match="aggregation must be one of"):
+    with pytest.raises(ValueError):  # noqa: PT011  the text is free
         grpo.token_weights(lengths, "mean", 8)
+
+
+def test_an_unknown_aggregation_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"aggregation must be one of .*grpo.*dapo.*dr_grpo"):
+        grpo.token_weights(torch.tensor([1]), "mean", 8)
 
 
 @pytest.mark.parametrize("aggregation", grpo.AGGREGATIONS)
@@ -153,20 +158,22 @@ def test_a_log_ratio_is_clamped_at_twenty_on_both_sides():
 
 
 def test_the_clipped_surrogate_is_the_smaller_of_two_products():
-    ratio = torch.tensor([0.5, 1.5, 0.5, 1.5, 1.3])
+    ratio = torch.tensor([0.5, 1.5, 0.5, 1.5, 1.3], requires_grad=True)
     advantage = torch.tensor([1.0, 1.0, -1.0, -1.0, 1.0])
     surrogate, stopped = grpo.clipped_surrogate(ratio, advantage, 0.2, 0.4)
     assert surrogate.tolist() == pytest.approx([0.5, 1.4, -0.8, -1.5, 1.3])
     assert stopped.tolist() == [False, True, True, False, False], "the clip stops the gradient where it is smaller"
+    (gradient,) = torch.autograd.grad(surrogate.sum(), ratio)
+    assert gradient.tolist() == [1, 0, 0, -1, 1], "A where the clip does not stop it"
 
 
 def test_the_truncated_surrogate_has_a_gradient_by_log_pi_alone():
     logp = torch.tensor([-1.0, -2.0], requires_grad=True)
-    ratio = torch.tensor([3.0, 0.5]) * (logp - logp.detach()).exp()
+    ratio = torch.tensor([3.0, 0.25]) * (logp - logp.detach()).exp()
     surrogate, truncated = grpo.truncated_surrogate(logp, ratio, torch.tensor([2.0, -1.0]), cap=2.0)
     (gradient,) = torch.autograd.grad(surrogate.sum(), logp)
-    assert surrogate.tolist() == [2 * 2 * -1, 0.5 * -1 * -2]
-    assert gradient.tolist() == [2 * 2, 0.5 * -1]
+    assert surrogate.tolist() == [2 * 2 * -1, 0.25 * -1 * -2]
+    assert gradient.tolist() == [2 * 2, 0.25 * -1]
     assert truncated.tolist() == [True, False]
 
 
@@ -176,6 +183,11 @@ def test_clip_stops_the_gradient_only_where_it_would_go_further():
     loss, terms = grpo.grpo_loss(logp, torch.zeros(4), advantage, torch.ones(4), (0.2, 0.2))
     (gradient,) = torch.autograd.grad(loss, logp)
     assert (gradient == 0).tolist() == [True, False, False, True] == terms.limited.tolist()
+    assert not any(x.requires_grad for x in (terms.ratio, terms.limited, terms.kl))
+    _, terms = grpo.grpo_loss(
+        torch.tensor([1.25, 0.75]).log(), torch.zeros(2), advantage[:2], torch.ones(2), (0.2, 0.3)
+    )
+    assert terms.limited.tolist() == [False, True], "1.25 is not above 1 + 0.3, 0.75 is below 1 − 0.2"
 
 
 def test_on_policy_the_truncated_and_the_clipped_surrogate_have_the_same_gradient_bit_for_bit():
@@ -212,11 +224,11 @@ def test_the_gradient_of_the_kl_term_is_that_of_the_exact_kl(seed, on_policy, ra
     logp = logits.log_softmax(0)
     old = logp.detach() if on_policy else old
     none = torch.zeros_like(old)
-    loss, _ = grpo.grpo_loss(logp, old, none, old.exp(), (0.2, 0.2), ratio_cap, ref, 1.0)
+    loss, _ = grpo.grpo_loss(logp, old, none, old.exp(), (0.2, 0.2), ratio_cap, ref, 0.3)
     (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
     (exact,) = torch.autograd.grad((logp.exp() * (logp - ref)).sum(), logits, retain_graph=True)
     (reverse,) = torch.autograd.grad((ref.exp() * (ref - logp)).sum(), logits)
-    torch.testing.assert_close(gradient, exact)
+    torch.testing.assert_close(gradient, 0.3 * exact)
     assert (exact - reverse).norm() > 0.1 * exact.norm(), "the case must tell the two directions apart"
 
 
@@ -233,16 +245,20 @@ def test_a_cap_on_the_ratio_bounds_the_weight_of_the_kl_term():
     torch.testing.assert_close(gradient, expected)
 
 
-def test_dapo_divides_by_the_tokens_of_kept_sequences_only():
-    weight = grpo.token_weights(torch.tensor([2, 6]), "dapo", 8, torch.tensor([True, False]))
-    assert weight.tolist() == [0.5, 0.5, 0, 0, 0, 0, 0, 0]
+@pytest.mark.parametrize(("aggregation", "kept"), [("grpo", 1 / 4), ("dapo", 1 / 2), ("dr_grpo", 1 / 16)])
+def test_a_masked_sequence_weighs_nothing_and_dapo_alone_does_not_count_it(aggregation, kept):
+    weight = grpo.token_weights(torch.tensor([2, 6]), aggregation, 8, torch.tensor([True, False]))
+    assert weight.tolist() == [kept, kept, 0, 0, 0, 0, 0, 0]
 
 
 def test_k3_is_zero_at_equality_never_negative_and_unbiased():
     p, q = torch.tensor([0.7, 0.2, 0.1]), torch.tensor([0.3, 0.3, 0.4])
     kl = (p * (p / q).log()).sum()
-    estimate = (p * grpo.k3(p.log(), q.log(), torch.ones(3))).sum()
-    torch.testing.assert_close(estimate, kl)
+    logp = p.log().requires_grad_()
+    k3 = grpo.k3(logp, q.log(), torch.full((3,), 0.2))  # the weight only masks
+    torch.testing.assert_close((p * k3).sum(), kl)
+    torch.testing.assert_close(torch.autograd.grad(k3.sum(), logp)[0], 1 - q / p)
+    assert grpo.k3(torch.tensor([-1.0]), torch.tensor([float("-inf")]), torch.zeros(1)).item() == 0, "a masked token"
     assert (grpo.k3(p.log(), q.log(), torch.ones(3)) >= 0).all()
     assert not grpo.k3(p.log(), p.log(), torch.ones(3)).any()
 

@@ -156,6 +156,39 @@ WRONG = {  # a body with one mistake of a student
 }
 
 
+MISTAKES = (  # one mistake more: blank, a line of the body, the line with the mistake
+    ("weights", "int((lengths * keep).sum())", "int(lengths.sum())"),
+    (
+        "weights",
+        "kept = per_sequence.to(lengths.device) * keep",
+        "kept = per_sequence * (keep | (aggregation == 'grpo'))",
+    ),
+    ("clip", "torch.minimum(unclipped, clipped)", "torch.minimum(unclipped, clipped).detach()"),
+    ("truncate", "clamp(max=cap)", "clamp(1 / cap, cap)"),
+    ("k3", "log_ratio(ref_logp, logp, weight)", "ref_logp - logp"),
+    ("k3", "d.exp() - d - 1", "weight * (d.exp() - d - 1)"),
+    ("k3", "d.exp() - d - 1", "(d.exp() - d - 1).detach()"),
+    ("loss", "kl_coef * kl_ratio * kl", "kl_ratio * kl"),
+    ("loss", "kl_coef * kl_ratio * kl", "kl_coef**2 * kl_ratio * kl"),
+    ("loss", "*clip)", "*clip[::-1])"),
+    ("loss", "log_ratio(logp, old_logp, weight).exp()", "torch.where(weight != 0, logp - old_logp, 0.0).exp()"),
+    ("loss", "kl_ratio = ratio * (ratio_cap / ratio.detach()).clamp(max=1)", "kl_ratio = ratio.clamp(max=ratio_cap)"),
+    ("loss", "LossTerms(ratio.detach()", "LossTerms(ratio"),
+    ("adapter", "if missing or not targets:", "if False:"),
+    ("updates", "[(s.mu, 1.0)]", "[(1.0, 1.0)]"),
+    ("updates", "chord_mu(k, 0, s.steps,", "chord_mu(k, 0, 200,"),
+    ("bilevel", "rl_pass(m.shadow, rollouts_hat,", "rl_pass(copy.deepcopy(m.shadow), rollouts_hat,"),
+    ("bilevel", "rollouts.old_logp, m.reference, s, ratio_cap)", "rollouts.old_logp, m.reference, s)"),
+    (
+        "bilevel",
+        "old_logp, m.reference, s, ratio_cap)\n                g",
+        "old_logp, None, s, ratio_cap)\n                g",
+    ),
+    ("bilevel", "p.grad.mul_(rl_weight)", "p.grad.mul_(1)"),
+    ("wilson", "max(0.0, low)", "low - 1e-3"),
+)
+
+
 @pytest.mark.parametrize("name", BLANKS)
 def test_a_blank_keeps_signature_and_docstring_and_its_body_put_back_gives_the_original_text(name):
     blank = BLANKS[name]
@@ -224,6 +257,19 @@ def test_the_tests_of_a_blank_fail_with_a_wrong_body(name, project):
     assert re.search(r"^E +(Assert|assert)", output, re.MULTILINE), output
 
 
+@pytest.mark.parametrize(("name", "line", "mistake"), MISTAKES)
+def test_the_tests_of_a_blank_notice_one_wrong_line(name, line, mistake, project):
+    blank = BLANKS[name]
+
+    def with_mistake(source):
+        body = ast.get_source_segment(source, homework.find(source, blank))
+        assert body.count(line) == 1
+        return source.replace(body, body.replace(line, mistake))
+
+    status, output = outcome(project, [(blank.file, with_mistake)], blank.tests, "-x", "--tb=short")
+    assert status == pytest.ExitCode.TESTS_FAILED, output
+
+
 @pytest.mark.parametrize("name", BLANKS)
 def test_the_tests_of_a_blank_pass_while_all_later_ones_are_blank(name, project):
     later = homework.BLANKS[homework.NAMES.index(name) + 1 :]
@@ -290,10 +336,22 @@ def test_grading_gives_points_to_a_solved_function_and_the_reason_to_each_that_c
     assert re.search(r"^sum +3 of 29$", table, re.MULTILINE)
 
 
+def test_a_file_that_does_not_compile_is_named_before_anything_is_graded(tmp_path, monkeypatch, capsys):
+    for blank in homework.BLANKS:
+        (tmp_path / blank.file).parent.mkdir(exist_ok=True)
+        (tmp_path / blank.file).write_text((ROOT / blank.file).read_text())
+    (tmp_path / "lora.py").write_text("w = {\n")
+    monkeypatch.setattr(homework, "ROOT", tmp_path)
+    with pytest.raises(SystemExit):
+        homework.main(["--grade", str(tmp_path), "--only", "wilson"])
+    assert "lora.py, line 1: '{' was never closed: no blank can be graded" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("code", "reason"), [
     ("print('1 passed')", ""),
     ("print('E   assert 1 == 2'); print('E   assert 3'); exit(1)", "assert 1 == 2"),
     ("print('1 passed'); exit(3)", "pytest ended with status 3"),
+    ("print('E   assert 3\\nFAILED tests/test_a.py::test_b[1-2] - x'); exit(1)", "test_b: assert 3"),
     ("exit(0)", "pytest ended with status 0"),  # before the tests ran
     ("while True: pass", "stopped after 0.5 s"),
     ("import os; os.fork()\nwhile True: pass", "stopped after 0.5 s"),

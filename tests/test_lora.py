@@ -102,11 +102,15 @@ def test_delta_norm_is_the_norm_of_the_merged_difference():
     assert lora.delta_norm(w, 2.0) == pytest.approx(direct, rel=1e-4)
 
 
-def test_an_unknown_target_is_refused_with_the_names_of_the_layers():
-    with pytest.raises(ValueError, match=r"no linear layer is named \['qproj'\].*q_proj"):
+@pytest.mark.parametrize("targets", [["qproj", "k_proj"], ["lm_head"], []])
+def test_an_unknown_target_is_refused_with_the_names_of_the_layers(targets):
+    with pytest.raises(ValueError, match=r"k_proj.*q_proj"):
+        lora.create(tiny_model(), targets, 4, 0)
+
+
+def test_the_refusal_of_a_target_names_it():
+    with pytest.raises(ValueError, match=r"lora_targets: no linear layer is named \['qproj'\]"):
         lora.create(tiny_model(), ["qproj", "k_proj"], 4, 0)
-    with pytest.raises(ValueError, match=r"no linear layer is named \['lm_head'\]"):
-        lora.create(tiny_model(), ["lm_head"], 4, 0)
 
 
 def test_peft_loads_the_saved_adapter_and_gives_the_same_logits(tmp_path):

@@ -360,7 +360,9 @@ def test_the_shadow_gets_nothing_from_sft_and_the_full_weight_of_rl():
     other_demos, _ = gradients(copy.deepcopy(m), s, rollouts=copy.deepcopy(rollouts), demos=rows(7, seed=30))
     assert all(torch.equal(a, b) for a, b in zip(g["theta_hat"], other_demos["theta_hat"], strict=True))
     other_lam, _ = gradients(copy.deepcopy(m), s, 0.1, 0.9, rollouts=copy.deepcopy(rollouts))
-    assert all(torch.equal(a, b) for a, b in zip(g["theta_hat"], other_lam["theta_hat"], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(g["theta_hat"], other_lam["theta_hat"], strict=True)), "θ̂ has no λ"
+    bridge.rl_pass(m.shadow, rollouts, rollouts.sampler_logp, None, s, ratio_cap=s.shadow_ratio_cap)
+    assert_close(g["theta_hat"], [p.grad for p in m.parameters["theta_hat"]])
 
 
 def test_theta_s_gradient_is_the_weighted_sum_of_two_separate_ones():
@@ -498,13 +500,18 @@ def test_update_weights_of_every_method():
     assert of("mix", mu=0.25) == [(0.2, 0.8)]
     assert of("mix_lora", lam=0.25) == of("no_meta", lam=0.25) == of("bridge", lam=0.25) == [(0.75, 0.25)]
     assert of("chord", 0, chord_peak=0.75) == [(0.75, 0.25)]
-    assert of("chord", 200, chord_valley=0.25, steps=200) == [(0.25, 0.75)]
+    assert of("chord", 50, chord_valley=0.25, steps=50) == [(0.25, 0.75)]
     assert of("luffy") == [(0, 1)]
-    assert of("srft") == of("hpt") == [(1, 1)]
+    assert of("srft", mu=0.25) == of("hpt", mu=0.25) == [(0.25, 1)]
     for method in METHODS.keys() - {"srft", "hpt"}:
         assert all(mu + lam == 1 for k in (0, 200) for mu, lam in of(method, k)), "no method has a larger gradient"
-    with pytest.raises(SettingError, match=r"method unheard-of has no case in bridge\.py:updates"):
+    with pytest.raises(SettingError):
         of("unheard-of")
+
+
+def test_a_method_without_a_case_is_refused_with_the_place_where_it_belongs():
+    with pytest.raises(SettingError, match=r"method unheard-of has no case in bridge\.py:updates"):
+        bridge.updates(settings(method="unheard-of"), 0)
 
 
 def test_the_reference_is_the_initial_model_and_its_kl_starts_at_zero():
