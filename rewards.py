@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from grading.answers import MAX_ANSWER, MAX_ITEMS, compare, read
 
-VERSION = "4"  # of the grader, recorded with every result; increase it whenever a verdict may change
+VERSION = "5"  # of the grader, recorded with every result; increase it whenever a verdict may change
 MAX_RESPONSE = 50_000  # only this many last characters are searched for a box
 _BOX = re.compile(r"(?s)\\(?:boxed|fbox)(?: *\{| +(?P<bare>[-+]?[0-9.][^\s{}$\\]*|[A-Za-z](?![A-Za-z])))|\\[{}\\]|[{}]")
 _BETWEEN = re.compile(r"(?:[\s$,;.]|\\[,;: ]|\\q?quad|\\\(|\\\)|and|or|\\text *\{ *(?:and|or) *\})*")

@@ -55,7 +55,8 @@ def readings(answer: str, gold: str, definite: bool) -> Iterator[str]:
             yield rf"{bare[1]} \text{{{unit}}}"
         return
     integers = set()  # the letters of which the answer says that they are integers
-    conditioned = _CONDITION.fullmatch(re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", answer).strip())
+    in_words = re.sub(r"\\text *\{([^{}]*)\}", r" \1 ", answer)
+    conditioned = _CONDITION.fullmatch(" ".join(in_words.split()))
     if conditioned:
         answer = conditioned["answer"]
         yield answer

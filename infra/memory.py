@@ -305,8 +305,7 @@ def dry_run(s: Settings, config: PretrainedConfig, gpu: str | None, gpus: int) -
     saved = 0.0
     for part, value in groups[0].items():
         if part.endswith(("weights", "moments")):
-            saved += value
-    if s.shard:
-        saved *= gpus
+            is_whole = part.startswith("w ") or not s.shard  # w is not sharded, and equal tensors are written once
+            saved += value * (1 if is_whole else gpus)
     print(f"  {'a checkpoint, on disk':<26}{saved / GiB:8.2f}; the last two are kept")
     check(s, m, gpus, limit)
