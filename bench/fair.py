@@ -67,7 +67,7 @@ ROWS = {
     "mix_lora": Row("mix_lora", WITH_W),
     "mix": Row("mix", ALPHA | {"mu": Range(0.1, 4)}),
     "sft_rl": Row("sft_rl", COLD_START),
-    "rl": Row("rl", ALPHA),
+    "rl": Row("rl", {"alpha": Range(1e-5, 8e-4)}),  # from 5e-5 the winner on chains was at that edge
     "chord": Row("chord", ALPHA | {"chord-peak": Range(0.1, 1, log=False)}),
     "split": Row("mix_lora", ALPHA | {"beta": Range(2e-4, 2e-2)}, "split"),
     "averaged": Row("alternating", ALPHA, "averaged"),

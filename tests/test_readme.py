@@ -27,10 +27,10 @@ EVERYTHING = "\n".join(PAGES.values())
 OTHERS = {  # flags of torchrun, pip, srun and other evaluators, of bench/, and those beside the settings of bridge.py
     "--standalone", "--nproc-per-node", "--nnodes", "--rdzv-backend", "--rdzv-endpoint", "--rdzv-id", "--max-restarts",
     "--shutdown-timeout", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal",
-    "--signals-to-handle", "--preset", "--out", "--resume", "--dry-run", "--gpu", "--gpus", "--help", "--seeds", "--quick", "--size",
-    "--only", "--step", "--trace", "--heap", "--iterations", "--table", "--tune", "--methods", "--no-runs", "--rows",
-    "--no-deps", "--keep-rollouts", "--keep-best", "--html", "--dataset", "--backend", "--greedy", "--tasks",
-    "--confirm", "--batch", "--target",
+    "--signals-to-handle", "--preset", "--out", "--resume", "--dry-run", "--gpu", "--gpus", "--help", "--seeds",
+    "--quick", "--size", "--only", "--step", "--trace", "--heap", "--iterations", "--table", "--tune", "--methods",
+    "--no-runs", "--rows", "--no-deps", "--keep-rollouts", "--keep-best", "--html", "--dataset", "--backend",
+    "--greedy", "--tasks", "--confirm", "--batch", "--target",
 }  # fmt: skip
 
 
