@@ -1,5 +1,6 @@
 """The task legs in English, and the converter of GGUF files."""
 
+import gzip
 import json
 import re
 import sys
@@ -13,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 import rewards
 from infra import gguf, model
-from infra.files import DataError, read_log
+from infra.files import DataError
 from ops.packed import ModelError
-from settings import PRESETS, SettingError, Settings, check
+from settings import SettingError, Settings, check
 from settings import parse as parse_settings
 from tasks import legs, named
 
@@ -194,12 +195,15 @@ def test_what_is_no_gguf_model_is_refused_in_one_line(tmp_path):
     assert not (tmp_path / "folder").exists()
 
 
-def test_the_page_has_the_accuracies_of_the_committed_runs():
-    page = (Path(__file__).parents[1] / "docs/results.md").read_text()
-    for method in ("bridge", "mix", "sft", "rl"):
-        log = Path(__file__).parents[1] / "bench/results/smollm2" / method / "evals.jsonl"
-        end = read_log(log)[-1]
-        shown = [f"{100 * end['policy'][name]:.1f}" for name in (*legs.GROUPS, "average")]
-        shown.append(f"{100 * end['shadow']['average']:.1f}" if "shadow" in end else "–")
-        assert end["step"] == PRESETS["smollm2"]["steps"]
-        assert f"| {method} | {' | '.join(shown)} |" in page
+def test_a_shadow_that_earns_nothing_leaves_every_committed_run_as_it_is_without_one():
+    """theory.md, fact 2: what the page says of own rollouts and mix_lora."""
+    with gzip.open(Path(__file__).parents[1] / "bench/results/smollm2.jsonl.gz", "rt") as file:
+        finals = [run for run in map(json.loads, file) if run["kind"] == "without_w"]
+    own = {run["seed"]: run for run in finals if run["flags"].get("shadow-rollouts") == "own"}
+    without = {run["seed"]: run for run in finals if run["method"] == "mix_lora"}
+    assert own.keys() == without.keys() == {1, 2, 3}
+    for seed, run in own.items():
+        assert {e["shadow"]["average"] for e in run["evals"]} == {0.0}
+        for name in ("reward", "response_tokens", "entropy", "sft_nll", "lora_norm"):
+            assert run["curves"][name] == without[seed]["curves"][name]
+        assert [e["policy"] for e in run["evals"]] == [e["policy"] for e in without[seed]["evals"]]
