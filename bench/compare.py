@@ -362,7 +362,7 @@ def fair_cells(preset: str) -> list[Cell]:
     return cells
 
 
-def of_fair(labels: tuple[str, ...], preset: str = "chains") -> list[Cell]:
+def of_fair(preset: str, labels: tuple[str, ...]) -> list[Cell]:
     """Rows of the table fair."""
     return [c for c in fair_cells(preset) if c.label in labels]
 
@@ -370,12 +370,10 @@ def of_fair(labels: tuple[str, ...], preset: str = "chains") -> list[Cell]:
 def switch_cells(preset: str) -> list[Cell]:
     """sft_rl with the tuned number of SFT steps, and with the number that a rule finds, at the same α."""
     cells = []
-    for c in of_fair(("sft_rl",), preset):
+    for c in of_fair(preset, ("sft_rl",)):
         longest = {"sft-steps": str(fair.ROWS[c.label].ranges["sft-steps"].high)}
-        cells += [
-            c._replace(against=c.label),
-            Cell("by its validation loss", c.method, c.flags | longest, c.label, "switched"),
-        ]
+        cells.append(c._replace(against=c.label))
+        cells.append(Cell("by its validation loss", c.method, c.flags | longest, c.label, "switched"))
     return cells
 
 
@@ -393,17 +391,17 @@ def time_cells(preset: str) -> list[Cell]:
 
 def base_cells(preset: str) -> list[Cell]:
     """The settings that won on chains, on base models of other seeds."""
-    return of_fair(("bridge", "mix_lora", "mix", "sft_rl")) if preset.startswith("base") else []
+    if preset not in ("base1", "base2"):
+        return []
+    return of_fair("chains", ("bridge", "mix_lora", "mix", "sft_rl"))
 
 
 def thread_cells(preset: str) -> list[Cell]:
     """The same runs with one thread and with two: what rounding alone changes."""
     cells = []
-    for c in of_fair(("bridge", "mix")) if preset == "chains" else []:
-        cells += [
-            c._replace(against=c.label),
-            Cell(f"{c.label}, two threads", c.method, c.flags, c.label, "two_threads"),
-        ]
+    for c in of_fair(preset, ("bridge", "mix")):
+        cells.append(c._replace(against=c.label))
+        cells.append(Cell(f"{c.label}, two threads", c.method, c.flags, c.label, "two_threads"))
     return cells
 
 
@@ -549,6 +547,12 @@ def without_w(run: dict, preset: str, base: str) -> float | None:
     return None if fraction is None else 100 * fraction
 
 
+def sft_steps(run: dict, preset: str) -> float:
+    """The steps of a cold start: those that the rule chose, or else those of the settings."""
+    chosen = last_probe(run, preset, "sft steps")
+    return float(run["flags"]["sft-steps"]) if chosen is None else chosen
+
+
 def sampled_reward(run: dict, preset: str, base: str, adapter: str) -> float:
     """The reward of π(base, adapter) at the end: points."""
     return 100 * run["probes"][-1][f"{base},{adapter}"]
@@ -573,9 +577,7 @@ COST = {
     "peak MiB": lambda run, preset: run["peak_mib"],
 }
 SWITCH = ACCURACY | {
-    "steps of SFT alone": lambda run, preset: (
-        last_probe(run, preset, "sft steps") or float(run["flags"].get("sft-steps", 0))
-    ),
+    "steps of SFT": sft_steps,
 }
 TIME = ACCURACY | {"seconds of training": lambda run, preset: run["seconds"]}
 EPOCHS = {

@@ -305,7 +305,8 @@ def dry_run(s: Settings, config: PretrainedConfig, gpu: str | None, gpus: int) -
     saved = 0.0
     for part, value in groups[0].items():
         if part.endswith(("weights", "moments")):
-            is_whole = part.startswith("w ") or not s.shard  # w is not sharded, and equal tensors are written once
-            saved += value * (1 if is_whole else gpus)
+            # Ranks have parts of θ and θ̂; all have the whole w, which is written once.
+            is_part = s.shard and not part.startswith("w ")
+            saved += value * gpus if is_part else value
     print(f"  {'a checkpoint, on disk':<26}{saved / GiB:8.2f}; the last two are kept")
     check(s, m, gpus, limit)

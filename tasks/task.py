@@ -207,9 +207,10 @@ def check_evaluation(
     """
     if not problems:
         raise DataError("eval_data: no usable row is left")
-    unknown = [unknown_characters(tokenizer, p.question) for p in problems]
-    if all(unknown):
-        some = ", ".join(repr(character) for character in sorted(set.union(*unknown))[:8])
+    # Stops at the first question that is whole, usually the first of all.
+    if all(unknown_characters(tokenizer, p.question) for p in problems):
+        unknown = set.union(*(unknown_characters(tokenizer, p.question) for p in problems))
+        some = ", ".join(repr(character) for character in sorted(unknown)[:8])
         raise DataError(f"the model's tokenizer has no token for {some} of the questions: choose another model")
     room = positions - max_new_tokens  # tokens a prompt may have
     lengths = [len(encode_prompt(tokenizer, p.question, instruction, template)) for p in problems]
