@@ -261,12 +261,14 @@ def sweep_cells(preset: str, flag: str, values: tuple[str, ...], default: str) -
     return cells
 
 
+MU_OF = {"0.1": "9", "0.3": "2.3333", "0.5": "1", "0.7": "0.42857", "0.9": "0.11111"}  # λ: μ = (1 − λ)/λ of mix
+
+
 def lambda_cells(preset: str) -> list[Cell]:
     """bridge, and the mix that gives θ the same update at the same rate."""
-    weights = {"0.1": "9", "0.3": "2.3333", "0.5": "1", "0.7": "0.42857", "0.9": "0.11111"}  # λ: μ = (1 − λ)/λ
-    cells = sweep_cells(preset, "lam", tuple(weights), "0.5")
+    cells = sweep_cells(preset, "lam", tuple(MU_OF), "0.5")
     alpha = rates(preset)["alpha"]
-    for lam, mu in weights.items():
+    for lam, mu in MU_OF.items():
         cells.append(cell(preset, f"mix, lam {lam}", "mix", f"bridge, lam {lam}", alpha=alpha, mu=mu))
     return cells
 
@@ -297,26 +299,53 @@ def supervision_cells(preset: str) -> list[Cell]:
     return [*cells, cell(preset, "rl", "rl", "mix, demonstrations_16")]
 
 
-def swapped_cells(preset: str) -> list[Cell]:
-    """RL above, SFT below (weighed.py): mix with all demonstrations, with filtered ones, and the method weighed."""
-    cells = []
+def weighed_cells(preset: str, fault: str, name: str, lam: str = "0.5", extra: list[Cell] | None = None) -> list[Cell]:
+    """mix with all demonstrations, with the useful ones, with filtered ones, and the method weighed (weighed.py).
+
+    fault: a name in FAULTS. name: begins the labels. extra: more rows, before those that compare with the filters.
+    """
+    changed, filters, eta = FAULTS[fault]
     alpha = tuned(preset, "mix").get("alpha", "4e-4")
-    for fault, (changed, filters, eta) in FAULTS.items():
-        if preset == "logic" and changed:  # the variants are of chains
-            continue
-        against = f"{fault}: all"
-        flags = dict(alpha=alpha, mu="1") | changed  # λ = 0.5
-        weighed = dict(alpha=alpha, lam="0.5", eta=eta) | changed
-        cells.append(Cell(against, "mix", flags, against))
-        for kind in ("useful", *filters):
-            cells.append(Cell(f"{fault}: {kind}", "mix", flags, against, kind))
-        cells.append(Cell(f"{fault}: weighed", "weighed", weighed, against, "omega"))
-        bridge_flags = rates(preset)
+    flags = dict(alpha=alpha, mu=MU_OF[lam]) | changed
+    weighed = dict(alpha=alpha, lam=lam, eta=eta) | changed
+    against = f"{name}: all"
+    cells = [Cell(against, "mix", flags, against)]
+    for kind in ("useful", *filters):
+        cells.append(Cell(f"{name}: {kind}", "mix", flags, against, kind))
+    cells.append(Cell(f"{name}: weighed", "weighed", weighed, against, "omega"))
+    cells += extra or []
+    for kind in filters:
+        cells.append(Cell(f"{name}: weighed, to {kind}", "weighed", weighed, f"{name}: {kind}", "omega"))
+    return cells
+
+
+def swapped_cells(preset: str) -> list[Cell]:
+    """RL above, SFT below: the faults of half of the demonstrations, at λ = 0.5, with bridge beside."""
+    cells = []
+    for fault in FAULTS_OF[preset]:
+        changed = FAULTS[fault][0]
+        flags = rates(preset)
         if changed:
-            bridge_flags |= {"lam": "0.5"} | changed
-        cells.append(Cell(f"{fault}: bridge, at its own rates", "bridge", bridge_flags, against))
-        for kind in filters:
-            cells.append(Cell(f"{fault}: weighed, to {kind}", "weighed", weighed, f"{fault}: {kind}", "omega"))
+            flags |= {"lam": "0.5"} | changed
+        own = Cell(f"{fault}: bridge, at its own rates", "bridge", flags, f"{fault}: all")
+        cells += weighed_cells(preset, fault, fault, extra=[own])
+    return cells
+
+
+def swapped_lambda_cells(preset: str) -> list[Cell]:
+    """The same at other λ."""
+    cells = []
+    for fault in FAULTS_OF[preset][:2]:
+        for lam in ("0.3", "0.7"):
+            cells += weighed_cells(preset, fault, f"{fault}, λ {lam}", lam)
+    return cells
+
+
+def swapped_75_cells(preset: str) -> list[Cell]:
+    """The same with three useless demonstrations of four."""
+    cells = []
+    for fault in FAULTS_OF[preset][:2]:
+        cells += weighed_cells(preset, f"{fault}, 75 %", f"{fault}, 75 %")
     return cells
 
 
@@ -636,7 +665,11 @@ FAULTS = {  # what is wrong with the useless demonstrations: flags of bridge.py,
     "wrong answers": ({}, ("likely",), "10"),
     "a step left out": ({"task": "bench/variants.py:left_out_50"}, ("likely",), "10"),
     "two bad annotators": ({"task": "bench/variants.py:sources"}, ("likely", "likely_sources"), "3"),
+    "wrong answers, 75 %": ({"task": "bench/variants.py:useless_75"}, ("likely",), "10"),  # η as at 50 %
+    "a step left out, 75 %": ({"task": "bench/variants.py:left_out_75"}, ("likely",), "10"),
 }
+OF_CHAINS = ("wrong answers", "a step left out", "two bad annotators")
+FAULTS_OF = dict.fromkeys(PRESETS, OF_CHAINS) | {"logic": ("wrong answers",)}
 WITHOUT_W = {
     "at the end": partial(trained_at, at=1),
     "halfway": partial(trained_at, at=0.5),
@@ -714,6 +747,10 @@ TABLES = {
         swapped_cells,
         SWAPPED_COLUMNS,
     ),
+    "swapped_lambda": Table(
+        "The table swapped at other λ, with the same α and η.", swapped_lambda_cells, SWAPPED_COLUMNS, 5
+    ),
+    "swapped_75": Table("The table swapped with 75 % useless ones.", swapped_75_cells, SWAPPED_COLUMNS, 5),
     "fair": Table(
         "Equal trials for every row, by halving (bench/fair.py), and ten seeds on which no choice was made.",
         fair_cells,

@@ -17,7 +17,7 @@ def task(s, **changes):
     return make(s.seed, s.eval_problems, **changes)
 
 
-useless_0, useless_20, useless_60 = (partial(task, useless=share) for share in (0.0, 0.2, 0.6))  # of 256
+useless_0, useless_20, useless_60, useless_75 = (partial(task, useless=share) for share in (0.0, 0.2, 0.6, 0.75))
 demonstrations_16, demonstrations_1024 = (partial(task, useless=0.0, demonstrations=n) for n in (16, 1024))
 
 
@@ -67,7 +67,7 @@ def sources(s):
     return made
 
 
-left_out_50 = partial(left_out, useless=0.5)
+left_out_50, left_out_75 = (partial(left_out, useless=share) for share in (0.5, 0.75))
 
 
 def noisy(response, problem, p: float) -> float:
