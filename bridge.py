@@ -242,13 +242,14 @@ def sft_pass(
     lengths = [len(response) for _, response in demonstrations]
     if omega is None:
         omega = torch.ones(sum(lengths), device=pick_device())
+    # All micro-batches and ranks divide by the batch's weight: their gradients add up to that of the mean.
+    total = omega.sum()
     nll = torch.zeros(sum(lengths), dtype=torch.float64, device=pick_device())
     for rows, t in parallel.batches(demonstrations, s):
         # Demonstrations are imitated at temperature 1, whatever the sampling temperature.
         logp, entropy = response_logprobs(model, rows, dtype=getattr(torch, s.dtype))  # [t]
         token_weights = sft_token_weights(s, logp, entropy, rows)  # [t]
-        # All micro-batches and ranks divide by the batch's weight: their gradients add up to that of the mean.
-        loss = -(omega[t] * token_weights * logp).sum() / omega.sum()
+        loss = -(omega[t] * token_weights * logp).sum() / total
         (weight * loss).backward()
         nll[t] = -logp.detach().to(nll)
     parallel.all_reduce([nll])

@@ -349,6 +349,22 @@ def swapped_75_cells(preset: str) -> list[Cell]:
     return cells
 
 
+def annotator_cells(preset: str) -> list[Cell]:
+    """weighed with two bad annotators of four: without a trained shadow, and beside methods at their own settings."""
+    if preset != "chains":
+        return []
+    fault = "two bad annotators"
+    every, *_, weighed = weighed_cells(preset, fault, fault)[:5]
+    own = [tuned(preset, row) | FAULTS[fault][0] for row in ("mix_lora", "sft_rl")]
+    return [
+        weighed._replace(label="weighed", against="weighed"),
+        weighed._replace(label="weighed, θ̂ stays at the base model", against="weighed", kind="frozen"),
+        every._replace(label="mix", against="weighed"),
+        Cell("mix_lora, at its own settings", "mix_lora", own[0], "weighed"),
+        Cell("sft_rl, at its own settings", "sft_rl", own[1], "weighed"),
+    ]
+
+
 def fair_job(row: str, flags: dict[str, str], seed: int) -> dict:
     """A trial of bench/fair.py."""
     spec = fair.ROWS[row]
@@ -379,7 +395,7 @@ def tune_fairly(preset: str, rows: list[str], workers: int) -> None:
 
 
 def fair_cells(preset: str) -> list[Cell]:
-    """Every row of bench/fair.py whose trials have all run, with its winner."""
+    """Every row of bench/fair.py whose trials have all run, with its winner; then two rows of the table main."""
     cells = []
     score = fair_score(preset)
     for row, spec in fair.ROWS.items():
@@ -387,7 +403,10 @@ def fair_cells(preset: str) -> list[Cell]:
             flags = fair.winner(row, score)
         except KeyError:  # a trial is missing
             continue
-        cells.append(Cell(row, spec.method, flags, "bridge", spec.kind))
+        cells.append(Cell(row, spec.method, flags, spec.draws or "bridge", spec.kind))
+    if cells:
+        cells.append(cell(preset, "bridge, six trials", "bridge", "rl"))
+        cells.append(cell(preset, "mix_lora, six trials", "mix_lora", "bridge, six trials"))
     return cells
 
 
@@ -751,6 +770,11 @@ TABLES = {
         "The table swapped at other λ, with the same α and η.", swapped_lambda_cells, SWAPPED_COLUMNS, 5
     ),
     "swapped_75": Table("The table swapped with 75 % useless ones.", swapped_75_cells, SWAPPED_COLUMNS, 5),
+    "annotators": Table(
+        "`weighed` with two bad annotators of four, without a trained shadow, and beside other methods.",
+        annotator_cells,
+        SWAPPED_COLUMNS,
+    ),
     "fair": Table(
         "Equal trials for every row, by halving (bench/fair.py), and ten seeds on which no choice was made.",
         fair_cells,
@@ -1174,7 +1198,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.model:
         PRESETS[args.preset].flags["model"] = args.model
-    known = fair.ROWS if args.tune_fairly or args.table == "fair" else TRIALS
+    known = TRIALS
+    if args.tune_fairly:
+        known = fair.ROWS
+    elif args.table == "fair":
+        known = [c.label for c in fair_cells(args.preset)]
     rows = args.rows.split(";") if args.rows else list(known)
     unknown = [row for row in rows if row not in known]
     if unknown:

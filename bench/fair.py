@@ -55,6 +55,7 @@ class Row(NamedTuple):
     method: str
     ranges: dict[str, Range]
     kind: str = "final"
+    draws: str = ""  # the row whose random settings it tries; "" for its own
 
     @property
     def trial(self) -> str:
@@ -65,6 +66,8 @@ class Row(NamedTuple):
 ROWS = {
     "bridge": Row("bridge", WITH_W),
     "mix_lora": Row("mix_lora", WITH_W),
+    "bridge, mix_lora's draws": Row("bridge", WITH_W, draws="mix_lora"),
+    "mix_lora, bridge's draws": Row("mix_lora", WITH_W, draws="bridge"),
     "mix": Row("mix", ALPHA | {"mu": Range(0.1, 4)}),
     "sft_rl": Row("sft_rl", COLD_START),
     "rl": Row("rl", {"alpha": Range(1e-5, 8e-4)}),  # from 5e-5 the winner on chains was at that edge
@@ -78,7 +81,8 @@ ROWS = {
 
 def candidates(row: str) -> list[Flags]:
     """The 12 settings of a row: each part of each range occurs once."""
-    rng = np.random.default_rng(zlib.crc32(row.encode()))
+    name = ROWS[row].draws or row
+    rng = np.random.default_rng(zlib.crc32(name.encode()))
     count = ALIVE[0]
     columns = {}
     for name, values in ROWS[row].ranges.items():

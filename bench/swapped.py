@@ -50,6 +50,19 @@ def measure_omega() -> None:
     probe(measure)
 
 
+def frozen_shadow() -> None:
+    """Leaves θ̂ at the base model: ω then compares θ with the model before training, which has imitated nothing."""
+    clip_and_step = bridge.clip_and_step
+
+    def without_theta_hat(m: bridge.Policies, *rest) -> tuple[dict[str, float], bool]:
+        for group in m.optimizers["theta_hat"].param_groups:
+            group["lr"] = 0.0
+        return clip_and_step(m, *rest)
+
+    bridge.clip_and_step = without_theta_hat
+    measure_omega()
+
+
 def keep_only(choose: Callable[[bridge.Run], list[bool]]) -> None:
     """SFT gives the weight 0 to the demonstrations that `choose`, called at step 0, refuses."""
     sft_pass = bridge.sft_pass
@@ -117,6 +130,7 @@ def likelier_half(run: bridge.Run) -> list[bool]:
 
 SWAPPED: dict[str, Callable[[], None]] = {  # kinds of runs of bench/compare.py
     "omega": measure_omega,  # of weighed
+    "frozen": frozen_shadow,  # of weighed
     "useful": partial(keep_only, useful_ones),  # of mix
     "accepted": measured(partial(keep_only, accepted_ones)),  # of any method
     "accepted trial": partial(keep_only, accepted_ones),

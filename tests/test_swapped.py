@@ -19,6 +19,7 @@ from rewards import is_correct
 from settings import PRESETS, Settings
 
 ANNOTATORS = f"{ROOT}/bench/variants.py:sources"
+OF_WEIGHED = ("omega", "frozen")
 CASES = [("chains", "omega"), ("chains", "useful"), ("chains", "likely")]
 CASES += [(ANNOTATORS, kind) for kind in SWAPPED if kind != "accepted"]  # which counts right answers, too
 
@@ -26,7 +27,7 @@ CASES += [(ANNOTATORS, kind) for kind in SWAPPED if kind != "accepted"]  # which
 @pytest.fixture
 def restored(monkeypatch):
     """What a kind of run replaces is put back at the end."""
-    for name in ("sft_pass", "evaluate_policies"):
+    for name in ("sft_pass", "evaluate_policies", "clip_and_step"):
         monkeypatch.setattr(bridge, name, getattr(bridge, name))
     monkeypatch.setattr(bridge.plot, "draw", lambda *_: None)
 
@@ -35,12 +36,12 @@ def restored(monkeypatch):
 @pytest.mark.parametrize(("task", "kind"), CASES)
 def test_a_run_measures_the_weights_of_useful_and_useless_demonstrations(task, kind, tmp_path):
     SWAPPED[kind]()
-    method = "weighed" if kind == "omega" else "mix"
+    method = "weighed" if kind in OF_WEIGHED else "mix"
     flags = ["--preset", "smoke", "--task", task, "--method", method, "--steps", "3", "--eval-problems", "2"]
     bridge.main([*flags, "--eval-every", "3", "--out", str(tmp_path / "run")])
     first, *others = lines(tmp_path / "run" / "probe.jsonl")
     weights = first["weight useful"], first["weight useless"]
-    if kind == "omega":
+    if kind in OF_WEIGHED:
         assert weights == (1, 1)
         (last,) = others
         assert last["weight useful"] + last["weight useless"] < 2
@@ -49,6 +50,23 @@ def test_a_run_measures_the_weights_of_useful_and_useless_demonstrations(task, k
     else:
         assert others == []
         assert 0 < sum(weights) < 2
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(("kind", "moves"), [("omega", True), ("frozen", False)])
+def test_a_frozen_shadow_stays_at_the_base_model_while_theta_moves(kind, moves, tmp_path):
+    SWAPPED[kind]()
+    seen = {"theta": [], "theta_hat": []}
+
+    def remember(run, step):
+        for name, values in seen.items():
+            values.append(torch.cat([p.detach().flatten() for p in run.m.parameters[name]]))
+
+    swapped.probe(remember)
+    flags = ["--preset", "smoke", "--method", "weighed", "--steps", "2", "--eval-problems", "2"]
+    bridge.main([*flags, "--out", str(tmp_path / "run")])
+    moved = {name: not torch.equal(values[0], values[-1]) for name, values in seen.items()}
+    assert moved == {"theta": True, "theta_hat": moves}
 
 
 def test_a_filter_leaves_out_what_it_refuses(restored, monkeypatch):
