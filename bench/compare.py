@@ -395,7 +395,7 @@ def tune_fairly(preset: str, rows: list[str], workers: int) -> None:
 
 
 def fair_cells(preset: str) -> list[Cell]:
-    """Every row of bench/fair.py whose trials have all run, with its winner; then two rows of the table main."""
+    """Every row of bench/fair.py whose trials have all run, with its winner."""
     cells = []
     score = fair_score(preset)
     for row, spec in fair.ROWS.items():
@@ -404,10 +404,12 @@ def fair_cells(preset: str) -> list[Cell]:
         except KeyError:  # a trial is missing
             continue
         cells.append(Cell(row, spec.method, flags, spec.draws or "bridge", spec.kind))
-    if cells:
-        cells.append(cell(preset, "bridge, six trials", "bridge", "rl"))
-        cells.append(cell(preset, "mix_lora, six trials", "mix_lora", "bridge, six trials"))
     return cells
+
+
+def fresh_cells(preset: str) -> list[Cell]:
+    """The rows of the primary contrasts, with the settings of the table main."""
+    return [cell(preset, row, row) for row in ("bridge", "mix_lora", "sft_rl", "rl")]
 
 
 def of_fair(preset: str, labels: tuple[str, ...]) -> list[Cell]:
@@ -774,6 +776,12 @@ TABLES = {
         "`weighed` with two bad annotators of four, without a trained shadow, and beside other methods.",
         annotator_cells,
         SWAPPED_COLUMNS,
+    ),
+    "fresh": Table(
+        "The rows of the primary contrasts again, on ten seeds on which no choice was made.",
+        fresh_cells,
+        ACCURACY,
+        fresh=True,
     ),
     "fair": Table(
         "Equal trials for every row, by halving (bench/fair.py), and ten seeds on which no choice was made.",
