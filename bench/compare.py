@@ -978,13 +978,13 @@ def half_width(values: list[float]) -> float:
 
 
 @cache
-def student(freedom: int, beyond: float = 0.05) -> float:
-    """The bound that Student's t exceeds, in size, with the probability `beyond`: by default the 97.5 % quantile.
+def student(freedom: int) -> float:
+    """The 97.5 % quantile of Student's t.
 
     >>> round(student(9), 3)
     2.262
     """
-    tail = lambda t: mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - beyond  # noqa: E731
+    tail = lambda t: mpmath.betainc(freedom / 2, 0.5, 0, freedom / (freedom + t * t), regularized=True) - 0.05  # noqa: E731
     return float(mpmath.findroot(tail, (0.3, 13), solver="bisect", tol=1e-14, maxsteps=200))
 
 
