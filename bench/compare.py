@@ -354,7 +354,9 @@ def annotator_cells(preset: str) -> list[Cell]:
     if preset != "chains":
         return []
     fault = "two bad annotators"
-    every, *_, weighed = weighed_cells(preset, fault, fault)[:5]
+    of_label = {c.label: c for c in weighed_cells(preset, fault, fault)}
+    every = of_label[f"{fault}: all"]
+    weighed = of_label[f"{fault}: weighed"]
     own = [tuned(preset, row) | FAULTS[fault][0] for row in ("mix_lora", "sft_rl")]
     return [
         weighed._replace(label="weighed", against="weighed"),
