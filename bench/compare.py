@@ -299,10 +299,10 @@ def supervision_cells(preset: str) -> list[Cell]:
     return [*cells, cell(preset, "rl", "rl", "mix, demonstrations_16")]
 
 
-def weighed_cells(preset: str, fault: str, name: str, lam: str = "0.5", extra: list[Cell] | None = None) -> list[Cell]:
+def weighed_cells(preset: str, fault: str, name: str, lam: str = "0.5") -> list[Cell]:
     """mix with all demonstrations, with the useful ones, with filtered ones, and the method weighed (weighed.py).
 
-    fault: a name in FAULTS. name: begins the labels. extra: more rows, before those that compare with the filters.
+    fault: a name in FAULTS. name: begins the labels.
     """
     changed, filters, eta = FAULTS[fault]
     alpha = tuned(preset, "mix").get("alpha", "4e-4")
@@ -313,7 +313,6 @@ def weighed_cells(preset: str, fault: str, name: str, lam: str = "0.5", extra: l
     for kind in ("useful", *filters):
         cells.append(Cell(f"{name}: {kind}", "mix", flags, against, kind))
     cells.append(Cell(f"{name}: weighed", "weighed", weighed, against, "omega"))
-    cells += extra or []
     for kind in filters:
         cells.append(Cell(f"{name}: weighed, to {kind}", "weighed", weighed, f"{name}: {kind}", "omega"))
     return cells
@@ -321,21 +320,24 @@ def weighed_cells(preset: str, fault: str, name: str, lam: str = "0.5", extra: l
 
 def swapped_cells(preset: str) -> list[Cell]:
     """RL above, SFT below: the faults of half of the demonstrations, at λ = 0.5, with bridge beside."""
+    faults = WITHOUT_AUTHORS[preset]
+    if preset != "logic":
+        faults += (AUTHORS,)
     cells = []
-    for fault in FAULTS_OF[preset]:
+    for fault in faults:
+        cells += weighed_cells(preset, fault, fault)
         changed = FAULTS[fault][0]
         flags = rates(preset)
         if changed:
             flags |= {"lam": "0.5"} | changed
-        own = Cell(f"{fault}: bridge, at its own rates", "bridge", flags, f"{fault}: all")
-        cells += weighed_cells(preset, fault, fault, extra=[own])
+        cells.append(Cell(f"{fault}: bridge, at its own rates", "bridge", flags, f"{fault}: all"))
     return cells
 
 
 def swapped_lambda_cells(preset: str) -> list[Cell]:
     """The same at other λ."""
     cells = []
-    for fault in FAULTS_OF[preset][:2]:
+    for fault in WITHOUT_AUTHORS[preset]:
         for lam in ("0.3", "0.7"):
             cells += weighed_cells(preset, fault, f"{fault}, λ {lam}", lam)
     return cells
@@ -344,7 +346,7 @@ def swapped_lambda_cells(preset: str) -> list[Cell]:
 def swapped_75_cells(preset: str) -> list[Cell]:
     """The same with three useless demonstrations of four."""
     cells = []
-    for fault in FAULTS_OF[preset][:2]:
+    for fault in WITHOUT_AUTHORS[preset]:
         cells += weighed_cells(preset, f"{fault}, 75 %", f"{fault}, 75 %")
     return cells
 
@@ -353,11 +355,10 @@ def annotator_cells(preset: str) -> list[Cell]:
     """weighed with two bad annotators of four: without a trained shadow, and beside methods at their own settings."""
     if preset != "chains":
         return []
-    fault = "two bad annotators"
-    of_label = {c.label: c for c in weighed_cells(preset, fault, fault)}
-    every = of_label[f"{fault}: all"]
-    weighed = of_label[f"{fault}: weighed"]
-    own = [tuned(preset, row) | FAULTS[fault][0] for row in ("mix_lora", "sft_rl")]
+    of_label = {c.label: c for c in weighed_cells(preset, AUTHORS, AUTHORS)}
+    every = of_label[f"{AUTHORS}: all"]
+    weighed = of_label[f"{AUTHORS}: weighed"]
+    own = [tuned(preset, row) | FAULTS[AUTHORS][0] for row in ("mix_lora", "sft_rl")]
     return [
         weighed._replace(label="weighed", against="weighed"),
         weighed._replace(label="weighed, θ̂ stays at the base model", against="weighed", kind="frozen"),
@@ -684,15 +685,15 @@ PRETRAINED: dict[str, dict[str, str]] = {  # rows of the table pretrained: flags
     "bridge": {},
     "bridge, own rollouts": {"shadow-rollouts": "own"},
 }
+AUTHORS = "two bad annotators"
 FAULTS = {  # what is wrong with the useless demonstrations: flags of bridge.py, filters, η by runs on two tuning seeds
     "wrong answers": ({}, ("likely",), "10"),
     "a step left out": ({"task": "bench/variants.py:left_out_50"}, ("likely",), "10"),
-    "two bad annotators": ({"task": "bench/variants.py:sources"}, ("likely", "likely_sources"), "3"),
+    AUTHORS: ({"task": "bench/variants.py:sources"}, ("likely", "likely_sources"), "3"),
     "wrong answers, 75 %": ({"task": "bench/variants.py:useless_75"}, ("likely",), "10"),  # η as at 50 %
     "a step left out, 75 %": ({"task": "bench/variants.py:left_out_75"}, ("likely",), "10"),
 }
-OF_CHAINS = ("wrong answers", "a step left out", "two bad annotators")
-FAULTS_OF = dict.fromkeys(PRESETS, OF_CHAINS) | {"logic": ("wrong answers",)}
+WITHOUT_AUTHORS = dict.fromkeys(PRESETS, ("wrong answers", "a step left out")) | {"logic": ("wrong answers",)}
 WITHOUT_W = {
     "at the end": partial(trained_at, at=1),
     "halfway": partial(trained_at, at=0.5),

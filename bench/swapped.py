@@ -122,12 +122,6 @@ def likely_ones(run: bridge.Run, by_source: bool = False) -> list[bool]:
     return (score >= thresholds[np.argmin(within)]).tolist()
 
 
-def likelier_half(run: bridge.Run) -> list[bool]:
-    """The likelier half of the demonstrations: the filter is told how many are useless."""
-    score = likelihoods(run)
-    return (score >= np.median(score)).tolist()
-
-
 SWAPPED: dict[str, Callable[[], None]] = {  # kinds of runs of bench/compare.py
     "omega": measure_omega,  # of weighed
     "frozen": frozen_shadow,  # of weighed
@@ -135,6 +129,5 @@ SWAPPED: dict[str, Callable[[], None]] = {  # kinds of runs of bench/compare.py
     "accepted": measured(partial(keep_only, accepted_ones)),  # of any method
     "accepted trial": partial(keep_only, accepted_ones),
     "likely": partial(keep_only, likely_ones),
-    "likelier_half": partial(keep_only, likelier_half),
     "likely_sources": partial(keep_only, partial(likely_ones, by_source=True)),
 }
