@@ -15,6 +15,7 @@ from statistics import mean
 from typing import NamedTuple
 
 import compare
+import fair
 import numpy as np
 from compare import HALF, SEEDS, passed, runs_of, trained, trained_at
 
@@ -141,11 +142,9 @@ def holm(ps: list[float]) -> list[float]:
 
 def verdict(differences: list[float], differs: bool) -> str:
     """supported, contradicted or undecided, by the 95 % interval."""
-    low, high = interval(differences)
     if differs:
-        if low > 0:
-            return "supported"
-        return "contradicted" if high < 0 else "undecided"
+        return {"above": "supported", "below": "contradicted"}.get(side(differences), "undecided")
+    low, high = interval(differences)
     if low > -MARGIN and high < MARGIN:
         return "supported"
     return "contradicted" if low > MARGIN or high < -MARGIN else "undecided"
@@ -254,6 +253,45 @@ def claims_table() -> str:
     return "\n".join(lines)
 
 
+def equal_table() -> str:
+    """The rows of bench/fair.py on each task, and on other base models: differences and verdicts."""
+    columns = {"chains": "fair", "logic": "fair", "base1": "bases", "base2": "bases"}  # preset -> table
+    scores = {preset: scores_of(preset, table) for preset, table in columns.items()}  # preset -> {row: {seed: %}}
+    head = []
+    for preset, of_row in scores.items():
+        seeds = len(of_row.get("bridge", []))
+        head.append(f"{preset}, {seeds} seeds" if seeds else preset)
+    lines = [f"| equal trials | {' | '.join(head)} |", "|---" * 5 + "|"]
+    for row, spec in fair.ROWS.items():
+        against = spec.draws or "bridge"
+        cells = [row if row == against else f"{row} − {against}"]
+        for of_row in scores.values():
+            if row not in of_row:
+                cells.append("–")
+            elif row == against:
+                cells.append(f"{compare.with_interval(list(of_row[row].values()))} %")
+            else:
+                d = paired(of_row[row], of_row[against])
+                cells.append(f"{compare.with_interval(d, '+')}, {side(d)}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def scores_of(preset: str, table: str) -> dict[str, dict[int, float]]:
+    """{row: {seed: endpoint}} of the rows of a table of compare.py that have finished runs."""
+    labels = [c.label for c in compare.TABLES[table].cells(preset)]
+    scores = {label: values_of(preset, table, label) for label in labels}
+    return {label: values for label, values in scores.items() if values}
+
+
+def side(differences: list[float]) -> str:
+    """Where the 95 % interval lies."""
+    low, high = interval(differences)
+    if low > 0:
+        return "above"
+    return "below" if high < 0 else "undecided"
+
+
 Estimate = tuple[float, float, float]  # a value, and the ends of its 95 % bootstrap interval
 
 
@@ -315,7 +353,7 @@ def main() -> None:
     if args.figure:
         draw(args.figure)
     else:
-        print("\n\n".join([primary_table(), claims_table(), both_table()]))
+        print("\n\n".join([primary_table(), claims_table(), equal_table(), both_table()]))
 
 
 if __name__ == "__main__":
