@@ -55,12 +55,10 @@ def versus(text: str, other: str, row: str = "bridge", table: str = "main") -> l
 
 LITTLE = partial(Claim, preset="chains", differs=False)
 CLAIMS = [
-    *versus("beats RL", "rl"),
     *versus("beats RL, on fresh seeds", "rl", table="fresh"),
     Claim("beats RL", "chains", "bridge", "rl", column="pass@1"),
     Claim("beats RL", "chains", "bridge, demonstrations_16", "rl", "supervision"),
     *versus("beats SFT", "sft"),
-    *versus("beats SFT→RL", "sft_rl"),
     *versus("beats SFT→RL, on fresh seeds", "sft_rl", table="fresh"),
     *versus("beats SFT + RL in one objective", "mix"),
     *versus("beats naive alternation", "alternating"),
@@ -71,7 +69,6 @@ CLAIMS = [
     *versus("beats SRFT", "srft"),
     *versus("beats HPT (ours)", "hpt"),
     *versus("the gain helps: w on SFT alone is worse", "no_meta"),
-    *versus("the gain helps: w without θ̂ is worse", "mix_lora"),
     *versus("the gain helps: w without θ̂ is worse, on fresh seeds", "mix_lora", table="fresh"),
     *(Claim("the same at equal rates", preset, HALF, "w on SFT + RL (mix_lora)", "shadow") for preset in TASKS),
     Claim("more answers within reach: pass@16 above RL", "chains", "bridge", "rl", column="pass@16"),
