@@ -83,6 +83,13 @@ CLAIMS = [
     LITTLE("alpha", row="bridge, rank 8, alpha 4", other="bridge, rank 8, alpha 16", table="lora"),
     LITTLE("alpha", row="bridge, rank 8, alpha 64", other="bridge, rank 8, alpha 16", table="lora"),
 ]
+EQUAL = {  # columns of the table of equal trials: preset and table of compare.py
+    "chains": ("chains", "fair"),
+    "logic": ("logic", "fair"),
+    "base1": ("base1", "bases"),
+    "base2": ("base2", "bases"),
+    "base1, tuned": ("base1", "fair"),
+}
 LAST = "last evaluation"
 COLUMNS = {
     "trained": trained,
@@ -252,13 +259,8 @@ def claims_table() -> str:
 
 def equal_table() -> str:
     """The rows of bench/fair.py on each task, and on other base models: differences and verdicts."""
-    columns = {"chains": "fair", "logic": "fair", "base1": "bases", "base2": "bases"}  # preset -> table
-    scores = {preset: scores_of(preset, table) for preset, table in columns.items()}  # preset -> {row: {seed: %}}
-    head = []
-    for preset, of_row in scores.items():
-        seeds = len(of_row.get("bridge", []))
-        head.append(f"{preset}, {seeds} seeds" if seeds else preset)
-    lines = [f"| equal trials | {' | '.join(head)} |", "|---" * 5 + "|"]
+    scores = {title: scores_of(preset, table) for title, (preset, table) in EQUAL.items()}  # -> {row: {seed: %}}
+    lines = [f"| equal trials | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
     for row, spec in fair.ROWS.items():
         against = spec.draws or "bridge"
         cells = [row if row == against else f"{row} − {against}"]

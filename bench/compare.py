@@ -446,7 +446,7 @@ def base_cells(preset: str) -> list[Cell]:
     """The settings that won on chains, on base models of other seeds."""
     if preset not in ("base1", "base2"):
         return []
-    return of_fair("chains", ("bridge", "mix_lora", "mix", "sft_rl"))
+    return of_fair("chains", ("bridge", "mix_lora", "bridge, mix_lora's draws", "mix", "sft_rl", "rl"))
 
 
 def thread_cells(preset: str) -> list[Cell]:
