@@ -262,15 +262,14 @@ def equal_table() -> str:
     scores = {title: scores_of(preset, table) for title, (preset, table) in EQUAL.items()}  # -> {row: {seed: %}}
     lines = [f"| equal trials | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
     for row, spec in fair.ROWS.items():
-        against = spec.draws or "bridge"
-        cells = [row if row == against else f"{row} − {against}"]
+        cells = [row if row == spec.against else f"{row} − {spec.against}"]
         for of_row in scores.values():
             if row not in of_row:
                 cells.append("–")
-            elif row == against:
+            elif row == spec.against or spec.against not in of_row:
                 cells.append(f"{compare.with_interval(list(of_row[row].values()))} %")
             else:
-                d = paired(of_row[row], of_row[against])
+                d = paired(of_row[row], of_row[spec.against])
                 cells.append(f"{compare.with_interval(d, '+')}, {side(d)}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -56,6 +56,7 @@ class Row(NamedTuple):
     ranges: dict[str, Range]
     kind: str = "final"
     draws: str = ""  # the row whose random settings it tries; "" for its own
+    against: str = "bridge"  # the row that its difference refers to
 
     @property
     def trial(self) -> str:
@@ -66,7 +67,7 @@ class Row(NamedTuple):
 ROWS = {
     "bridge": Row("bridge", WITH_W),
     "mix_lora": Row("mix_lora", WITH_W),
-    "bridge, mix_lora's draws": Row("bridge", WITH_W, draws="mix_lora"),
+    "bridge, mix_lora's draws": Row("bridge", WITH_W, draws="mix_lora", against="mix_lora"),
     "mix_lora, bridge's draws": Row("mix_lora", WITH_W, draws="bridge"),
     "mix": Row("mix", ALPHA | {"mu": Range(0.1, 4)}),
     "sft_rl": Row("sft_rl", COLD_START),
@@ -74,8 +75,8 @@ ROWS = {
     "chord": Row("chord", ALPHA | {"chord-peak": Range(0.1, 1, log=False)}),
     "split": Row("mix_lora", ALPHA | {"beta": Range(2e-4, 2e-2)}, "split"),
     "averaged": Row("alternating", ALPHA, "averaged"),
-    "mix_lora, accepted": Row("mix_lora", WITH_W, "accepted"),
-    "sft_rl, accepted": Row("sft_rl", COLD_START, "accepted"),
+    "mix_lora, accepted": Row("mix_lora", WITH_W, "accepted", against="mix_lora"),
+    "sft_rl, accepted": Row("sft_rl", COLD_START, "accepted", against="sft_rl"),
 }
 
 
