@@ -48,15 +48,16 @@ class Claim(NamedTuple):
     column: str = "trained"
 
 
-def versus(text: str, other: str, row: str = "bridge", table: str = "main") -> list[Claim]:
+def versus(text: str, other: str, row: str = "bridge", table: str = "main", column: str = "trained") -> list[Claim]:
     """A contrast on both tasks."""
-    return [Claim(text, preset, row, other, table, LEADS.get(other, ())) for preset in TASKS]
+    leads = LEADS.get(other, ()) if column == "trained" else ()
+    return [Claim(text, preset, row, other, table, leads, column=column) for preset in TASKS]
 
 
 LITTLE = partial(Claim, preset="chains", differs=False)
 CLAIMS = [
     *versus("beats RL, on fresh seeds", "rl", table="fresh"),
-    Claim("beats RL", "chains", "bridge", "rl", column="pass@1"),
+    *versus("beats RL, on fresh seeds", "rl", table="fresh", column="pass@1"),
     Claim("beats RL", "chains", "bridge, demonstrations_16", "rl", "supervision"),
     *versus("beats SFT", "sft"),
     *versus("beats SFT→RL, on fresh seeds", "sft_rl", table="fresh"),
@@ -70,6 +71,7 @@ CLAIMS = [
     *versus("beats HPT (ours)", "hpt"),
     *versus("the gain helps: w on SFT alone is worse", "no_meta"),
     *versus("the gain helps: w without θ̂ is worse, on fresh seeds", "mix_lora", table="fresh"),
+    *versus("the gain helps: w without θ̂ is worse, on fresh seeds", "mix_lora", table="fresh", column="pass@1"),
     *(Claim("the same at equal rates", preset, HALF, "w on SFT + RL (mix_lora)", "shadow") for preset in TASKS),
     Claim("more answers within reach: pass@16 above RL", "chains", "bridge", "rl", column="pass@16"),
     Claim("more answers within reach, owed to θ̂", "chains", "bridge", "mix_lora", column="pass@16"),
@@ -88,7 +90,6 @@ EQUAL = {  # columns of the table of equal trials: preset and table of compare.p
     "logic": ("logic", "fair"),
     "base1": ("base1", "bases"),
     "base2": ("base2", "bases"),
-    "base1, tuned": ("base1", "fair"),
 }
 LAST = "last evaluation"
 COLUMNS = {
@@ -266,7 +267,7 @@ def equal_table() -> str:
         for of_row in scores.values():
             if row not in of_row:
                 cells.append("–")
-            elif row == spec.against or spec.against not in of_row:
+            elif row == spec.against:
                 cells.append(f"{compare.with_interval(list(of_row[row].values()))} %")
             else:
                 d = paired(of_row[row], of_row[spec.against])

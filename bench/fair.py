@@ -66,8 +66,8 @@ class Row(NamedTuple):
 
 ROWS = {
     "bridge": Row("bridge", WITH_W),
-    "mix_lora": Row("mix_lora", WITH_W),
-    "bridge, mix_lora's draws": Row("bridge", WITH_W, draws="mix_lora", against="mix_lora"),
+    "mix_lora": Row("mix_lora", WITH_W, against="bridge, mix_lora's draws"),
+    "bridge, mix_lora's draws": Row("bridge", WITH_W, draws="mix_lora"),
     "mix_lora, bridge's draws": Row("mix_lora", WITH_W, draws="bridge"),
     "mix": Row("mix", ALPHA | {"mu": Range(0.1, 4)}),
     "sft_rl": Row("sft_rl", COLD_START),
