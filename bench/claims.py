@@ -85,12 +85,7 @@ CLAIMS = [
     LITTLE("alpha", row="bridge, rank 8, alpha 4", other="bridge, rank 8, alpha 16", table="lora"),
     LITTLE("alpha", row="bridge, rank 8, alpha 64", other="bridge, rank 8, alpha 16", table="lora"),
 ]
-EQUAL = {  # columns of the table of equal trials: preset and table of compare.py
-    "chains": ("chains", "fair"),
-    "logic": ("logic", "fair"),
-    "base1": ("base1", "bases"),
-    "base2": ("base2", "bases"),
-}
+EQUAL = {"chains": "fair", "logic": "fair", "base1": "bases", "base2": "bases"}  # preset: table of compare.py
 LAST = "last evaluation"
 COLUMNS = {
     "trained": trained,
@@ -104,10 +99,15 @@ COLUMNS = {
 # Statistics of paired differences
 
 
+@cache
+def cells_of(preset: str, table: str) -> dict[str, compare.Cell]:
+    """{label: cell} of one of compare.py's tables."""
+    return {c.label: c for c in compare.TABLES[table].cells(preset)}
+
+
 def values_of(preset: str, table: str, row: str, column: str = "trained") -> dict[int, float]:
     """{seed: number} of a row of one of compare.py's tables."""
-    cell = next(c for c in compare.TABLES[table].cells(preset) if c.label == row)
-    runs = runs_of(preset, cell, compare.TABLES[table].seeds_of(preset))
+    runs = runs_of(preset, cells_of(preset, table)[row], compare.TABLES[table].seeds_of(preset))
     return {seed: COLUMNS[column](run, preset) for seed, run in runs.items()}
 
 
@@ -145,10 +145,19 @@ def holm(ps: list[float]) -> list[float]:
     return corrected
 
 
+def side(differences: list[float]) -> str:
+    """On which side of zero the 95 % interval lies."""
+    low, high = interval(differences)
+    if low > 0:
+        return "above"
+    return "below" if high < 0 else "undecided"
+
+
 def verdict(differences: list[float], differs: bool) -> str:
     """supported, contradicted or undecided, by the 95 % interval."""
     if differs:
-        return {"above": "supported", "below": "contradicted"}.get(side(differences), "undecided")
+        verdict_of_side = {"above": "supported", "below": "contradicted", "undecided": "undecided"}
+        return verdict_of_side[side(differences)]
     low, high = interval(differences)
     if low > -MARGIN and high < MARGIN:
         return "supported"
@@ -179,8 +188,7 @@ def normalised(row: str) -> np.ndarray:
     """Scores [tasks, seeds]: 0 is the base model's accuracy, 1 is 100 %."""
     scores = []
     for preset in TASKS:
-        cell = next(c for c in compare.TABLES["main"].cells(preset) if c.label == row)
-        runs = runs_of(preset, cell, SEEDS)
+        runs = runs_of(preset, cells_of(preset, "main")[row], SEEDS)
         base = compare.percent(runs[0]["evals"][0]["policy"], preset)
         scores.append([(trained(runs[seed], preset) - base) / (100 - base) for seed in SEEDS])
     return np.array(scores)
@@ -260,7 +268,7 @@ def claims_table() -> str:
 
 def equal_table() -> str:
     """The rows of bench/fair.py on each task, and on other base models: differences and verdicts."""
-    scores = {title: scores_of(preset, table) for title, (preset, table) in EQUAL.items()}  # -> {row: {seed: %}}
+    scores = {preset: scores_of(preset, table) for preset, table in EQUAL.items()}
     lines = [f"| equal trials | {' | '.join(scores)} |", "|---" * (len(scores) + 1) + "|"]
     for row, spec in fair.ROWS.items():
         cells = [row if row == spec.against else f"{row} − {spec.against}"]
@@ -278,17 +286,8 @@ def equal_table() -> str:
 
 def scores_of(preset: str, table: str) -> dict[str, dict[int, float]]:
     """{row: {seed: endpoint}} of the rows of a table of compare.py that have finished runs."""
-    labels = [c.label for c in compare.TABLES[table].cells(preset)]
-    scores = {label: values_of(preset, table, label) for label in labels}
+    scores = {label: values_of(preset, table, label) for label in cells_of(preset, table)}
     return {label: values for label, values in scores.items() if values}
-
-
-def side(differences: list[float]) -> str:
-    """Where the 95 % interval lies."""
-    low, high = interval(differences)
-    if low > 0:
-        return "above"
-    return "below" if high < 0 else "undecided"
 
 
 Estimate = tuple[float, float, float]  # a value, and the ends of its 95 % bootstrap interval

@@ -399,14 +399,20 @@ def tune_fairly(preset: str, rows: list[str], workers: int) -> None:
 
 def fair_cells(preset: str) -> list[Cell]:
     """Every row of bench/fair.py whose trials have all run, with its winner."""
-    cells = []
+    winners = {}
     score = fair_score(preset)
-    for row, spec in fair.ROWS.items():
+    for row in fair.ROWS:
         try:
-            flags = fair.winner(row, score)
+            winners[row] = fair.winner(row, score)
         except KeyError:  # a trial is missing
             continue
-        cells.append(Cell(row, spec.method, flags, spec.against, spec.kind))
+    cells = []
+    for row, flags in winners.items():
+        spec = fair.ROWS[row]
+        against = spec.against
+        if against not in winners:
+            against = row  # nothing to compare with
+        cells.append(Cell(row, spec.method, flags, against, spec.kind))
     return cells
 
 
@@ -650,7 +656,6 @@ GAIN = {
     "the shadow": shadow_end,
     "logged gain, last steps": partial(mean_of, "cooperative_gain", slice(-2, None)),
 }
-BASES = ACCURACY | {"halfway": partial(trained_at, at=0.5)}
 PASS = {f"pass@{k}": partial(passed, k=k) for k in (1, 4, 16)}
 EFFECT = {
     "J(θ,w) by w": partial(change_by_w, base="theta"),
@@ -795,7 +800,7 @@ TABLES = {
     ),
     "switch": Table("When RL begins in `sft_rl`: arXiv 2512.11470.", switch_cells, SWITCH, fresh=True),
     "time": Table("The table fair at equal time of training: as `bridge` takes.", time_cells, TIME, fresh=True),
-    "bases": Table("Two other base models of chains, by the same recipe.", base_cells, BASES, 5),
+    "bases": Table("Two other base models of chains, by the same recipe.", base_cells, ACCURACY, 5),
     "threads": Table(
         "What rounding changes: the same runs with one thread and with two.", thread_cells, ACCURACY, 5, 1, fresh=True
     ),
@@ -1016,7 +1021,7 @@ def table(preset: str, name: str) -> str:
     lines = [f"| | {' | '.join(spec.columns)} | difference | to | seeds |", "|---" * (len(spec.columns) + 4) + "|"]
     for c in cells:
         if len(runs[c.label]) >= fewest:
-            other = {} if c.against == c.label else runs.get(c.against, {})
+            other = {} if c.against == c.label else runs[c.against]
             lines.append(row_of(preset, spec, c, runs[c.label], other))
     return "\n".join(lines)
 

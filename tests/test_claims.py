@@ -120,6 +120,7 @@ def printed(title):
 def test_the_tables_of_the_page_are_those_that_claims_py_prints():
     assert claims.primary_table() in PAGE
     assert claims.claims_table() in PAGE
+    assert claims.equal_table() in PAGE
 
 
 def test_every_claim_s_difference_lead_and_verdict_follow_from_the_raw_rows():
